@@ -229,6 +229,11 @@ def replace_arrays(lora: T, fn: Callable[[str, Array], PyTree], **settings: Any)
     return lora._replace(arrays, **settings)
 
 
+def with_dropout(lora: T, dropout: float) -> T:
+    """Returns the adapter with another dropout rate."""
+    return lora._replace(lora.arrays, dropout=dropout)
+
+
 def used_ranks(lora: Adapter) -> np.ndarray:
     """Returns the rank of each matrix, `[*batch]`, without counting trailing zeros."""
     batch_ndim, is_used = len(lora.batch_shape), np.zeros(lora.rank, bool)

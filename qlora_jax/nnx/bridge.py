@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from .._jax.pytree import split_arrays
-from ..adapters.base import AdaptedKernel, dropout_keys, replace_arrays
+from ..adapters.base import AdaptedKernel, dropout_keys, with_dropout
 from ..adapters.config import QLoRAConfig
 from ..linen.init_model import trace_kinds
 from ..linen.wrapped import wrap
@@ -34,16 +34,16 @@ from .variables import (
 @functools.cache
 def packed_linen(cls: type) -> type:
     """Returns a subclass of a bridge class that runs linen on packed kernels."""
-    return _running(cls, wrap, (packed_linen, (cls,)))
+    return _bridge_subclass(cls, wrap, (packed_linen, (cls,)))
 
 
-def _running(cls: type, replace: Callable[[nn.Module], Any], recipe: tuple) -> type:
-    """Returns a subclass of a bridge class that runs `replace(its linen module)`."""
+def _bridge_subclass(cls: type, wrap_linen: Callable, recipe: tuple) -> type:
+    """Returns a subclass of a bridge class that runs `wrap_linen(its linen module)`."""
 
     # Makes a bridge of the original class around the new module, gives it the variables
     # of this bridge, with adapters added to the kernels, and calls it.
     def call(self: Any, *args: object, **kwargs: object) -> Tree:
-        bridge = self.qlora_original(replace(self.to_nnx__module))
+        bridge = self.qlora_original(wrap_linen(self.to_nnx__module))
         variables = {name: _to_linen(self, name) for name in linen_attributes(self)}
         for name, value in variables.items():
             setattr(bridge, name, nnx.data(value))
@@ -72,7 +72,7 @@ def _to_linen(holder: Holder, name: str) -> Tree:
         return nnx.Param(base)
     if key is None:
         # Dropout is off, but a "dropout" key of the linen module would turn it on.
-        lora = replace_arrays(lora, lambda _, x: x, dropout=0.0)
+        lora = with_dropout(lora, 0.0)
     else:
         key = dropout_keys(lora, key)
     return nnx.Param(AdaptedKernel(base, lora, key))
@@ -92,7 +92,7 @@ def _write_back(holder: Holder, name: str, value: Tree) -> None:
     set_attribute(holder, name, value if isinstance(holder, dict) else nnx.data(value))
 
 
-# The kinds of axes of targets, and the reasons why some are unfit, both by path.
+# The roles of the targets' axes, and the reasons why some are unfit, both by path.
 TracedKinds = tuple[dict[str, str], dict[str, str]]
 
 
@@ -117,7 +117,7 @@ class _TracedLinen:
 def kinds_of_linen(
     model: nnx.Module, config: QLoRAConfig, paths: list[str], args: tuple, kwargs: dict
 ) -> TracedKinds:
-    """Returns linen targets' kinds of axes, and why some are unfit, by path."""
+    """Returns the roles of linen targets' axes, and why some are unfit, by path."""
     records: TracedKinds = {}, {}
     graphdef, state = nnx.split(model)
     arrays, rebuild = split_arrays((args, kwargs))
@@ -135,7 +135,7 @@ def kinds_of_linen(
                 linen_config = QLoRAConfig(targets=targets, dropout=config.dropout)
                 trace = functools.partial(_TracedLinen, linen_config, prefix, records)
                 # This class exists only during the trace: it is not cached or pickled.
-                cls = _running(type(module), trace, ())
+                cls = _bridge_subclass(type(module), trace, ())
                 object.__setattr__(module, "__class__", cls)
         args, kwargs = rebuild(arrays)
         return jax.tree.leaves(traced(*args, **kwargs))

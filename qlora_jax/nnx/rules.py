@@ -27,11 +27,13 @@ class Rule:
     """Describes the product of a module class with its kernel."""
 
     kernel: Callable[[Any], str]  # returns the name of the kernel's attribute
-    kinds: Callable[[Any], str | None]  # returns None if only calls determine them
+    # Returns the roles of the kernel's axes, as in `Geometry.kinds`, or None if only
+    # calls determine them.
+    kinds: Callable[[Any], str | None]
     call: Callable[..., ModuleCall | Lookup]  # of `(module, *args, **kwargs)`
     # Whether the rule applies to a module: `call` must be all that it computes.
     supports: Callable[[Any], bool]
-    is_partial: bool = False  # whether other methods read the kernel in float
+    has_float_methods: bool = False  # whether other methods read the kernel in float
 
 
 def _flax_call(
@@ -94,9 +96,7 @@ def _is_plain(module: nnx.Module) -> bool:
     # The packed product replaces the layer's product, so it must be the default one.
     options = "dot_general", "dot_general_cls", "einsum_op", "preferred_element_type"
     values = [getattr(module, option, None) for option in options]
-    # `in` would compare by equality, which arrays do not support.
-    defaults = (None, lax.dot_general, jnp.einsum)
-    return all(any(value is x for x in defaults) for value in values)
+    return all(x is None or x is lax.dot_general or x is jnp.einsum for x in values)
 
 
 def _layer_rule(kinds: Callable, call: Callable) -> Rule:
@@ -114,7 +114,7 @@ RULES = Registry(
             lambda module: None,
             _embed,
             lambda module: True,
-            is_partial=True,
+            has_float_methods=True,
         ),
         nnx.Einsum: _layer_rule(
             lambda module: kernel_kinds(module.einsum_str), _einsum
@@ -204,7 +204,7 @@ def _maxtext_shapes(module: nnx.Module) -> tuple[tuple[int, ...], ...] | None:
 
 
 def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
-    """Guesses the kinds of axes of a kernel that no rule describes."""
+    """Guesses the roles of a kernel's axes if no rule describes the kernel."""
     # The module computes with float weights, so results are right even if the guess is
     # wrong: only the quantization blocks then run along another axis.
     shape = kernel_shape(module, name)

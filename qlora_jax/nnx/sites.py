@@ -94,7 +94,7 @@ def packed_rule(module: nnx.Module, target_names: list[str]) -> Rule | None:
     return rule if rule.supports(module) else None
 
 
-def why_not_trained(site: Site) -> str | None:
+def why_no_adapter(site: Site) -> str | None:
     """Returns why a parameter cannot have an adapter of any kind, or None if it can."""
     if site.normalizer is not None:
         return (
@@ -116,22 +116,22 @@ def why_not_trained(site: Site) -> str | None:
 
 
 def _kinds(site: Site, target_names: list[str], config: QLoRAConfig) -> str | None:
-    """Returns the kinds of a target's axes, or None if they are not known yet.
+    """Returns the roles of a target's axes, or None if they are not known yet.
 
     `target_names` are all targets of its module. Raises ValueError for an unfit leaf.
     """
-    if reason := why_not_trained(site):
+    if reason := why_no_adapter(site):
         raise ValueError(reason)
     module, name = site.module, site.name
-    shape, base_shape = site.variable.shape, kernel_shape(module, name)
-    if base_shape is not None and len(shape) > len(base_shape):
-        if shape[-len(base_shape) :] != base_shape:
+    shape, unstacked = site.variable.shape, kernel_shape(module, name)
+    if unstacked is not None and len(shape) > len(unstacked):
+        if shape[-len(unstacked) :] != unstacked:
             raise ValueError(
-                f"the axes of a stack must come before {base_shape}, the shape of a "
+                f"the axes of a stack must come before {unstacked}, the shape of a "
                 "single kernel (in nnx.vmap: out_axes=0; in MaxText: "
                 f"param_scan_axis=0). Got shape {shape}."
             )
-    # The kinds come from a rule, or else from the config, or else from a guess.
+    # The roles come from a rule, or else from the config, or else from a guess.
     if (rule := packed_rule(module, target_names)) is not None:
         return rule.kinds(module)
     cls = type(module).__name__
@@ -158,7 +158,7 @@ def _kinds(site: Site, target_names: list[str], config: QLoRAConfig) -> str | No
 def check_targets(
     targets: dict[str, Site], config: QLoRAConfig
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns the targets' kinds of axes, and why some are unfit, by path."""
+    """Returns the roles of the targets' axes, and why some are unfit, by path."""
     names_by_module: dict[int, list[str]] = {}
     for site in targets.values():
         for module, _, name in site.holders:

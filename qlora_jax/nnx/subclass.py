@@ -121,13 +121,11 @@ def materializing(cls: type, names: tuple[str, ...]) -> type:
     """Returns a subclass of `cls` that reads the kernels `names` as floats."""
     # Each method that reads a packed kernel runs under `nnx.remat` with a float
     # `nnx.Param` in its place. Methods that read none run as they are.
-    reading = sorted(
-        {method for name in names for method in methods_reading(cls, name)}
-    )
+    reading = sorted({m for name in names for m in methods_reading(cls, name)})
     methods = {m: _with_float_kernels(getattr(cls, m)) for m in reading}
     # Look-ups use the packed table, and `attend` reads it in float.
     rule = RULES.find(cls)
-    if rule is not None and rule.is_partial:
+    if rule is not None and rule.has_float_methods:
         methods["__call__"] = packed_call
     return subclass(cls, methods, (materializing, (cls, names)), rule)
 
@@ -135,7 +133,7 @@ def materializing(cls: type, names: tuple[str, ...]) -> type:
 def _with_float_kernels(method: Method) -> Method:
     @functools.wraps(method)
     def call(self: nnx.Module, *args: object, **kwargs: object) -> Tree:
-        # The module already reads the trained array of a leaf that is trained in full.
+        # Leaves that are trained in full are left out: the module reads their arrays.
         names = [n for n in adapted_names(self) if adapter_of(self, n).frozen is None]
         kernels = [(base_of(self, n), adapter_of(self, n).sliced) for n in names]
         expert_weights: list[Array] = []  # set while experts are traced
@@ -149,16 +147,16 @@ def _with_float_kernels(method: Method) -> Method:
             transform = functools.partial(_with_experts, kernels, expert_weights)
         else:
             # The policy saves products, but not the kernels, which the backward pass
-            # decodes again. The product of an adapter's factors, as large as the
-            # kernel, is not saved: policies do not look into its custom gradient.
-            nodes = (node for _, node in nnx.iter_graph(self))
-            variables = [node for node in nodes if isinstance(node, nnx.Variable)]
+            # decodes again. It does not save an adapter's A B, which is as large as the
+            # kernel, because this product has a custom gradient, and policies do not
+            # look into those.
+            state = [x for _, x in nnx.iter_graph(self) if isinstance(x, nnx.Variable)]
             transform = nnx.remat(
                 policy=jax.checkpoint_policies.dots_saveable,
                 graph=True,
-                # Modules from an outer trace are read-only: write only variables that
-                # the method changes.
-                graph_updates=all(getattr(x, "_can_update", True) for x in variables),
+                # Graph updates write all variables, but those from an outer trace are
+                # read-only. Without graph updates, Flax writes only changed variables.
+                graph_updates=all(getattr(x, "_can_update", True) for x in state),
             )
         return on_arrays(transform, run, (args, kwargs), self, split=_split_arrays)
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .._jax.pytree import Note
-from ..adapters.base import Adapter, replace_arrays
+from ..adapters.base import Adapter, with_dropout
 from ..quant.formats import Packing
 from ..quant.pack import StraightThrough
 from ..quant.qtensor import QTensor
@@ -47,6 +47,7 @@ class Packed(nnx.Variable[QTensor]):
         return self[...]
 
 
+# The next two are subclasses of `Packed`, so that filters that name it select them too.
 class Inputs(Packed):
     """Untrained arrays of an adapter, such as scalings, which scans slice too."""
 
@@ -81,7 +82,7 @@ class AdapterModule(nnx.Module):
         self.names = (*adapter.roles,)  # of the arrays
         self.rate = adapter.dropout
         self.set(adapter)
-        self.trained_packing = trained_packing  # of a kernel trained through it
+        self.trained_packing = trained_packing  # None unless the kernel is trained
         self.path = Note(path)  # for errors; all notes are equal in graph definitions
         self.deterministic = False  # set by `model.train()` and `model.eval()`
         self.enabled = True  # set by `disable_adapters`
@@ -133,9 +134,8 @@ class AdapterModule(nnx.Module):
         leaves = [*arrays, *(inputs[name] for name in self.input_names)]
         # If the inputs are static in `structure`, it has no leaves for them.
         adapter: Adapter = structure.unflatten(leaves[: structure.num_leaves])
-        if "dropout" not in adapter.settings:
-            return adapter
-        return replace_arrays(adapter, lambda _, x: x, dropout=self.rate)
+        has_dropout = "dropout" in adapter.settings
+        return with_dropout(adapter, self.rate) if has_dropout else adapter
 
     def dropout_key(self) -> jax.Array | None:
         """Returns a new key for the dropout of a call, or None without dropout."""

@@ -13,7 +13,7 @@ from ..trees.init import init_targets
 from ..trees.paths import Leaf, leaves_by_path
 from ..trees.targets import find_targets
 from .bridge import kinds_of_linen, packed_linen
-from .sites import Site, check_targets, find_sites, packed_rule, why_not_trained
+from .sites import Site, check_targets, find_sites, packed_rule, why_no_adapter
 from .subclass import materializing, packed
 from .variables import (
     AdapterModule,
@@ -110,7 +110,7 @@ def wrap(
     elif in_linen:
         problems = _unknown_axes(in_linen, values, config) | problems
     for path, site in trained.items():
-        if reason := why_not_trained(site):
+        if reason := why_no_adapter(site):
             problems.setdefault(path, reason)
     geometries = find_targets(values, config, kinds, problems)
     if donate and config.fmt is not None and config.freeze_base:
@@ -184,8 +184,8 @@ def _change_class(module: nnx.Module, names: list[str]) -> None:
     if runs_linen(module):
         # A bridge that was wrapped before, for other targets, has its class already.
         new_class = cls if hasattr(cls, "qlora_original") else packed_linen(cls)
-    elif (rule := packed_rule(module, names)) is not None and not rule.is_partial:
-        new_class = packed(cls)
-    else:
+    elif (rule := packed_rule(module, names)) is None or rule.has_float_methods:
         new_class = materializing(cls, tuple(sorted(names)))
+    else:
+        new_class = packed(cls)
     object.__setattr__(module, "__class__", new_class)

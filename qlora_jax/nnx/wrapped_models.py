@@ -127,6 +127,7 @@ def join(model: M, base: Tree, lora: Tree) -> M:
             problems.append(f"{path}: {reason}")
     refuse_listed("these are not the parameters of the model", sorted(problems))
     for path, variable in _base_variables(model).items():
+        # The `value` of a packed kernel is the QTensor; that of others is an array.
         variable.set_value(as_kernel(leaves[path]).value)
     for path, holder, name in adapted_kernels(model):
         adapter, path = adapter_of(holder, name), join_path(path)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Int32
 from .._jax.arguments import checked_integers
 from .._jax.memory import is_concrete
 from .._jax.pytree import count_bytes, register
-from ..adapters.base import Adapter, replace_arrays, used_ranks
+from ..adapters.base import Adapter, replace_arrays, used_ranks, with_dropout
 from ..adapters.lora import SETTINGS
 from ..adapters.selected import Selected
 from .adapters import adapters_by_keys
@@ -158,7 +158,7 @@ def bank(
     if dropout is not None:
 
         def set_dropout(_: str, adapter: Adapter) -> Adapter:
-            return replace_arrays(adapter, lambda _, x: x, dropout=dropout)
+            return with_dropout(adapter, dropout)
 
         adapters = [map_by_path(set_dropout, tree) for tree in adapters]
     # The template of a path has the shapes and dtypes that fit all of its adapters.
