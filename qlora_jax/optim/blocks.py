@@ -139,6 +139,7 @@ def _block_specs(mesh: AnyMesh, spec: tuple, grid: Grid) -> Blocks:
     start = 1 if len(spec) > 2 else 0
     layers = spec[0] if len(spec) > 2 else None
     row_axes = [i for i in range(start, len(spec)) if i != grid.axis]
+    # Other axes are flattened to rows. A part of the first one is then a range of rows.
     rows = spec[row_axes[0]] if row_axes else None
     if grid.axis is None:  # A flattened array has only four rows: split its columns.
         rows, columns = None, rows

@@ -1,9 +1,10 @@
 """Runs an optimizer update on one layer at a time.
 
-A *stack* is an array `[layers, ...]`. The update is traced once, on whole stacks, and
-its jaxpr is then run with an array `[1, ...]` in place of each stack. Elementwise
-primitives return the entries of that layer. Primitives that mix entries of different
-layers cannot be computed from a single layer, and raise `NotByLayers`.
+A *stack* is an array `[layers, ...]`, and its *depth* is the number of layers. Arrays
+that are not stacks have depth 0. The update is traced once, on whole stacks, and its
+jaxpr is then run with an array `[1, ...]` in place of each stack of one depth.
+Elementwise primitives return the entries of that layer. Primitives that mix entries of
+different layers cannot be computed from a single layer, and raise `NotByLayers`.
 """
 
 import functools
@@ -49,12 +50,12 @@ class OneLayer(NamedTuple):
 
 
 # A value in the program: a whole array, one layer of a stack, or None for a value that
-# is unknown because it depends on other layers.
+# is unknown because it depends on other layers, or on stacks of another depth.
 Value = Array | OneLayer | None
 
 
-def find_stacks(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
-    """Returns the number of layers of each array, or 0 if it is not a stack."""
+def stack_depths(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
+    """Returns the depth of each array."""
     # Adapters and kernels that are trained have a method `stack_flags`, which returns
     # whether each of their arrays is a stack.
     nodes = jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "stack_flags"))
@@ -84,9 +85,9 @@ def can_be_sliced(x: Array) -> bool:
 
 
 def find_state_stacks(
-    init: Callable[[Tree], Tree], params: Tree, param_layers: Sequence[int]
+    init: Callable[[Tree], Tree], params: Tree, param_depths: Sequence[int]
 ) -> tuple[list[tuple[int, ...]], list[int], Any]:
-    """Returns the shapes and numbers of layers of a state's arrays, and its treedef.
+    """Returns the shapes and depths of the arrays of a state, and its treedef.
 
     To find out which arrays of the state are stacks, `init` is traced a second time
     with one more layer in each stack of the parameters. An array of the state that
@@ -95,7 +96,7 @@ def find_state_stacks(
     leaves, params_def = jax.tree.flatten(params)
     grown_leaves = [
         jax.ShapeDtypeStruct((n + 1, *x.shape[1:]), x.dtype) if n else x
-        for x, n in zip(leaves, param_layers, strict=True)
+        for x, n in zip(leaves, param_depths, strict=True)
     ]
     state, state_def = jax.tree.flatten(jax.eval_shape(init, params))
     try:
@@ -105,86 +106,82 @@ def find_state_stacks(
     if jax.tree.structure(grown_state) != state_def:
         raise NotByLayers("the structure of the state depends on sizes")
 
-    def count_layers(x: jax.ShapeDtypeStruct, grown: jax.ShapeDtypeStruct) -> int:
+    def depth_of(x: jax.ShapeDtypeStruct, grown: jax.ShapeDtypeStruct) -> int:
         if x.shape == grown.shape:
             return 0
         n, *layer_shape = x.shape or (0,)
-        if n and n in param_layers and grown.shape == (n + 1, *layer_shape):
+        if n and n in param_depths and grown.shape == (n + 1, *layer_shape):
             return n
         raise NotByLayers(f"the state has an array of shape {x.shape}, not a stack")
 
-    layers = list(map(count_layers, state, jax.tree.leaves(grown_state)))
-    return [x.shape for x in state], layers, state_def
+    depths = list(map(depth_of, state, jax.tree.leaves(grown_state)))
+    return [x.shape for x in state], depths, state_def
 
 
 def by_layers(
     fn: Callable[..., list[Array]],
     arguments: Sequence[Array],
-    argument_layers: Sequence[int],
-    result_layers: Sequence[int],
+    argument_depths: Sequence[int],
+    result_depths: Sequence[int],
     *,
     names: Sequence[str] = (),
 ) -> list[Array]:
     """Returns `fn(*arguments)`, computed layer by layer for stacks.
 
-    `argument_layers` and `result_layers` are the numbers of layers, or 0 for arrays
-    that are not stacks. A result replaces the argument at its position if both have the
-    same type. `names` are the paths of the first results, for the error message.
+    A result replaces the argument at its position if both have the same type. `names`
+    are the paths of the first results, for the error message.
     """
     # The trace is on whole stacks, so that a program that reads the number of layers
     # gets the right one.
     closed_jaxpr = jax.make_jaxpr(fn)(*arguments)
-    update = _LayerwiseUpdate(closed_jaxpr, argument_layers, result_layers)
+    update = _LayerwiseUpdate(closed_jaxpr, argument_depths, result_depths)
     update.check(arguments, names)
     results = update.compute(0, arguments)
-    for num_layers in {*result_layers} - {0}:
-        results |= update.loop(num_layers, arguments)
-    return [results[j] for j in range(len(result_layers))]
+    for depth in {*result_depths} - {0}:
+        results |= update.loop(depth, arguments)
+    return [results[j] for j in range(len(result_depths))]
 
 
 @dataclass(frozen=True)
 class _LayerwiseUpdate:
-    """A traced update, with the numbers of layers of its arguments and results."""
+    """A traced update, with the depths of its arguments and results."""
 
     program: core.ClosedJaxpr
-    argument_layers: Sequence[int]
-    result_layers: Sequence[int]
+    argument_depths: Sequence[int]
+    result_depths: Sequence[int]
     mixing_primitives: list[str] = field(default_factory=list)  # collects their names
 
     def compute(
-        self, num_layers: int, arguments: Sequence[Array], index: Array | int = 0
+        self, depth: int, arguments: Sequence[Array], index: Array | int = 0
     ) -> dict[int, Any]:
-        """Returns layer `index` of the results with `num_layers` layers, by position.
+        """Returns layer `index` of the results of this depth, by position.
 
-        For 0, returns the results that are not stacks. A result that cannot be computed
+        Results of depth 0 are returned as a whole. A result that cannot be computed
         from one layer is None.
         """
-        interpreter = _LayerInterpreter(num_layers, index, self.mixing_primitives)
+        interpreter = _LayerInterpreter(depth, index, self.mixing_primitives)
 
-        def argument_value(x: Array, layers: int) -> Value:
-            if layers == 0:
+        def argument_value(x: Array, x_depth: int) -> Value:
+            if x_depth == 0:
                 return x
-            return OneLayer(interpreter.layer_of(x)) if layers == num_layers else None
+            return OneLayer(interpreter.layer_of(x)) if x_depth == depth else None
 
-        values = [
-            argument_value(x, layers)
-            for x, layers in zip(arguments, self.argument_layers, strict=True)
-        ]
+        values = list(map(argument_value, arguments, self.argument_depths))
         results = interpreter.run(self.program, *values)
         return {
-            j: interpreter.layer_of(x) if num_layers and x is not None else x
+            j: interpreter.layer_of(x) if depth and x is not None else x
             for j, x in enumerate(results)
-            if self.result_layers[j] == num_layers
+            if self.result_depths[j] == depth
         }
 
     def check(self, arguments: Sequence[Array], names: Sequence[str]) -> None:
         """Raises NotByLayers if a result depends on several layers."""
-        result_types = zip(self.program.out_avals, self.result_layers, strict=True)
+        result_types = zip(self.program.out_avals, self.result_depths, strict=True)
         if changed := [x.shape for x, n in result_types if n and x.shape[:1] != (n,)]:
             raise NotByLayers(f"it changes the shape of the state, to {changed}")
         results = {}
-        for num_layers in {0, *self.result_layers}:
-            results |= jax.eval_shape(lambda n=num_layers: self.compute(n, arguments))
+        for depth in {0, *self.result_depths}:
+            results |= jax.eval_shape(lambda n=depth: self.compute(n, arguments))
         if mixed := sorted(j for j, x in results.items() if x is None):
             paths = [names[j] for j in mixed if j < len(names)] or "the state"
             primitives = ", ".join(dict.fromkeys(self.mixing_primitives))
@@ -193,14 +190,14 @@ class _LayerwiseUpdate:
                 f"{primitives or 'another array'}"
             )
 
-    def loop(self, num_layers: int, arguments: Sequence[Array]) -> dict[int, Array]:
-        """Computes the results with `num_layers` layers in a loop over the layers."""
+    def loop(self, depth: int, arguments: Sequence[Array]) -> dict[int, Array]:
+        """Computes the results of this depth in a loop over the layers."""
         # The loop carries whole stacks and replaces one layer at a time. A scan with
         # stacked outputs would allocate a second copy of them in host memory.
         result_types = {
             j: x
             for j, x in enumerate(self.program.out_avals)
-            if self.result_layers[j] == num_layers
+            if self.result_depths[j] == depth
         }
 
         def has_type(x: Array, aval: Any) -> bool:
@@ -211,7 +208,7 @@ class _LayerwiseUpdate:
         replaced = {
             j
             for j, x in enumerate(arguments)
-            if self.argument_layers[j] == num_layers
+            if self.argument_depths[j] == depth
             and j in result_types
             and has_type(x, result_types[j])
         }
@@ -220,23 +217,21 @@ class _LayerwiseUpdate:
             current = [
                 stacks[j] if j in replaced else x for j, x in enumerate(arguments)
             ]
-            layers = self.compute(num_layers, current, i)
+            layers = self.compute(depth, current, i)
             return jax.tree.map(lambda s, x: _write_layer(s, x, i), stacks, layers)
 
         stacks = {
             j: arguments[j] if j in replaced else _empty(x)
             for j, x in result_types.items()
         }
-        return lax.fori_loop(0, num_layers, update_layer, stacks)
+        return lax.fori_loop(0, depth, update_layer, stacks)
 
 
 class _LayerInterpreter:
-    """Runs programs on layer `index` of all stacks with `num_layers` layers."""
+    """Runs programs on layer `index` of all stacks of one depth."""
 
-    def __init__(
-        self, num_layers: int, index: Array | int, mixing_primitives: list[str]
-    ):
-        self._num_layers, self._index = num_layers, index
+    def __init__(self, depth: int, index: Array | int, mixing_primitives: list[str]):
+        self._depth, self._index = depth, index
         self._mixing_primitives = mixing_primitives
 
     def layer_of(self, x: Array | OneLayer) -> Array:
@@ -315,12 +310,12 @@ class _LayerInterpreter:
 
     def _fills_stack(self, eqn: core.JaxprEqn) -> bool:
         """Whether an equation broadcasts a scalar to a stack, such as `jnp.zeros`."""
-        if eqn.primitive.name != "broadcast_in_dim" or not self._num_layers:
+        if eqn.primitive.name != "broadcast_in_dim" or not self._depth:
             return False
         spec = getattr(eqn.params["sharding"], "spec", ())
         variable: Any = eqn.invars[0]
         is_scalar = variable.aval.shape == ()
-        is_stack = eqn.params["shape"][:1] == (self._num_layers,)
+        is_stack = eqn.params["shape"][:1] == (self._depth,)
         return is_scalar and is_stack and not any(spec[:1])
 
 

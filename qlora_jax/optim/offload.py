@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from .._jax.memory import is_concrete
 from .._jax.specs import AnyMesh
 from ..trees.paths import Tree, paths_where
-from .layerwise import NotByLayers, by_layers, find_stacks, find_state_stacks
+from .layerwise import NotByLayers, by_layers, find_state_stacks, stack_depths
 from .paging import is_on_host, to_device, to_host
 from .skippable import skippable
 
@@ -87,10 +87,10 @@ def offload(
 
     def init(params: Tree) -> Tree:
         _check_on_device(params)
-        layers = find_stacks(params, stacks) if layerwise is not False else []
-        if any(layers):
+        depths = stack_depths(params, stacks) if layerwise is not False else []
+        if any(depths):
             with contextlib.suppress(NotByLayers):
-                return _init_by_layers(first_state, params, layers)
+                return _init_by_layers(first_state, params, depths)
         return first_state(params)
 
     def update(
@@ -103,11 +103,11 @@ def offload(
             new_updates, state = tx.update(updates, state, params, **extra_args)
             return new_updates, jax.tree.map(to_host, state)
 
-        layers = find_stacks(updates, stacks) if layerwise is not False else []
-        if any(layers):
+        depths = stack_depths(updates, stacks) if layerwise is not False else []
+        if any(depths):
             try:
                 return _update_by_layers(
-                    update_at_once, tx.init, (updates, state, params), layers
+                    update_at_once, tx.init, (updates, state, params), depths
                 )
             except NotByLayers as error:
                 if layerwise:
@@ -125,14 +125,14 @@ def _update_by_layers(
     update_at_once: Callable[[Tree, Tree, Tree | None], tuple[Tree, Tree]],
     init: Callable[[Tree], Tree],
     arguments: tuple[Tree, Tree, Tree | None],
-    param_layers: Sequence[int],
+    param_depths: Sequence[int],
 ) -> tuple[Tree, Tree]:
     updates, state, params = arguments
     like_params = updates if params is None else params
     if jax.tree.structure(like_params) != jax.tree.structure(updates):
         raise NotByLayers("`params` and `updates` differ in structure")
-    expected_shapes, state_layers, expected_def = find_state_stacks(
-        init, like_params, param_layers
+    expected_shapes, state_depths, expected_def = find_state_stacks(
+        init, like_params, param_depths
     )
     state_leaves, state_def = jax.tree.flatten(state)
     shapes = [x.shape for x in state_leaves]
@@ -150,20 +150,20 @@ def _update_by_layers(
             raise NotByLayers("the update changes the structure of its arguments")
         return results
 
-    result_layers = [*param_layers, *state_layers]
-    argument_layers = [*result_layers, *(param_layers if params is not None else [])]
+    result_depths = [*param_depths, *state_depths]
+    argument_depths = [*result_depths, *(param_depths if params is not None else [])]
     results = by_layers(
         update_leaves,
         leaves,
-        argument_layers,
-        result_layers,
+        argument_depths,
+        result_depths,
         names=paths_where(lambda _: True, updates),
     )
     return results_def.unflatten(results)
 
 
 def _init_by_layers(
-    init: Callable[[Tree], Tree], params: Tree, param_layers: Sequence[int]
+    init: Callable[[Tree], Tree], params: Tree, param_depths: Sequence[int]
 ) -> Tree:
     """Creates a state layer by layer, because it may be larger than device memory."""
     leaves, treedef = jax.tree.flatten(params)
@@ -177,8 +177,8 @@ def _init_by_layers(
     if meshes:
         # Stacks whose layers are on different devices are initialized at once.
         is_split = [any(getattr(x, "spec", ())[:1]) for x in shardings]
-        param_layers = [
-            0 if split else n for n, split in zip(param_layers, is_split, strict=True)
+        param_depths = [
+            0 if split else n for n, split in zip(param_depths, is_split, strict=True)
         ]
         # In Auto mode, a program does not declare how its results are split. This reads
         # it from the state of a single layer, created outside `jit`. The parameters may
@@ -186,18 +186,20 @@ def _init_by_layers(
         with jax.ensure_compile_time_eval():
             one_layer_leaves = [
                 jnp.zeros((1, *x.shape[1:]), x.dtype, device=x.sharding) if n else x
-                for x, n in zip(leaves, param_layers, strict=True)
+                for x, n in zip(leaves, param_depths, strict=True)
             ]
             states = init_leaves(*one_layer_leaves)
             out_shardings = [_on_mesh(x.sharding, meshes[0]) for x in states]
-    if not any(param_layers):
+    if not any(param_depths):
         return init(params)
-    _, state_layers, state_def = find_state_stacks(init, params, param_layers)
+    _, state_depths, state_def = find_state_stacks(init, params, param_depths)
 
     def init_stacks(leaves: list[Array]) -> list[Array]:
-        return by_layers(init_leaves, leaves, param_layers, state_layers)
+        return by_layers(init_leaves, leaves, param_depths, state_depths)
 
     if has_values:
+        # `init` may read only the shapes of parameters, but without arguments, results
+        # would be on the default device.
         init_stacks = jax.jit(
             init_stacks, keep_unused=True, out_shardings=out_shardings
         )
