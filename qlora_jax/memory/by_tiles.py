@@ -124,7 +124,7 @@ def needs_fetch(node: PyTree, x: Float[Array, "*rows D"]) -> bool:
 
 
 def fetch(node: PyTree, x: Float[Array, "*rows D"]) -> PyTree:
-    """Returns a kernel and its adapter on the device, gathered if products need it."""
+    """Returns a kernel on the device, perhaps gathered, and an adapter split to fit."""
     if not needs_fetch(node, x):
         return node
     kernel, lora, key = parts_of(node)
