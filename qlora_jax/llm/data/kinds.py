@@ -86,17 +86,17 @@ def find_fields(
     if kinds is TEXT_KINDS:
         _check_no_pair(row, keys)
     for kind, (required, optional) in kinds.items():
-        names = {key: keys.get(key, key) for key in required + optional}
-        if not {*keys} <= {*names}:
+        row_keys = {key: keys.get(key, key) for key in required + optional}
+        if not {*keys} <= {*row_keys}:
             continue
-        if all(row.get(names[key]) is not None for key in required):
-            values = {key: _parse_field(key, row.get(names[key])) for key in names}
-            unused = [key for key in row if row[key] and key not in names.values()]
+        if all(row.get(row_keys[key]) is not None for key in required):
+            values = {k: _parse_field(k, row.get(x)) for k, x in row_keys.items()}
+            unused = [x for x in row if row[x] and x not in row_keys.values()]
             _check_unused(kind, unused)
-            if kinds is TEXT_KINDS and "label" not in names.values():
+            if kinds is TEXT_KINDS and "label" not in row_keys.values():
                 _check_no_label(kind, row.get("label"))
             return Fields(kind, values, unused)
-        alternatives.append(" and ".join(f"`{names[key]}`" for key in required))
+        alternatives.append(" and ".join(f"`{row_keys[key]}`" for key in required))
     if [*row] == ["data"] and isinstance(row["data"], list):
         raise ValueError(
             "the row must be a single row. Got an object whose `data` is a list of "
@@ -158,7 +158,7 @@ def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, 
     messages. Otherwise, the pair of these strings is returned.
     """
     kind, values, _ = fields
-    groups, tools = {}, _check_tools(values.get("tools"))
+    groups, tools = {}, _check_tools(values.get("tools"))  # "alpaca" has no tools
     # The system prompt comes first, as a message.
     if values["system"]:
         text = check_text("system", values["system"])
@@ -314,11 +314,11 @@ def split_preference(fields: Fields) -> list[tuple[str, bool, Fields]]:
             raise ValueError(f"`label` must be true or false. Got {label!r:.40}.")
         return [("completion", bool(label), fields._replace(kind="prompt/completion"))]
     kind, prompt, chosen, rejected = _split_prompt(values)
-    chosen, rejected = (
-        Fields(kind, values | {"prompt": prompt, "completion": completion}, [])
-        for completion in (chosen, rejected)
-    )
-    return [("chosen", True, chosen), ("rejected", False, rejected)]
+    completions = (("chosen", True, chosen), ("rejected", False, rejected))
+    return [
+        (key, label, Fields(kind, values | {"prompt": prompt, "completion": x}, []))
+        for key, label, x in completions
+    ]
 
 
 def _split_prompt(values: Mapping[str, Any]) -> tuple[str, Any, Any, Any]:
