@@ -202,27 +202,26 @@ class Encoder:
         return Row(ids, ids, place)
 
     def _encode_preference(self, fields, place, with_example) -> Encoded:
-        encoded = []
-        for name, is_good, completion in kinds.split_preference(fields):
+        completions: list[Encoded] = []
+        for name, is_good, completion_fields in kinds.split_preference(fields):
             has_example = with_example and is_good
             try:
-                sequence = self._encode_answers(completion, place, has_example)
+                encoded = self._encode_answers(completion_fields, place, has_example)
             except ModelError:
                 raise
             except ValueError as error:
-                # The message must name the key in the user's row: "chosen" or
-                # "rejected".
+                # Name the key in the user's row: "chosen" or "rejected".
                 raise ValueError(str(error).replace("completion", name)) from error
-            row = sequence.row._replace(label=is_good)
-            encoded.append(sequence._replace(row=row))
-        rejected = encoded[1].row if len(encoded) > 1 else None
-        row = encoded[0].row._replace(rejected=rejected)
+            row = encoded.row._replace(label=is_good)
+            completions.append(encoded._replace(row=row))
+        rejected = completions[1].row if len(completions) > 1 else None
+        row = completions[0].row._replace(rejected=rejected)
         if not row.is_trained:
             raise ValueError(
                 "the answers must have tokens, and those of a pair must differ."
             )
-        straddles = any(x.straddles for x in encoded)
-        return encoded[0]._replace(row=row, straddles=straddles)
+        straddles = any(x.straddles for x in completions)
+        return completions[0]._replace(row=row, straddles=straddles)
 
     def _encode_answers(self, fields, place, with_example) -> Encoded:
         # The text is tokenized as a whole, because tokenizing its parts separately can
@@ -359,7 +358,8 @@ class Encoder:
             # token for the end of the text, which belongs to the answer.
             is_inside |= added & (starts > start)
             (indices,) = np.nonzero(is_inside)
-            # Generation stops at an end token, so text after it does not belong to it.
+            # An answer ends at its last end token: earlier ones are inside it, and the
+            # text after it comes from the template, once the model has stopped.
             stops = [i for i in indices if ids[i] in end_ids]
             indices = indices[indices <= stops[-1]] if stops else indices
             is_answer[indices] = True
