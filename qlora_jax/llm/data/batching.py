@@ -262,7 +262,7 @@ class _BatchSource:
         self.row_widths = self.widths[np.searchsorted(self.widths, lengths)]
         # One number of targets for each width, so that each width has one shape.
         # Shorter rows can have more targets, and may be in a batch of this width.
-        self.num_targets = {
+        self.max_targets = {
             int(width): int(round_up(num_targets[self.row_widths <= width].max()))
             for width in self.widths
         }
@@ -320,7 +320,7 @@ class _BatchSource:
         size = self.batch_size * len(groups) // len(rows)  # a pair fills two rows
         longest = max(self._length(row) for [row] in groups)
         width = int(self.widths[np.searchsorted(self.widths, longest)])
-        num_targets = self.num_targets[width]
+        num_targets = self.max_targets[width]
         batch = collate(groups, size, width, num_targets, int(self.is_preference))
         if not self.num_images:
             return batch

@@ -237,10 +237,10 @@ def take_images(
     Relative paths start from `folder`. Raises ValueError if an image is not a file on
     this machine.
     """
-    texts: dict[str, Messages] = {}
+    new_groups: dict[str, Messages] = {}
     paths: list[pathlib.Path] = []
     for name, group in groups.items():
-        texts[name] = messages = []
+        new_groups[name] = messages = []
         for number, message in enumerate(group):
             parts = []
             for index, part in enumerate(_parts_of(message)):
@@ -250,7 +250,7 @@ def take_images(
                     part = {"type": "image"}
                 parts.append(part)
             messages.append({**message, "content": parts} if parts else message)
-    return texts, paths
+    return new_groups, paths
 
 
 def _parts_of(message: Mapping[str, Any]) -> list:
@@ -259,6 +259,7 @@ def _parts_of(message: Mapping[str, Any]) -> list:
 
 
 def _is_image(part: object) -> bool:
+    # OpenAI's "image_url" is not supported: `_file_of` rejects it, with an example.
     return isinstance(part, dict) and part.get("type") in ("image", "image_url")
 
 

@@ -230,13 +230,13 @@ class JsonLines:
                 "`stream` must be false for files other than .jsonl and .jsonl.gz, "
                 f"whose rows cannot be read in any order. Got {name}."
             )
-        read = self._read_unzipped if parts.is_zipped else self._read
+        read = self._unzip_and_read if parts.is_zipped else self._read
         self.source = Source(name, "line", readers.read_file(self.path, parts, read))
         # For the latest row of `source`: the byte at which to read it again, and the
         # number of its line.
         self.offset = self.line_number = 0
 
-    def _read_unzipped(self, file: BinaryIO) -> RawRows:
+    def _unzip_and_read(self, file: BinaryIO) -> RawRows:
         # gzip cannot seek without decompressing from the start, so later reads use a
         # temporary copy, which is deleted together with this object.
         descriptor, name = tempfile.mkstemp()
