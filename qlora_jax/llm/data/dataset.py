@@ -423,7 +423,7 @@ def _cut_rows(
         size, place = encoded.row.longest, encoded.row.place
         num_rows, num_pieces = num_rows + 1, num_pieces + len(pieces)
         num_long, longest = num_long + (size > max_length), max(longest, size)
-        # `cut_row` returns a row that must be refused as it is.
+        # `cut_row` returns a row unchanged if it must be refused.
         if size > max_length and pieces and pieces[0] is encoded:
             refused.append(f"{place} ({size:,} tokens)")
         untrained += [place for x in pieces if not x.row.is_trained]

@@ -66,8 +66,8 @@ class _Search:
             is_omitted = is_omitted or self._is_partly_omitted(path, value)
             return [path] if is_omitted else []
         omitted = [self.find(part, value[part[-1]]) for part in part_paths]
-        # If all parts are omitted, return only the path of the whole value. But in a
-        # message, or a list of messages, whose paths have one or two steps, name each.
+        # A value whose parts are all omitted is named instead of its parts, unless it
+        # is a message or a list of messages, whose paths have one or two steps.
         is_messages = path[0] != "tools" and len(path) < 3
         is_total = all(x == [y] for x, y in zip(omitted, part_paths, strict=True))
         if is_total and not is_messages:

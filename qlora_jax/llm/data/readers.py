@@ -15,8 +15,7 @@ import qlora_jax as ql
 
 MAX_BYTES = 64 << 20  # of a line, or of a file with one text
 _BOM = b"\xef\xbb\xbf"  # Windows programs write it at the start of UTF-8 files
-# The errors of damaged files.
-_DAMAGE = (ValueError, OSError, EOFError, zlib.error)
+_DAMAGE = (ValueError, OSError, EOFError, zlib.error)  # raised by damaged files
 # Yields the number of each row, and the row as it is in the file, or an error.
 RawRows = Iterator[tuple[int, Any]]
 
