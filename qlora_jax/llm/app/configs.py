@@ -43,7 +43,7 @@ _FORMATS_OF_OPTIONS = {
 }
 
 
-def _check_source(config: "ScoreConfig | GenerateConfig") -> None:
+def _check_source(config: "ScoreConfig | PairsConfig | GenerateConfig") -> None:
     if config.model is None and config.run is None:
         raise ValueError("`model` must be given if `run` is not. Got None.")
     if None not in (config.adapter, config.run):
@@ -285,8 +285,7 @@ class PairsConfig(Config):
     block_size: int | None = None
 
     def __post_init__(self):
-        if self.model is None and self.run is None:
-            raise ValueError("`model` must be given if `run` is not. Got None.")
+        _check_source(self)
 
 
 @dataclass(frozen=True)

@@ -422,6 +422,7 @@ def test_wrong_input_is_an_error_without_a_traceback(
         (["export", "--model=m"], "`out` must be given if `run` is not"),
         (["export", "--step=1"], "`model` and `out` must be given if `run` is not"),
         (["export", "--run=r", "--adapter=a"], "`adapter` or `run` must be left out"),
+        (["pairs", "--run=r", "--adapter=a"], "`adapter` or `run` must be left out"),
         (["export", "--run=r", "--format=gguf"], "`out` must be given for gguf"),
         (["export", *RUN, "--format=mlx", "--data=d"], "unless an adapter is merged"),
         (["export", *RUN, "--for=ollama", "--data=d"], "must be left out with `for`"),
