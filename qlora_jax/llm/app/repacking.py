@@ -29,7 +29,8 @@ class Repacked:
         change: How much the adapter changed all these kernels together.
         kept: The share of the adapter's change that survives packing: the total change,
             from the base to the packed kernels, projected onto the adapter's change, as
-            a fraction of the adapter's change.
+            a fraction of the adapter's change. If the error is much larger than this
+            change, the share can be far below 0 or above 1.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -49,8 +50,12 @@ class Repacked:
             f"packing changed the merged weights by {self.error:.2%} "
             f"({self.worst_kernel} by {self.worst_error:.2%})\n"
             f"the adapter had changed them by {self.change:.2%}, of which "
-            f"{self.kept:.0%} is left"
+            f"{_describe_share(self.kept)} is left"
         )
+
+
+def _describe_share(share: float) -> str:
+    return "none" if share <= 0 else f"{share:.0%}"
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,10 @@ def repack(
     cost = _compare(*map(ql.leaves_by_path, (model.base, merged, packed)))
     if cost.kept < 0.5:
         message = (
-            f"Packing keeps {cost.kept:.0%} of what the adapter changed. Serve the "
-            "adapter with the base, or train it with `merge_aware`. If the model is "
-            "already in 4 bits, its weights round back to their old values after a "
-            "small change, so merge into the float model instead."
+            f"Packing keeps {_describe_share(cost.kept)} of what the adapter changed. "
+            "Serve the adapter with the base, or train it with `merge_aware`. If the "
+            "model is already in 4 bits, its weights round back to their old values "
+            "after a small change, so merge into the float model instead."
         )
         warnings.warn(message, UserWarning, stacklevel=2)
     return packed, cost
@@ -112,15 +117,14 @@ def _compare(
     error, change, norm, product = sums.sum(0)
     errors = np.sqrt(sums[:, 0] / np.maximum(sums[:, 2], 1e-30))
     worst, norm = int(np.argmax(errors)), max(norm, 1e-30)  # no division by 0
-    # The adapter changes the base by C, and packing adds the error E. The projection of
-    # C + E onto C, as a share of C, is <C + E, C> / <C, C> = 1 + <E, C> / <C, C>.
-    kept = float(1 + product / change) if change else 1.0
     return Repacked(
         error=float(np.sqrt(error / norm)),
         worst_error=float(errors[worst]),
         worst_kernel=paths[worst],
         change=float(np.sqrt(change / norm)),
-        kept=kept,
+        # The adapter changes the base by C, and packing adds the error E. Projecting
+        # C + E onto C gives C times <C + E, C> / <C, C>, which is 1 + <E, C> / <C, C>.
+        kept=float(1 + product / change) if change else 1.0,
     )
 
 

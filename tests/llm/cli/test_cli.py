@@ -1,5 +1,6 @@
 """The command line: its results, its exit status, its stdout and stderr."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -27,6 +28,8 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.llm import app
+from qlora_jax.llm.app.base_model import BaseModel
+from qlora_jax.llm.app.repacking import repack
 from qlora_jax.llm.app.run import make_run
 from qlora_jax.llm.cli.main import main
 from qlora_jax.llm.cli.parser import COMMANDS
@@ -359,8 +362,23 @@ def test_a_merge_into_4_bits_reports_its_cost(capsys, folder, adapter, rows, tmp
     lora = jax.tree.map(lambda x: x + 1e-3, lora)
     ql.io.save(tmp_path / "small.safetensors", lora)
     small = ("--adapter", tmp_path / "small.safetensors", "--out", tmp_path / "lost")
-    with pytest.warns(UserWarning, match=r"keeps [-\d]+% of what the adapter changed"):
+    with pytest.warns(UserWarning, match=r"keeps (none|\d+%) of what the adapter"):
         assert run(capsys, *pack, alone, *small)[0] == 0
+
+
+def test_a_negative_share_of_a_change_is_none():
+    """The change is much smaller than the error of packing, and points against it."""
+    base = {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
+    packing = ql.QLoRAConfig(fmt="nf4", targets="kernel")
+    packed = ql.quantize(base, packing)["kernel"]
+    u, s, v = np.linalg.svd(ql.dequantize(packed) - base["kernel"])
+    settings = {"fmt": None, "targets": "kernel", "rank": 1, "alpha": 1}
+    _, lora = ql.init(jax.random.key(0), base, ql.QLoRAConfig(**settings))
+    small = dataclasses.replace(lora["kernel"], a=u[:, :1], b=-0.01 * s[0] * v[:1])
+    model = BaseModel(GOLDEN, read_config(GOLDEN), base, {"kernel": small})
+    with pytest.warns(UserWarning, match="keeps none of what the adapter changed"):
+        _, cost = repack(model, packing)
+    assert cost.kept < -1 and str(cost).endswith("%, of which none is left")
 
 
 def test_wrong_data_is_listed_by_line(capsys, folder, tmp_path):
