@@ -29,12 +29,12 @@ ERRORS += TypeError, ValueError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs a command and returns its exit status, without preparing the process."""
+    """Runs a command, returns its exit status, and keeps this process's settings."""
     return _run(arguments, lambda config: None)
 
 
 def run_program() -> None:
-    """Prepares this process for the command in `sys.argv`, and runs the command."""
+    """Changes this process's settings for the command in `sys.argv`, and runs it."""
 
     def prepare(config: object) -> None:
         if isinstance(config, app.TrainConfig) and config.devices.huge_pages:
