@@ -1,33 +1,22 @@
-"""Writes the numbers of each step: metrics.jsonl, TensorBoard, W&B and trackio."""
+"""Logs the metrics of each step to TensorBoard, W&B and trackio."""
 
 import contextlib
 import contextvars
 import importlib
-import pathlib
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ..train.outputs import Metrics
 from .processes import all_or_none, is_first
 from .run import Run
-from .run_folder import LOG_ID, METRICS, write_text
+from .run_folder import LOG_ID, write_text
 
 _PROJECT = "qlora-jax"
 _NOT_LOGGED = ("step", "is_compiled")
 
 LogRow = Callable[[Mapping[str, Any]], object]  # takes a row of metrics.jsonl
 LogStep = Callable[[Mapping[str, Any], int], object]  # takes metrics and their step
-
-
-def open_metrics(
-    folder: pathlib.Path, resume_after: int | None
-) -> contextlib.AbstractContextManager[Metrics | None]:
-    """Opens metrics.jsonl in the first process; yields None in the others."""
-    if is_first():
-        return Metrics(folder / METRICS, after=resume_after)
-    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

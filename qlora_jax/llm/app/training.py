@@ -32,7 +32,7 @@ from ..train.outputs import Metrics, plural
 from ..train.step import Report, State
 from . import processes
 from .evaluation import Evaluation
-from .loggers import LogRow, open_loggers, open_metrics
+from .loggers import LogRow, open_loggers
 from .preview import Preview, preview
 from .processes import all_or_none, broadcast_text, is_first, log, only_in_first
 from .program import (
@@ -450,7 +450,10 @@ def _open_callbacks(
     progress = [stack.enter_context(ShowProgress(log_every))]
     callbacks = []
     for trainer, log_row in zip(trainers, log_rows, strict=True):
-        metrics = stack.enter_context(open_metrics(trainer.run.folder, resume_after))
+        metrics = None
+        if is_first():
+            path = trainer.run.folder / METRICS
+            metrics = stack.enter_context(Metrics(path, after=resume_after))
         callbacks.append(trainer.make_callbacks(metrics, log_row, progress))
         progress = []  # of the first run only
     if not is_sweep:
