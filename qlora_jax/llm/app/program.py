@@ -41,7 +41,7 @@ from .train_groups import ModelConfig, OptimizerConfig
 class Program(NamedTuple):
     """The model of a run, and the functions that train and evaluate it."""
 
-    model: Any  # the decoder, wrapped by `ql.linen.wrap`
+    model: Any  # a `Decoder` wrapped by `ql.linen.wrap`, or a `TorchDecoder`
     # A `Loss`, as `make_step` takes it, but without the term that balances experts.
     eval_loss: Callable[..., tuple]
     optimizer: optax.GradientTransformation
@@ -50,8 +50,8 @@ class Program(NamedTuple):
 
 def make_program(
     config: TrainConfig,
-    decoder: DecoderConfig | TorchConfig,
-    teacher: DecoderConfig | TorchConfig | None = None,
+    model_config: DecoderConfig | TorchConfig,
+    teacher_config: DecoderConfig | TorchConfig | None = None,
     backend: str | Sequence[str] | None = None,
     learning_rates: Sequence[float] | None = None,
 ) -> Program:
@@ -77,9 +77,9 @@ def make_program(
         "has_dropout": config.adapter.dropout > 0,
         "has_packed_rows": config.training.packing,
     }
-    model = _make_model(config.model, decoder, **model_options)
+    model = _make_model(config.model, model_config, **model_options)
     # The weight of the loss that balances the load of the experts in training.
-    balance = 0.0 if decoder.experts is None else decoder.experts.balance
+    balance = 0.0 if model_config.experts is None else model_config.experts.balance
     objective = find_objective(config.training.objective)
     if balance and not objective.balances_experts:
         raise ValueError(
@@ -89,8 +89,9 @@ def make_program(
         )
     options = config.to_settings()
     settings = {name: options[name] for name in objective.settings}
-    if teacher is not None:
-        settings["teacher"] = _make_model(config.model, teacher, **model_options)
+    if teacher_config is not None:
+        teacher = _make_model(config.model, teacher_config, **model_options)
+        settings["teacher"] = teacher
     eval_loss = loss = objective.loss(model, **settings)
     if balance:
         loss = objective.loss(model, balance=balance, **settings)
@@ -104,15 +105,15 @@ def make_program(
 
 def _make_model(
     settings: ModelConfig,
-    decoder: DecoderConfig | TorchConfig,
+    model_config: DecoderConfig | TorchConfig,
     *,
     backend: str | Sequence[str] | None,
     has_dropout: bool,
     has_packed_rows: bool,
 ) -> Any:
     """Returns the model, which accepts packed parameters and the collection `lora`."""
-    if isinstance(decoder, TorchConfig):
-        return decoder.make_model(
+    if isinstance(model_config, TorchConfig):
+        return model_config.make_model(
             dtype=jnp.dtype(settings.dtype),
             remat=bool(settings.remat),
             has_dropout=has_dropout,
@@ -120,7 +121,7 @@ def _make_model(
             has_packed_rows=has_packed_rows,
         )
     module = Decoder(
-        decoder,
+        model_config,
         dtype=jnp.dtype(settings.dtype),
         remat=settings.remat,
         attention=settings.attention,
