@@ -58,7 +58,7 @@ MLX_ADAPTER = "adapters.safetensors"
 LAYERS = r"layers(_\d+)?/(?!.*/(router|shared_expert_gate)/).*/kernel"
 
 # The arguments `packing_config` and `dtype` with which `BaseModel.read` returns the
-# weights that training used. Without any, these are the stored weights.
+# weights that training used. If it used them as they are stored, the dict is empty.
 LoadOptions = dict[str, Any]
 
 
@@ -224,6 +224,7 @@ class BaseModel:
             return None
         if fmt == stored_fmt and block_size is None:  # pack again, in the same format
             block_size = self.quantization.get("group_size")
+        # `is_recoded` is true of GGUF files, which are always read with `recode`.
         if stored_fmt is not None and not (self.recode or self.files.is_recoded):
             raise ValueError(
                 f"`fmt` must be none or {stored_fmt}, the format of the model, which "
@@ -326,9 +327,9 @@ def open_model(
 ) -> BaseModel:
     """Finds a model and an adapter in any format.
 
-    Reads only the model's config and, if it is in this library's format, the adapter.
-    With the engine "auto", models that the JAX decoder does not support run in
-    PyTorch's code.
+    Reads only the model's config and, if it is in this library's format, the adapter,
+    so that commands know early whether it is merge-aware. With the engine "auto",
+    models that the JAX decoder does not support run in PyTorch's code.
     """
     path = fetch(name_or_path)
     config = _open_config(path, engine)

@@ -23,10 +23,10 @@ else:
     ServerName = Literal[tuple(SERVERS)]
 AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
 PackedFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
-# Formats for which an adapter is added to the (decoded) weights that training used.
+# For these formats, an adapter is added to the weights that training used (decoded).
 _MERGED_FORMATS = ("merged", "gguf")
-# Except for these types of "gguf", in which the sum is packed, as in a `PackedFormat`.
-# Then the adapter is added to the weights in the model's files.
+# These types of "gguf" are exceptions: as for a `PackedFormat`, the adapter is added to
+# the weights in the model's files, and the sum is packed.
 GGUF_4_BIT_TYPES = ("Q4_0", "Q4_K_M")
 # For a `PackedFormat`, these options describe the exported file. For a server and for
 # `_MERGED_FORMATS`, they describe how training packed the base.

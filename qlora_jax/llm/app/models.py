@@ -12,7 +12,7 @@ from ..models.family import Family, UnsupportedOption
 from .configs import ModelsConfig
 
 # The config of a small model. It has the options that some families require; all others
-# have their defaults. That of `vocab_size_per_layer_input` must equal `vocab_size`.
+# have their defaults. `vocab_size` must be the default of `vocab_size_per_layer_input`.
 _SMALL = {"vocab_size": 262_144, "hidden_size": 256, "intermediate_size": 64}
 _SMALL |= {"num_hidden_layers": 4, "num_attention_heads": 32}
 _SMALL |= {"max_position_embeddings": 64, "num_experts_per_tok": 2}

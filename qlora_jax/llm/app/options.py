@@ -195,6 +195,7 @@ def options_of(config_type: type[Config]) -> Mapping[str, Option]:
         if field.name in groups_of(config_type):
             for option in options_of(hints[field.name]).values():
                 path = f"{field.name}.{option.path}"
+                # The field of a group can set this for all options of the group.
                 may_change = field.metadata.get("may_change", option.may_change)
                 options[option.name] = dataclasses.replace(
                     option, path=path, may_change=may_change
@@ -320,6 +321,7 @@ def _convert_items(kind: type, type_args: tuple[Any, ...], value: Any) -> Any:
         with suppress(yaml.YAMLError):
             value = yaml.safe_load(value)
     elif isinstance(value, str) and kind is list and type_args[0] is not str:
+        # Lists of texts are split where they are used, since paths may contain commas.
         value = value.split(",")
     if kind is list and isinstance(value, list | tuple):
         return [convert(type_args[0], item) for item in value]

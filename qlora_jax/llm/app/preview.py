@@ -97,8 +97,8 @@ def _split_batch(run: Run, batch: Batch) -> Iterator[_Sequence]:
     is_labelled = find_objective(run.config.training.objective).rows == "labelled"
     for index, segments in enumerate(batch.segment_ids):
         has_target = batch.weights[index] != 0
-        # Targets of bad answers have weight 0, but they are not 0 in `answers`, which
-        # has the axes `[rows, sequences, targets]`.
+        # Targets of bad answers have weight 0. In `answers` [rows, sequences, targets],
+        # they are -1, and those of good answers are 1.
         if answers is not None:
             has_target |= answers[index].any(axis=0)
         # `select` has the positions whose next token is a target.
