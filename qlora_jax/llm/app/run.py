@@ -289,13 +289,12 @@ def _check_unpacked(
     settings: ModelConfig, is_merge_aware: bool, model: BaseModel
 ) -> None:
     """Checks the settings of a run whose base stays as it is stored."""
-    scales, memory = settings.scales, settings.base_memory
-    if scales != "absmax" and not is_merge_aware:
+    if settings.scales != "absmax" and not is_merge_aware:
         raise ValueError(
             "`scales` must be absmax unless training packs weights. Got "
-            f"{scales}, and a base that stays as it is stored."
+            f"{settings.scales}, and a base that stays as it is stored."
         )
-    if memory == "host" and model.stored_fmt is None:
+    if settings.base_memory == "host" and model.stored_fmt is None:
         raise ValueError(
             "`base_memory` must be device for a float model, because only packed "
             "layers can stay in host memory. Got host, and fmt=none."

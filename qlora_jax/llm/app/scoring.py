@@ -111,7 +111,8 @@ def make_scorer(
     if not num_targets:
         raise ValueError("the rows must have at least one target token. Got none.")
     wrapped = model.make_model(jnp.dtype(dtype))
-    if isinstance(model.config, TorchConfig):  # each row is a single sequence
+    if isinstance(model.config, TorchConfig):
+        # This model takes one sequence per row, and `chunked_loss` adapts its head too.
         head, can_pack = None, False
     else:
         # A tied head uses the embedding table.

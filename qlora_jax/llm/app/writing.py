@@ -262,7 +262,7 @@ def _write_pair(
         file: str, model: BaseModel, options: LoadOptions, export_format: Any
     ) -> str:
         file += ".gguf" * export_format.startswith("gguf")
-        # Q4_0 stores int4_f16 in blocks of 32 exactly.
+        # Only Q4_0 can be exact in GGUF, where floats are rounded to float16.
         gguf_type = "Q4_0" if pair.exact and export_format == "gguf" else None
         unset = dict.fromkeys((*PACKING_OPTIONS, "server"))
         part_config = dataclasses.replace(
@@ -344,8 +344,8 @@ class _Writer:
     # Models
 
     def write_merged(self) -> None:
-        # Tensors are copied from file to file unless their values or names change. Then
-        # `weights` is a folder, and otherwise a tree.
+        # If neither values nor names change, tensors are copied from file to file, and
+        # `weights` is a folder. Otherwise, it is a tree.
         model, names = self.model, self.model.exported_names
         is_merge_aware = target_packing_of(model.lora) is not None
         is_changed = self.options or is_merge_aware or model.replaces_weights
@@ -418,6 +418,7 @@ class _Writer:
                     f"{self.config.scales}."
                 )
             if packing_config is None or self.calibrate is None:
+                # For a server, `self.options` pack the base as training did.
                 options = self.options or {"packing_config": packing_config}
                 return model.read(**options).base, None
             base = model.read().base
