@@ -44,5 +44,5 @@ def check_base(trained_on: str, base_model: str | None = None) -> None:
         return
     raise ValueError(
         "`model` must be a hub id with `push_to_hub`: the id of the weights that the "
-        f"adapter was trained on. It was trained on {trained_on}, {problem}."
+        f"adapter is trained on. Got one that is trained on {trained_on}, {problem}."
     )

@@ -220,7 +220,7 @@ def _export_for_server(config: ExportConfig) -> Written:
     if out.exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     model, options = open_pair(config)
-    model.check_for_torch("server", server.name, ())
+    model.check_for_torch("for", server.name, ())
     pair = pair_for(server, model, options, tokenizer=config.tokenizer)
     if pair.base == NOT_RUN:
         raise ValueError(f"{server.name} cannot run {model.name}: {pair.why}")

@@ -118,10 +118,12 @@ def read_jsonl(file: IO[bytes]) -> RawRows:
 
 def _read_json(file: BinaryIO) -> RawRows:
     rows = ql.io.parse_json(file.read().removeprefix(_BOM), "The file")
-    if isinstance(rows, dict):
+    if not isinstance(rows, list):
+        is_object = isinstance(rows, dict)
+        description = f"an object with {[*rows]}" if is_object else repr(rows)
         raise ValueError(
-            "The file must be a list of rows, or have one row per line. Got an object "
-            f"with {[*rows]!s:.200}."
+            "The file must be a list of rows, or have one row per line. Got "
+            f"{description:.200}."
         )
     yield from enumerate(map(_object_or_error, rows))
 

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -95,7 +96,7 @@ def find_weights(data: str | pathlib.Path | Mapping[str, float]) -> dict[str, fl
     else:
         pairs = [part.rpartition("=") for part in str(data).split(",")]
         # A path may contain commas and equals signs. Without "=", a name is empty.
-        if pathlib.Path(data).exists() or not all(name for name, *_ in pairs):
+        if os.path.exists(data) or not all(name for name, *_ in pairs):
             return {str(data): 1.0}  # a single data set
         parts = [(name.strip(), weight) for name, _, weight in pairs]
     try:
@@ -103,7 +104,7 @@ def find_weights(data: str | pathlib.Path | Mapping[str, float]) -> dict[str, fl
         is_positive = all(0 < weight < math.inf for weight in weights.values())
         if not weights or len(weights) < len(parts) or not is_positive:
             raise ValueError
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(
             "`data` must list each data set once, with a positive weight, such as "
             f"a.jsonl=0.7,b.jsonl=0.3. Got {data!r}."

@@ -283,7 +283,7 @@ def test_the_copy_is_named_wherever_it_was_trained_on(
         app.train(pushed_run)
     for model in (None, SMOLLM2):
         config = app.ExportConfig(model, run=str(out), push_to_hub="some/new")
-        with pytest.raises(ValueError, match=f"It was trained on {COPY}, "):
+        with pytest.raises(ValueError, match=f"Got one that is trained on {COPY}, "):
             app.export(config)
 
     # Once the hub answers, the run still uses its copy, and other weights give a note.

@@ -193,6 +193,11 @@ def test_data_sets_with_weights_follow_each_other(folder, tmp_path):
     pairs = [write_rows(tmp_path / f"{n}.jsonl", [pair] * n) for n in (1, 2)]
     data = read(folder, dict.fromkeys(map(str, pairs), 1), rows="labelled")
     assert data.mix == ((2, 1.0), (4, 1.0)) and len(data.train) == 6
+    # The names of many data sets are together longer than a path may be.
+    with pytest.raises(ValueError, match="Got '0.jsonl', which is missing"):
+        read(folder, ",".join(f"{i}.jsonl=1" for i in range(100)))
+    with pytest.raises(ValueError, match="must list each data set once, .* None"):
+        read(folder, {str(texts): None})
     # A file name with "=" is not a weight.
     odd_name = write_rows(tmp_path / "a=1.jsonl", [{"text": "one"}])
     assert read(folder, odd_name).mix == ()

@@ -199,6 +199,8 @@ LONG_LINE = b'{"text": "' + b"a" * 4000 + b'"}\n{"text": "b"}'
             b'{"text":\n"a"}',
             r"The file must be a list of rows, or .* Got an object with \['text'\]",
         ),
+        ("d.json", b"3", "d.json must be a .json file. The file must be .* Got 3"),
+        ("d.json", b'"text"', "d.json must be a .json file. The file .* Got 'text'"),
         (
             "d.json",
             b'{"data": [{"text": "a"}]}',
