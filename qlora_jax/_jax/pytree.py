@@ -73,20 +73,20 @@ def register(
     static: tuple[str, ...],
     serialized_name: str | None = None,
     *,
-    input_fields: tuple[str, ...] = (),
+    leaf_or_static: tuple[str, ...] = (),
 ) -> None:
     """Registers a frozen dataclass with array fields and hashable static fields.
 
-    Static fields in `input_fields`, such as the scaling of a LoRA, may also hold an
-    array. They are then leaves of the node, and its attribute `inputs` names them. With
-    a `serialized_name`, `jax.export` and Flax's state dicts support the class. Nodes
-    get a property `tree_fields`: the names of the leaves, and the names of the static
-    fields, including those that are leaves in this node.
+    Static fields in `leaf_or_static`, such as the scaling of a LoRA, may also hold an
+    array. They are then leaves of the node, and its attribute `untrained_leaves` names
+    them. With a `serialized_name`, `jax.export` and Flax's state dicts support the
+    class. Nodes get a property `tree_fields`: the names of the leaves, and the names of
+    the static fields, including those that are leaves in this node.
     """
 
     def tree_fields(node: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The names of the leaves and of the static fields."""
-        return (*leaves, *node.inputs) if input_fields else leaves, static
+        return (*leaves, *node.untrained_leaves) if leaf_or_static else leaves, static
 
     def flatten(node: Any) -> tuple[tuple, tuple]:
         names, _ = tree_fields(node)
@@ -105,9 +105,9 @@ def register(
         node = object.__new__(cls)
         for name, value in zip(static, aux, strict=True):
             object.__setattr__(node, name, value)
-        if input_fields:
-            inputs = tuple(x for x in input_fields if getattr(node, x) is None)
-            object.__setattr__(node, "inputs", inputs)
+        if leaf_or_static:
+            names = tuple(x for x in leaf_or_static if getattr(node, x) is None)
+            object.__setattr__(node, "untrained_leaves", names)
         for name, value in zip(tree_fields(node)[0], values, strict=True):
             object.__setattr__(node, name, value)
         return node

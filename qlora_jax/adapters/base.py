@@ -27,7 +27,8 @@ from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, Placement, as_kernel
 
 # `multiply(x, kernel)` returns `x W` for x `[*batch, ..., K]`, in the dtype of x. In a
-# ragged product, it uses the offsets of the `ProductCall`, or the keyword `offsets`.
+# ragged product, it uses the offsets of the `ProductCall`, unless the caller passes
+# others as the keyword `offsets`.
 Multiply = Callable[..., Array]
 
 
@@ -66,7 +67,7 @@ class Adapter(TreeLeaf, abc.ABC):
     can_be_in_bank: ClassVar[bool] = False
     can_be_ragged: ClassVar[bool] = False  # whether `product` supports `call.offsets`
     # The names of leaves that are not trained, such as the ids of a `Selected`.
-    inputs: tuple[str, ...] = ()
+    untrained_leaves: tuple[str, ...] = ()
     dropout: float  # the rate of dropout on its input
     geometry: Geometry  # how the kernel's axes map to `[*batch, K, N]`
 
@@ -101,7 +102,9 @@ class Adapter(TreeLeaf, abc.ABC):
     def lookup_by_row(
         self, ids: Array, kernel: Kernel, places: Array, take: Callable[[Array], Array]
     ) -> Float[Array, "..."]:
-        """Returns `lookup` with one adapter of a bank, `self`, for each row of `ids`.
+        """Returns `lookup` where each row of `ids` uses its own adapter of a bank.
+
+        The arrays of this adapter are those of the bank: the first axis has the places.
 
         Args:
             ids: int32 ids of rows of the table, `[R, ...]`.
@@ -140,7 +143,7 @@ class Adapter(TreeLeaf, abc.ABC):
         return self
 
     def at(self, index: tuple[int, ...]) -> Self:
-        """Returns the adapter of one matrix of a stack, without batch axes.
+        """Returns the adapter of one matrix of a stack, for a kernel `[K, N]`.
 
         Args:
             index: The index of the matrix along the batch axes.
@@ -201,6 +204,7 @@ class Adapter(TreeLeaf, abc.ABC):
         def is_stack(name: str, x: PyTree) -> PyTree:
             ndim = len(self.roles[name])
             # The axes of a `Trained` have no roles, so stacks of it are not recognized.
+            # `tree.map` keeps the empty nodes that `optax.masked` puts in place of x.
             return jax.tree.map(lambda leaf: 0 < ndim < jnp.ndim(leaf), x)
 
         return replace_arrays(self, is_stack)
@@ -212,9 +216,9 @@ class Adapter(TreeLeaf, abc.ABC):
 def register_adapter(kind: type[Adapter]) -> None:
     """Registers a kind of adapter: a frozen dataclass of arrays and settings."""
     # A scaling may be an array, which is a leaf, instead of a static number.
-    input_fields = tuple(name for name in kind.settings if name == "scaling")
+    array_settings = tuple(name for name in kind.settings if name == "scaling")
     name = f"qlora_jax.{kind.__name__}"
-    register(kind, (*kind.roles,), kind.settings, name, input_fields=input_fields)
+    register(kind, (*kind.roles,), kind.settings, name, leaf_or_static=array_settings)
     KINDS[kind.__name__] = kind
 
 
@@ -271,7 +275,8 @@ def misfit_reason(lora: Adapter, leaf: PyTree) -> str | None:
     leaves = (leaf, *lora.arrays.values())
     if not all(isinstance(getattr(x, "shape", None), tuple) for x in leaves):
         return None
-    # 1. The kernel must have the axes that the adapter was made for.
+    # 1. The kernel must have the axes that the adapter was made for. A `Trained`, whose
+    #    geometry has no kinds, fits all axes.
     shape = tuple(leaf.shape)
     adapter_roles = lora.geometry.roles(len(shape))
     kernel_roles = as_kernel(leaf, lora.geometry).geometry.roles(len(shape))

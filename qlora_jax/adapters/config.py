@@ -97,9 +97,9 @@ class QLoRAConfig:
             attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`, -1 for `[out, in]`. Or
             the role of each trailing axis, as letters: "kn" for `[in, out]`, "nk" for
             `[out, in]`, "bnk" for experts `[E, out, in]` (b batch, k contracted, n
-            output). Axes in front of those are batch axes. A `weight` needs it, since
-            [out, in] and [in, out] are both common. The Flax integrations get the roles
-            from the modules.
+            output). Axes in front of those are batch axes. A leaf called `weight` needs
+            this setting, since [out, in] and [in, out] are both common. The Flax
+            integrations get the roles from the modules.
         lora_dtype: Dtype of A and B: "bfloat16", "float16", "float32" or "float64".
             Leaves that are trained in full have this dtype or their own, whichever is
             more precise.
@@ -236,7 +236,7 @@ class QLoRAConfig:
         target_fmt = self.target_fmt or (packing.fmt if packing else self.fmt)
         if packing is not None and packing.fmt == target_fmt:
             return packing
-        # `block_size` and `double_quant` are settings of `fmt`, if it is set.
+        # The config's blocks and scales are for `fmt`; without it, for `target_fmt`.
         if self.fmt in (None, target_fmt):
             return Packing(cast(str, target_fmt), self.block_size, self.double_quant)
         return Packing(cast(str, target_fmt))

@@ -48,11 +48,11 @@ class LowRank(Adapter):
     b: Array
     # The scaling must not be trained. It is therefore static in a lora tree, because
     # optimizers change all leaves: weight decay would shrink an array even if its
-    # gradient is zero. Scans and banks need an array; `inputs` is then ("scaling",).
+    # gradient is zero. Scans and banks need an array, which `untrained_leaves` names.
     scaling: Scaling
     dropout: float
     geometry: Geometry
-    inputs: tuple[str, ...] = field(default=(), kw_only=True, repr=False)
+    untrained_leaves: tuple[str, ...] = field(default=(), kw_only=True, repr=False)
 
     roles = {"a": "kr", "b": "rn"}
     settings = SETTINGS
@@ -71,10 +71,11 @@ class LowRank(Adapter):
 
     def with_scalings(self, scalings: np.ndarray | Array) -> Self:  # noqa: D102
         if not isinstance(scalings, np.ndarray):
-            return dataclasses.replace(self, scaling=scalings, inputs=("scaling",))
+            names = ("scaling",)
+            return dataclasses.replace(self, scaling=scalings, untrained_leaves=names)
         numbers = tuple(scalings.ravel().tolist())
         scaling = numbers[0] if len({*numbers}) == 1 else numbers
-        return dataclasses.replace(self, scaling=scaling, inputs=())
+        return dataclasses.replace(self, scaling=scaling, untrained_leaves=())
 
     def at(self, index: tuple[int, ...]) -> Self:  # noqa: D102
         return super().at(index).with_scalings(np.asarray(self.scalings[index]))
@@ -243,11 +244,11 @@ class SharedLoRA(LowRank):
         scaling = self.scaling
         if isinstance(scaling, tuple):
             scaling = tuple(s for s in scaling for _ in range(num_experts))
-        elif self.inputs:
+        elif self.untrained_leaves:
             scaling = jnp.repeat(jnp.asarray(scaling), num_experts, axis=-1)
         a, b = repeat_experts(self.a), repeat_experts(self.b)
         settings = scaling, self.dropout, self.geometry
-        return LoRA(a, b, *settings, inputs=self.inputs)
+        return LoRA(a, b, *settings, untrained_leaves=self.untrained_leaves)
 
 
 register_adapter(SharedLoRA)

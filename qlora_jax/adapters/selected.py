@@ -51,8 +51,8 @@ class Selected(Adapter):
         return {name: "e" + roles for name, roles in self.adapters.roles.items()}
 
     @property
-    def inputs(self) -> tuple[str, ...]:  # noqa: D102
-        return (*self.adapters.inputs, "ids")
+    def untrained_leaves(self) -> tuple[str, ...]:  # noqa: D102
+        return (*self.adapters.untrained_leaves, "ids")
 
     def _replace(self, arrays: Mapping[str, PyTree], **settings: Any) -> Self:
         adapters = self.adapters._replace(arrays, **settings)

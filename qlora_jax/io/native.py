@@ -191,9 +191,9 @@ def describe(keys: tuple, leaf: Any) -> tuple[LeafJson, dict[str, Any]]:
         entry |= {"kind": "QTensor", "shape": [*leaf.shape]}
         entry |= {name: getattr(leaf, name) for name in _PACKING}
         entry |= {"dtype": leaf.dtype_name, "axes": leaf.geometry.kinds}
-    # Adapters with `inputs`, such as the ids of a `Selected`, cannot be saved. Their
-    # kind stays "array", so that `_check_array` rejects them.
-    elif is_adapter(leaf) and not leaf.inputs:
+    # Adapters with untrained leaves, such as the ids of a `Selected`, cannot be saved.
+    # Their kind stays "array", so that `_check_array` rejects them.
+    elif is_adapter(leaf) and not leaf.untrained_leaves:
         # Version 1 of the format stores the settings of a LoRA for every kind.
         scaling = getattr(leaf, "scaling", 1.0)
         entry |= {"kind": type(leaf).__name__, "scaling": scaling}

@@ -113,9 +113,9 @@ class AdapterModule(nnx.Module):
         # A tuple of scalings is static. So `inputs` has an array that scans can slice.
         sliceable = adapter.sliceable()
         self.sliceable_structure = jax.tree.structure(sliceable)
-        self.input_names = sliceable.inputs
+        self.input_names = sliceable.untrained_leaves
         leaves = jax.tree.leaves(sliceable)[len(self.names) :]
-        inputs: Any = dict(zip(sliceable.inputs, leaves, strict=True))
+        inputs: Any = dict(zip(self.input_names, leaves, strict=True))
         self.inputs: Any = Inputs(inputs) if inputs else nnx.data(None)
 
     @property
