@@ -25,13 +25,13 @@ def adapted_product(
     backend: str | tuple[str, ...] | None = None,
     precision: lax.PrecisionLike = None,
     offsets: Array | None = None,
-    result: DTypeLike | None = None,
+    result_dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     """Returns the product of x `[*batch, ..., K]` with a kernel and its adapter.
 
-    The result has the dtype `result`, or else that of `x`. If the kernel is one layer
-    of a stack, pass the adapter of this layer. With `offsets`, the product is ragged,
-    and x is `[M, K]`.
+    The result is in `result_dtype`, or else in the dtype of `x`. If the kernel is one
+    layer of a stack, pass the adapter of this layer. With `offsets`, the product is
+    ragged, and x is `[M, K]`.
     """
     if lora is not None:
         if offsets is not None and not lora.can_be_ragged:
@@ -45,7 +45,7 @@ def adapted_product(
             backend=backend,
             precision=precision,
             offsets=offsets,
-            result=result,
+            result_dtype=result_dtype,
         )
         call = ProductCall(multiply_frozen, dropout_key, precision, offsets)
         return lora.product(x, kernel, call)
@@ -55,14 +55,18 @@ def adapted_product(
         offsets,
         backend=backend,
         precision=precision,
-        result_dtype=result,
-        weights_move=offsets is not None,  # else, x is resharded to match float weights
+        result_dtype=result_dtype,
+        # Float weights stay where they are, as packed ones do: x is resharded to match
+        # them. Only the weights of experts are resharded to match x.
+        weights_move=offsets is not None,
     )
 
 
 # Jitted so that layers of the same shape are traced once: in a model that unrolls its
 # layers, tracing is half the cost of adapters.
-product = jax.jit(adapted_product, static_argnames=("backend", "precision", "result"))
+product = jax.jit(
+    adapted_product, static_argnames=("backend", "precision", "result_dtype")
+)
 
 
 def ragged_dot(
