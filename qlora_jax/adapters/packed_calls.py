@@ -88,27 +88,27 @@ class _ExpertsView:
         """Whether an operation is a product that packed experts support.
 
         This is a ragged product of rows with experts, or the product with one expert.
+        It must contract one axis of each operand, and have no batch axes.
         """
         name, params = eqn.primitive.name, eqn.params
         has_dtype = getattr(eqn.invars[0].aval, "dtype", None) == self.dtype
         if not is_experts(self.kernel, self.lora):
             return False
         if name == "dot_general" and len(self.axes) == 2:
-            (x_axes, w_axes), batch = params["dimension_numbers"]
+            (x_axes, w_axes), batch_axes = params["dimension_numbers"]
             dtype = params["preferred_element_type"] or self.dtype
-            # One contracted axis, and no batch axes.
-            is_plain = (len(x_axes), *batch) == (1, (), ()) and dtype == self.dtype
+            is_plain = len(x_axes) == 1 and not any(batch_axes) and dtype == self.dtype
             return is_plain and has_dtype and self._roles(self.axes)[w_axes[0]] == "k"
         if name != "ragged_dot_general" or params["group_offset"]:
             return False
         # Requires x [M, K] with ragged rows, and w with the axes groups, K and N.
         numbers = params["ragged_dot_dimension_numbers"]
-        (x_axes, (k, *more_axes)), batch = numbers.dot_dimension_numbers
+        (x_axes, w_axes), batch_axes = numbers.dot_dimension_numbers
         if not numbers.rhs_group_dimensions:
             return False
-        (group,) = numbers.rhs_group_dimensions
+        (group,), k = numbers.rhs_group_dimensions, w_axes[0]
         n = 3 - group - k  # the remaining one of the axes 0, 1 and 2
-        is_plain = (*x_axes, more_axes, *batch) == (1, [], (), ())
+        is_plain = tuple(x_axes) == (1,) and not any(batch_axes)
         has_ragged_rows = tuple(numbers.lhs_ragged_dimensions) == (0,)
         roles = self._roles([self.axes[i] for i in (group, k, n)])
         return roles == "bkn" and is_plain and has_ragged_rows and has_dtype
