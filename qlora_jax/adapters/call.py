@@ -67,7 +67,8 @@ class ModuleCall:
     promote: Callable[[Any, Any, Any], Sequence[Any]] = promote_to_kernel
     precision: lax.PrecisionLike = None
     out_sharding: OutSharding = None  # of the product, over Explicit mesh axes
-    # If False, the module must compute its product itself, on float weights.
+    # False if the module has a setting without a field here (`preferred_element_type`).
+    # It must then compute its product itself, on float weights.
     is_complete: bool = True
 
 

@@ -96,6 +96,7 @@ class DoRA(LowRank):
     def _adapt_rows(self, rows: Array, norms: Array | None) -> Array:
         v, m = super()._adapt_rows(rows, norms), self.m.astype(jnp.float32)
         if norms is not None:
+            # `jax_numpy_rank_promotion` may be "raise", so broadcast [D] explicitly.
             return v * jnp.broadcast_to(m / norms, v.shape)
         norms = _safe_sqrt(jnp.sum(jnp.square(lax.stop_gradient(v)), -1))
         return v * (m / norms)[..., None]
@@ -135,7 +136,7 @@ def column_norms(
 def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
     # The sums are computed in each call. If they were stored among the trained arrays,
     # an optimizer would change them; with the packed kernel, they could become stale.
-    q = kernel.take().to_device()
+    q = kernel.take().to_device()  # `take` copies one layer out of its stack
     if not isinstance(q, QTensor) or not is_local():
         return jnp.sum(jnp.square(q.dequantize_matrix(jnp.float32)), -2)
     # XLA on CPUs does not fuse decoding with the sum, so a few columns are decoded at a

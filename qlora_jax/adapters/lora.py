@@ -130,7 +130,8 @@ class LowRank(Adapter):
         """
 
         def take_entries(name: str, x: Array) -> Array:
-            row_axis = self.roles[name].find(str(self.row_role))
+            row_role: Any = self.row_role  # not None, because the kernel is a table
+            row_axis = self.roles[name].find(row_role)
             if row_axis < 0:
                 return take(x)
             # The axis of rows follows that of the bank, if there is one.

@@ -120,23 +120,26 @@ class MergeAware(LowRank):
         """Returns the packed weights that `product` applies.
 
         They are what `quantize` returns for `W + scaling * A B`, after this sum has
-        been rounded to the dtype of the kernel. Only in nvfp4, the factor of all scales
-        differs: it is computed from the largest weight, rounded up to a power of two. A
-        few rows are packed at a time, so that the whole sum is never in memory.
+        been rounded to the dtype of the kernel. Only in nvfp4, the divisor of all
+        scales differs: it is computed from the largest weight, rounded up to a power of
+        two. A few rows are packed at a time, so that the whole sum is never in memory.
 
         Args:
             kernel: The frozen kernel.
         """
+        # If the kernel is one layer of a stack, `take` copies it out of the stack.
         kernel, packing = kernel.take().to_device(), self.packing
+        # Most formats do not have the argument `largest`.
         tiles, largest = _Tiles.of(kernel, self), ()
         if packing.scheme.uses_largest:
             # The code of a weight depends on the largest scale of its kernel, so all
-            # scales are computed before the first code, with 1 for the largest scale.
-            # The largest scale is rounded up to a power of two. `merge` can then give a
-            # common factor to the kernels that a server fuses, without changing values.
+            # scales are computed before the first code. They do not depend on the
+            # largest scale, for which ones are passed. It is rounded up to a power of
+            # two. `merge` can then give a common divisor to the kernels that a server
+            # fuses, without changing values.
             ones = jnp.ones(kernel.matrix_shape[:-2], jnp.float32)
             (scales,) = tiles.map(
-                lambda w, one: quantize_blocks(w, packing, one)[1:], ones
+                lambda w, largest: quantize_blocks(w, packing, largest)[1:], ones
             )
             largest = (next_power_of_two(jnp.max(scales, (-1, -2), initial=0.0)),)
         codes, scales = tiles.map(
@@ -309,14 +312,18 @@ class _Tiles:
                 w = lax.map(merge, halves)
                 return fn(w.reshape(tile_rows, -1), *extra)
 
-            # 1. Pack the full tiles: the entries of each array in front of its bound.
+            # 1. Pack the full tiles, to which `num_tiled` rows of each array belong.
             arrays, results = (*weights, a), []
             packed_rows = num_tiles * tile_rows
-            bounds = [packed_rows // rows for rows in (*self._rows_per_entry, 1)]
-            pairs = list(zip(arrays, bounds, strict=True))
+            # A row of codes or scales is for several rows of W, a row of A for one.
+            row_counts: tuple[int, ...] = 1, 1
+            if (packing := self.packing) is not None:
+                row_counts = packing.format.codes_per_byte, packing.block_size, 1
+            num_tiled = [packed_rows // count for count in row_counts]
+            pairs = list(zip(arrays, num_tiled, strict=True))
             if num_tiles:
                 tiles = [x[:i].reshape(num_tiles, -1, x.shape[-1]) for x, i in pairs]
-                if self.packing is not None:
+                if packing is not None:
                     # The halves of a tile may split a block. So repeat every scale, to
                     # have one for each half of a block.
                     tiles[1] = jnp.repeat(tiles[1], 2, axis=1)
@@ -333,19 +340,12 @@ class _Tiles:
             map_stack = functools.partial(lax.map, map_stack)
         return map_stack((weights, *operands))
 
-    @property
-    def _rows_per_entry(self) -> tuple[int, ...]:
-        """How many rows of W each row of an array in `weights` stands for."""
-        if self.packing is None:
-            return (1,)
-        return self.packing.format.codes_per_byte, self.packing.block_size
-
     def _decode(self, weights: list[Array], last_rows: int | None = None) -> Array:
         """Returns float32 rows from their codes and scales, or from float weights.
 
-        Without `last_rows`, each row of the scales is for equally many rows of W: for a
-        block or half a block. `last_rows` is passed for the rows at the end of K, whose
-        last block may be a partial one; it is the number of these rows.
+        Without `last_rows`, each row of the scales is for half a block. `last_rows` is
+        passed for the rows at the end of K, where each row of the scales is for a block
+        and the last block may be a partial one; it is the number of these rows.
         """
         if self.packing is None:
             return weights[0].astype(jnp.float32)

@@ -32,8 +32,8 @@ class Selected(Adapter):
     """An adapter that `ql.select` chooses from a bank, possibly different for each row.
 
     Attributes:
-        adapters: The adapters of the bank as those of one stack, of which the last
-            batch axis has the E places of the bank.
+        adapters: The adapters of the bank, as one adapter of a stack of kernels. Its
+            last batch axis has the E places of the bank.
         ids: int32 `[*batch]`, or `[*batch, R]` for each row of the first axis of the
             input; -1 selects the frozen kernel without an adapter.
     """
