@@ -198,7 +198,6 @@ class Registry(Generic[Rule]):
     """
 
     def __init__(self, rules: dict[type, Rule]):
-        """Starts with the rules of built-in classes."""
         self._rules = dict(rules)
         self.version = 0
 

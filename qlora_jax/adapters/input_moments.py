@@ -90,11 +90,8 @@ def _with_moments_bwd(residuals: tuple, dy: Array) -> tuple:
         experts = jnp.searchsorted(offsets[1:], row_ids, side="right")
         squares = jax.ops.segment_sum(squares, experts, num_experts)
         count = jax.ops.segment_sum(rows, experts, num_experts)
-    gradient = InputMoments(
-        split_as(squares, moments.squares),
-        split_as(count, moments.count),
-        moments.geometry,
-    )
+    arrays = split_as(squares, moments.squares), split_as(count, moments.count)
+    gradient = InputMoments(*arrays, moments.geometry)
     return jnp.zeros_like(dy), jnp.zeros_like(x), gradient, None
 
 

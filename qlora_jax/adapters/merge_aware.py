@@ -127,7 +127,6 @@ class MergeAware(LowRank):
         Args:
             kernel: The frozen kernel.
         """
-        # If the kernel is one layer of a stack, `take` copies it out of the stack.
         kernel, packing = kernel.take().to_device(), self.packing
         # Most formats do not have the argument `largest`.
         tiles, largest = _Tiles.of(kernel, self), ()

@@ -88,7 +88,6 @@ class _ExpertsView:
         """Whether an operation is a product that packed experts support.
 
         This is a ragged product of rows with experts, or the product with one expert.
-        It must contract one axis of each operand, and have no batch axes.
         """
         name, params = eqn.primitive.name, eqn.params
         has_dtype = getattr(eqn.invars[0].aval, "dtype", None) == self.dtype

@@ -56,8 +56,7 @@ def adapted_product(
         backend=backend,
         precision=precision,
         result_dtype=result_dtype,
-        # Float weights stay where they are, as packed ones do: x is resharded to match
-        # them. Only the weights of experts are resharded to match x.
+        # Float experts are resharded to match x. Other weights stay; x is resharded.
         weights_move=offsets is not None,
     )
 

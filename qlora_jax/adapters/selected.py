@@ -129,9 +129,7 @@ class Selected(Adapter):
                 f"{self.ids.shape[-1]} for ids {ids.shape}."
             )
 
-        def take_by_row(stored: Array) -> Array:
-            return self._take(stored, self.ids)
-
+        take_by_row = functools.partial(self._take, ids=self.ids)
         # Ids below -1 return NaN, as in `_take`. For -1, any place will do.
         places = jnp.where(self.ids < -1, self.adapters.batch_shape[-1], self.ids)
         adapted = self.adapters.lookup_by_row(ids, kernel, places, take_by_row)
