@@ -138,7 +138,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
     refuse_listed("these merged kernels cannot be packed", problems)
     if requantize:
         paths = [path for path, x in adapters.items() if is_merge_aware(x)]
-        tree = _with_common_factors(tree, paths)
+        tree = _with_common_divisors(tree, paths)
     if changes:
         rounding, change = (100 * float(max(c)) for c in zip(*changes, strict=True))
         warnings.warn(
@@ -150,16 +150,17 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
     return tree
 
 
-def _with_common_factors(tree: Tree, paths: Sequence[str]) -> Tree:
-    """Gives one factor to kernels at `paths` that servers fuse, if no value changes.
+def _with_common_divisors(tree: Tree, paths: Sequence[str]) -> Tree:
+    """Gives one NVFP4 divisor to kernels at `paths` that servers fuse.
 
-    `quantize` shares the factors of NVFP4 too, but a merge-aware adapter is trained
-    without the other kernels, and chooses a power of two.
+    `quantize` shares divisors too, but a merge-aware adapter is trained without the
+    other kernels, and its divisors differ from theirs by powers of two. A kernel of
+    which values would change keeps its divisor (see `with_e4m3_divisor`).
     """
     leaves = leaves_by_path(tree)
     kernels = {p: leaves[p] for p in paths if leaves[p].packing.scheme.uses_largest}
 
-    def share_factor(path: str, leaf: Leaf) -> Leaf:
+    def share_divisor(path: str, leaf: Leaf) -> Leaf:
         if path not in kernels:
             return leaf
         fused = [kernels[p].scale_scales for p in fused_with(path) if p in kernels]
@@ -168,7 +169,7 @@ def _with_common_factors(tree: Tree, paths: Sequence[str]) -> Tree:
         divisors = [x[..., 1] for x in fused if x.shape == leaf.scale_scales.shape]
         return _with_divisor(leaf, functools.reduce(jnp.minimum, divisors))
 
-    return map_by_path(share_factor, tree)
+    return map_by_path(share_divisor, tree)
 
 
 @jax.jit
