@@ -46,7 +46,7 @@ def find_targets(
             if axis_roles is None and is_weight and config.contract_of(path) is None:
                 raise ValueError(UNKNOWN_AXES)
             leaf_roles = (axis_roles or {}).get(path)
-            geometries[path] = _geometry(path, leaf, config, leaf_roles, accept)
+            geometries[path] = _checked_geometry(path, leaf, config, leaf_roles, accept)
             shape = geometries[path].matrix_shape(leaf.shape)
             _check_experts(path, shape, config)
             _check_merged(as_kernel(leaf), shape[-2], config)
@@ -128,7 +128,7 @@ def _is_float(leaf: Leaf) -> bool:
     return not is_tree_leaf(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _geometry(
+def _checked_geometry(
     path: str,
     leaf: Leaf,
     config: QLoRAConfig,
@@ -142,7 +142,7 @@ def _geometry(
         contract = contract if is_refinement else axis_roles
     # Leaves that are kernels already keep their geometry and packing.
     if accept(as_kernel(leaf)):
-        _check_kernel(leaf, config, contract, is_module=axis_roles is not None)
+        _check_accepted(leaf, config, contract, is_module=axis_roles is not None)
         return leaf.geometry
     if is_tree_leaf(leaf):
         raise TypeError(f"it is a kernel already. Got {type(leaf).__name__}.")
@@ -153,7 +153,7 @@ def _geometry(
     return geometry
 
 
-def _check_kernel(
+def _check_accepted(
     kernel: Kernel, config: QLoRAConfig, contract: Contract | None, *, is_module: bool
 ) -> None:
     # A packed kernel has no float weights to train.
@@ -185,18 +185,19 @@ def _check_kernel(
 def check_adapter_sizes(
     leaves: Mapping[str, Leaf], config: QLoRAConfig, geometries: Mapping[str, Geometry]
 ) -> None:
-    """Raises ValueError if adapters would be larger than their kernels."""
+    """Raises ValueError if adapters are so large that `contract` is probably wrong."""
     problems = []
     for path, geometry in geometries.items():
         shape = tuple(leaves[path].shape)
         *_, k, n = geometry.matrix_shape(shape)
-        # A and B have rank * (K + N) entries. For kernels of three axes or more, the
-        # default of `contract` is often wrong, and a large adapter is a sign of it.
+        # A and B have rank * (K + N) entries, which is always more than K * N if K or N
+        # is 1. For kernels of three axes or more, the default of `contract` is often
+        # wrong, and a large adapter is a sign of it. Other large adapters are allowed.
         is_default = len(shape) > 2 and config.contract_of(path) is None
-        is_larger = min(k, n) == 1 or (
+        is_rejected = min(k, n) == 1 or (
             is_default and config.rank_of(path) * (k + n) > k * n
         )
-        if k * n and is_larger and not matches(config.rank_pattern, path):
+        if k * n and is_rejected and not matches(config.rank_pattern, path):
             problems.append(
                 f"{path}: shape {shape} with axes {geometry.roles(len(shape))!r} (b "
                 f"batch, k contracted, n output) is [{k}, {n}] in matrix form"
