@@ -17,7 +17,7 @@ from ..adapters.create import new_adapter
 from ..quant.geometry import Geometry
 from ..quant.kernel import FloatKernel, as_kernel
 from ..trees.paths import Leaf
-from ..trees.quantize import freeze
+from ..trees.quantize import as_base_leaf
 
 
 def module_call(
@@ -85,7 +85,7 @@ class QLoRADense(nn.Module):
 
     def _init_kernel(self, key: jax.Array, shape: tuple[int, int]) -> Leaf:
         w = self.kernel_init(key, shape, self.param_dtype)
-        return freeze(FloatKernel(w, Geometry()), self.config)
+        return as_base_leaf(FloatKernel(w, Geometry()), self.config)
 
     def _init_lora(self, kernel: Leaf) -> Adapter:
         key = self.make_rng("params")

@@ -178,16 +178,13 @@ def lora_labels(tree: Tree) -> Tree:
         ('frozen', 'lora', 'frozen')
     """
 
-    def label_of(node: object) -> str | None:
-        return getattr(node, "trained_as", None)
-
     def label_arrays(node: Tree) -> Tree:
-        label = label_of(node) or "frozen"
+        label = getattr(node, "trained_as", "frozen")
         return jax.tree.map(lambda _: label, node)
 
     # Kernels and adapters have a label. An `AdaptedKernel` has none, so the map goes on
     # to its parts.
-    return jax.tree.map(label_arrays, tree, is_leaf=lambda x: label_of(x) is not None)
+    return jax.tree.map(label_arrays, tree, is_leaf=lambda x: hasattr(x, "trained_as"))
 
 
 def lora_mask(tree: Tree) -> Tree:

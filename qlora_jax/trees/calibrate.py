@@ -69,15 +69,12 @@ def calibrate(
     """
     checked_adapters(base, lora)  # raises if they do not fit
     kernels = leaves_by_path(base)
-    total = nested_by_keys(
-        {
-            keys: InputMoments.of(
-                as_kernel(kernels[path_string(keys)], adapter.geometry)
-            )
-            for keys, adapter in adapters_by_keys(lora).items()
-            if is_low_rank(adapter)
-        }
-    )
+    by_keys = {}
+    for keys, adapter in adapters_by_keys(lora).items():
+        if is_low_rank(adapter):
+            kernel = as_kernel(kernels[path_string(keys)], adapter.geometry)
+            by_keys[keys] = InputMoments.of(kernel)
+    total = nested_by_keys(by_keys)
 
     # The gradient of an `InputMoments` is the measurement itself, whatever function of
     # the outputs is differentiated. Here, that is their sum.

@@ -20,7 +20,7 @@ from .paths import (
     nested_by_keys,
     path_string,
 )
-from .quantize import freeze, largest_by_path
+from .quantize import as_base_leaf, largest_by_path
 from .targets import check_adapter_sizes, find_targets
 
 
@@ -101,7 +101,7 @@ def init_targets(
     config: QLoRAConfig,
     geometries: Mapping[str, Geometry],
     *,
-    donate: bool = False,
+    donate: bool,
 ) -> tuple[Tree, dict]:
     """Packs and adapts checked targets one by one, and deletes donated arrays."""
     keys = iter(jax.random.split(key, len(geometries)))
@@ -116,7 +116,7 @@ def init_targets(
             return leaf
         kernel = as_kernel(leaf, geometry)
         if is_target and not kernel.is_packed:
-            leaf = freeze(kernel, config, largest.get(path), donate=donate)
+            leaf = as_base_leaf(kernel, config, largest.get(path), donate=donate)
         # DoRA's magnitudes are the norms of the packed weights.
         frozen = as_kernel(leaf, geometry)
         adapter_key = next(keys) if is_target else key  # only targets use the key

@@ -36,7 +36,7 @@ from .paths import (
 from .targets import find_targets
 
 
-def freeze(
+def as_base_leaf(
     kernel: Kernel,
     config: QLoRAConfig,
     largest: Array | None = None,
@@ -65,8 +65,8 @@ def largest_by_path(
 ) -> dict[str, Float32[Array, "*batch"]]:
     """Returns, by target, the largest weight of all kernels that are fused with it."""
     # Servers fuse q, k and v, or gate and up. In NVFP4, the fused kernels must have the
-    # same float32 factor, which depends on the largest weight. Other formats have no
-    # factor, and kernels that were trained with their own factor keep it.
+    # same float32 divisor, which depends on the largest weight. Other formats have no
+    # divisor, and kernels that were trained with their own divisor keep it.
     if packing is None or not packing.scheme.uses_largest:
         return {}
     kernels = {path: as_kernel(leaves[path], geometries[path]) for path in geometries}
@@ -112,7 +112,7 @@ def _quantize_tree(
             return leaf
         kernel = as_kernel(leaf, geometries[path])
         largest_weight, importance = largest.get(path), importances.get(path)
-        return freeze(kernel, config, largest_weight, importance, donate=donate)
+        return as_base_leaf(kernel, config, largest_weight, importance, donate=donate)
 
     return map_by_path(quantize_leaf, params)
 
