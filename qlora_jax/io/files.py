@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
-from ..trees.paths import refuse_listed
+from ..trees.paths import raise_if_any
 
 Path = str | pathlib.Path
 
@@ -47,7 +47,7 @@ def refuse(title: str, problems: Iterable[str]) -> None:
     lines = [line[:_MAX_LINE_LENGTH] for line in dict.fromkeys(problems)]
     num_hidden = len(lines) - _MAX_LINES
     ending = [f"and {num_hidden} more"] if num_hidden > 0 else []
-    refuse_listed(title, lines[:_MAX_LINES] + ending, CheckpointError)
+    raise_if_any(title, lines[:_MAX_LINES] + ending, CheckpointError)
 
 
 def refuse_names(**names_by_problem: Iterable[str]) -> None:
@@ -58,7 +58,7 @@ def refuse_names(**names_by_problem: Iterable[str]) -> None:
             num_hidden = len(listed) - _MAX_NAMES
             ending = f" and {num_hidden} more" if num_hidden > 0 else ""
             lines.append(f"{problem}: {', '.join(listed[:_MAX_NAMES])}{ending}")
-    refuse_listed("the tensors do not match the model", lines, CheckpointError)
+    raise_if_any("the tensors do not match the model", lines, CheckpointError)
 
 
 def parse_json(data: bytes, source: str) -> Any:

@@ -15,7 +15,7 @@ from ..quant.formats import FLOAT_DTYPES
 from ..quant.geometry import Geometry
 from ..quant.kernel import is_packed
 from ..quant.qtensor import QTensor
-from ..trees.paths import Tree, leaves_by_path, refuse_listed
+from ..trees.paths import Tree, leaves_by_path, raise_if_any
 from .files import refuse_names
 from .names import Names
 from .stored_weight import packing_of
@@ -161,7 +161,7 @@ def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:
                     f"{named_roles!r}"
                 )
         leaves.append((leaf, value))
-    refuse_listed("these leaves cannot be written", problems)
+    raise_if_any("these leaves cannot be written", problems)
     return leaves
 
 

@@ -26,7 +26,7 @@ from ..quant.geometry import Geometry
 from ..quant.kernel import is_packed
 from ..quant.qtensor import QTensor
 from ..quant.search import check_scale_rule
-from ..trees.paths import Tree, leaves_by_keys, path_string, refuse_listed
+from ..trees.paths import Tree, leaves_by_keys, path_string, raise_if_any
 from .device_shards import put
 from .files import CheckpointError, Path, new_path, parse_json
 from .safetensors import make_header, open_safetensors, write_tensors
@@ -102,7 +102,7 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
             problems.append(f"{path_string(keys)}: another leaf has the same path.")
         entries.append(entry)
         arrays |= leaf_arrays
-    refuse_listed("these leaves cannot be saved", problems, TypeError)
+    raise_if_any("these leaves cannot be saved", problems, TypeError)
     metadata = {
         "format": FORMAT,
         "version": VERSION,

@@ -9,7 +9,7 @@ import jax
 from flax.linen.module import InterceptorContext
 
 from ..adapters.call import adapted_call
-from ..trees.paths import Leaf, Tree, refuse_listed
+from ..trees.paths import Leaf, Tree, raise_if_any
 from .boxes import Backend, KernelBox, boxes_of, run_in_float
 from .calls import RULES, call_of
 
@@ -75,14 +75,14 @@ class Interceptor:
         # Kernels of a wrapped model inside this one are compared with themselves.
         pairs = [(box, self.kernels.get(str(box.path), box.kernel)) for box in boxes]
         mapped = [b for b, original in pairs if is_mapped(module, b.kernel, original)]
-        refuse_listed(
+        raise_if_any(
             "these kernels must not be packed", [f"{b.path}: {MAPPED}" for b in mapped]
         )
 
 
 # Dropout acts on the input of A. With merged weights, A has no input of its own.
 def _refuse_dropout(boxes: Iterable[KernelBox]) -> None:
-    refuse_listed(
+    raise_if_any(
         "these kernels cannot have dropout",
         [f"{b.path}: {NO_DROPOUT.format(b.dropout)}" for b in boxes if b.dropout],
     )

@@ -6,7 +6,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from ..memory.by_tiles import by_tiles
-from ..trees.paths import refuse_listed
+from ..trees.paths import raise_if_any
 from .boxes import KernelBox, boxes_inside
 
 
@@ -47,7 +47,7 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
         return boxes_inside(module, KernelBox).values()
 
     def run_tile(module: nn.Module, carry: None, tokens: Array) -> tuple[None, Array]:
-        refuse_listed(
+        raise_if_any(
             "these adapters must have no dropout in tiles of tokens, since all tiles "
             "would drop the same entries",
             [f"{box.path}: {box.dropout}" for box in boxes(module) if box.dropout],

@@ -12,7 +12,7 @@ from .._jax.specs import SpecEntry
 from ..adapters.base import misfit_reason
 from ..quant.kernel import as_kernel
 from ..trees.merge import merge as merge_trees
-from ..trees.paths import Tree, leaves_by_path, nested, refuse_listed
+from ..trees.paths import Tree, leaves_by_path, nested, raise_if_any
 from ..trees.sharding import place as place_trees
 from ..trees.sharding import spec_of_names
 from .variables import (
@@ -125,7 +125,7 @@ def join(model: M, base: Tree, lora: Tree) -> M:
             )
         if path in adapters and (reason := misfit_reason(adapters[path], leaves[path])):
             problems.append(f"{path}: {reason}")
-    refuse_listed("these are not the parameters of the model", sorted(problems))
+    raise_if_any("these are not the parameters of the model", sorted(problems))
     for path, variable in _base_variables(model).items():
         # The `value` of a packed kernel is the QTensor; that of others is an array.
         variable.set_value(as_kernel(leaves[path]).value)

@@ -23,7 +23,7 @@ from .paths import (
     leaves_by_path,
     map_by_path,
     nested_by_keys,
-    refuse_listed,
+    raise_if_any,
 )
 
 # The arrays that every packed kernel has.
@@ -48,7 +48,7 @@ def checked_adapters(base: Tree, lora: Tree) -> dict[str, Adapter]:
             f"adapters without a kernel at {unmatched}."
         )
     problems = {path: misfit_reason(x, kernels[path]) for path, x in adapters.items()}
-    refuse_listed("these adapters do not fit their kernels", problems)
+    raise_if_any("these adapters do not fit their kernels", problems)
     return adapters
 
 
@@ -100,7 +100,7 @@ def check_structure(
         if not is_tree_leaf(leaf):
             parent, _, name = path.rpartition("/")
             siblings.setdefault(parent, set()).add(name)
-    refuse_listed(
+    raise_if_any(
         "a tree was restored without its structure. Restore it into the tree of shapes "
         "that jax.eval_shape(lambda: ql.init(key, params, config)) returns, or build "
         "each kernel with ql.QTensor.from_parts. Got",

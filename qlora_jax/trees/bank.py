@@ -24,7 +24,7 @@ from .paths import (
     map_by_path,
     nested_by_keys,
     path_string,
-    refuse_listed,
+    raise_if_any,
 )
 
 
@@ -244,7 +244,7 @@ def _stack_adapters(
         for keys in dict.fromkeys([*templates, *tree])
         if (reason := _misfit_reason(tree.get(keys), templates.get(keys))) is not None
     ]
-    refuse_listed("these adapters cannot be in one bank", problems)
+    raise_if_any("these adapters cannot be in one bank", problems)
     lora, scaling = {}, {}  # by key path, and by path
     for keys, template in templates.items():
         # None stands for an adapter that lacks the path, and for an unused place.

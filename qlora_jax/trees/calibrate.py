@@ -17,7 +17,7 @@ from .paths import (
     map_by_path,
     nested_by_keys,
     path_string,
-    refuse_listed,
+    raise_if_any,
 )
 
 
@@ -95,7 +95,7 @@ def calibrate(
     if not num_batches:
         raise ValueError("`batches` must have at least one batch. Got none.")
     counts = {path: moments.count for path, moments in leaves_by_path(total).items()}
-    refuse_listed(
+    raise_if_any(
         "the outputs of `apply` must depend on products with these kernels",
         [path for path, x in counts.items() if is_concrete(x) and all_below(x, 1)],
     )

@@ -33,7 +33,7 @@ from .paths import (
     map_by_path,
     nested_by_keys,
     path_string,
-    refuse_listed,
+    raise_if_any,
 )
 from .quantize import dequantize
 
@@ -135,7 +135,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         return packed
 
     tree = map_by_path(merge_leaf, base)
-    refuse_listed("these merged kernels cannot be packed", problems)
+    raise_if_any("these merged kernels cannot be packed", problems)
     if requantize:
         paths = [path for path, x in adapters.items() if is_merge_aware(x)]
         tree = _with_common_divisors(tree, paths)
@@ -290,7 +290,7 @@ def merge_adapters(
         for keys, adapter in adapters_by_keys(tree).items():
             terms.setdefault(keys, []).append((adapter, weight))  # pyright: ignore
     problems = {path_string(k): _mismatch(pairs, method) for k, pairs in terms.items()}
-    refuse_listed("these adapters cannot be merged", problems)
+    raise_if_any("these adapters cannot be merged", problems)
 
     def merge_terms(pairs: list[tuple[LoRA, float]]) -> Adapter:
         weighted = [_weighted_product(lora, weight) for lora, weight in pairs]

@@ -69,7 +69,7 @@ def leaves_by_path(tree: Tree) -> dict[str, Leaf]:
         key_texts: dict[str, list[str]] = {path: [] for path in leaves}
         for keys in by_keys:
             key_texts[path_string(keys)].append(jax.tree_util.keystr(keys))
-        refuse_listed(
+        raise_if_any(
             "paths must differ. These are spelled alike; rename one of the keys",
             {p: " and ".join(ts) for p, ts in key_texts.items() if len(ts) > 1},
         )
@@ -120,7 +120,7 @@ def _nested(items: Iterable[tuple[Iterable[str], Leaf]]) -> dict:
     return tree
 
 
-def refuse_listed(
+def raise_if_any(
     title: str,
     problems: Sequence[str] | Mapping[str, str | None],
     error: type[Exception] = ValueError,

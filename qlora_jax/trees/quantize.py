@@ -31,7 +31,7 @@ from .paths import (
     fused_with,
     leaves_by_path,
     map_by_path,
-    refuse_listed,
+    raise_if_any,
 )
 from .targets import find_targets
 
@@ -143,7 +143,7 @@ def _check_importance(
                 is_valid = bool(jnp.all((values >= 0) & jnp.isfinite(values)))
             if not is_valid:
                 problems[path] = "it must be finite and not negative."
-    refuse_listed("`importance` does not fit these leaves", problems)
+    raise_if_any("`importance` does not fit these leaves", problems)
 
 
 @overload

@@ -23,7 +23,7 @@ from .paths import (
     boxed_by_path,
     leaves_by_path,
     map_by_path,
-    refuse_listed,
+    raise_if_any,
 )
 
 __all__ = ["place"]
@@ -107,7 +107,7 @@ def place(
             plans[path].check(leaf)
         except ValueError as error:
             problems[path] = str(error)
-    refuse_listed("these leaves cannot be split as asked", problems)
+    raise_if_any("these leaves cannot be split as asked", problems)
     # 3. Move the arrays.
     new_base = map_by_path(lambda path, leaf: plans[path].place_leaf(leaf), base)
     new_lora = map_by_path(lambda path, x: plans[path].place_adapter(x), lora)

@@ -17,7 +17,7 @@ from ..adapters.config import (
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry, roles_fit
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.pack import check_kernel, check_values
-from .paths import Leaf, refuse_listed
+from .paths import Leaf, raise_if_any
 
 
 def find_targets(
@@ -52,14 +52,14 @@ def find_targets(
             _check_merged(as_kernel(leaf), shape[-2], config)
         except (TypeError, ValueError) as error:
             problems.setdefault(path, str(error))
-    refuse_listed("these leaves cannot be targets", problems)
+    raise_if_any("these leaves cannot be targets", problems)
     trained = {path: x for path, x in leaves.items() if config.is_trained(path)}
-    refuse_listed(
+    raise_if_any(
         "leaves that are trained in full must be float arrays. Got",
         [f"{p}: {as_kernel(x).label}" for p, x in trained.items() if not _is_float(x)],
     )
     tables = {path: x for path, x in leaves.items() if config.rows_of(path)}
-    refuse_listed(
+    raise_if_any(
         "`trainable_rows` do not fit these leaves",
         {path: _rows_problem(x, config.rows_of(path)) for path, x in tables.items()},
     )
@@ -202,7 +202,7 @@ def check_adapter_sizes(
                 f"{path}: shape {shape} with axes {geometry.roles(len(shape))!r} (b "
                 f"batch, k contracted, n output) is [{k}, {n}] in matrix form"
             )
-    refuse_listed(
+    raise_if_any(
         "these adapters would be larger than their kernels. Set the contracted axes in "
         "`contract`, exclude these kernels, or match them in `rank_pattern`",
         problems,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...quant.qtensor import QTensor
-from ...trees.paths import fused_with, refuse_listed
+from ...trees.paths import fused_with, raise_if_any
 from ..files import require
 from ..stored_weight import PackedWeight, packed_weight
 from ..tensors import DeferredTensor, transposed
@@ -152,7 +152,7 @@ def _check_fused_factors(kernels: Kernels) -> None:
     pairs = [(a, b) for a in factors for b in fused_with(a) if b in factors]
     differing = [f"{a}, {b}" for a, b in pairs if factors[a] != factors[b]]
     title = "vLLM uses one float32 factor for both of these weights, but theirs "
-    refuse_listed(title + "differ: pack them as one tree", differing)
+    raise_if_any(title + "differ: pack them as one tree", differing)
 
 
 COMPRESSED_TENSORS = FileFormat(

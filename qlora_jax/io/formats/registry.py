@@ -12,7 +12,7 @@ import numpy as np
 
 from ...quant.kernel import is_packed
 from ...quant.qtensor import QTensor
-from ...trees.paths import Tree, refuse_listed
+from ...trees.paths import Tree, raise_if_any
 from ..files import CheckpointError, Path, member, read_json, require
 from ..model_folder import SHARD_BYTES, read_config_json, write_folder
 from ..named_leaves import NamedLeaf, exported_leaves, float_tensors_of, matrix_of
@@ -93,7 +93,7 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
             f"ignored: {ignored[0]} and {len(ignored) - 1} others.",
             stacklevel=2,
         )
-    refuse_listed("these 4-bit weights cannot be read", problems, CheckpointError)
+    raise_if_any("these 4-bit weights cannot be read", problems, CheckpointError)
     return result
 
 
@@ -252,7 +252,7 @@ def save_packed(
     # 1. Check all kernels before anything is written.
     packed = [(leaf, x) for leaf, x in leaves if is_packed(x)]
     problems = {leaf.path: _problem(leaf, q, writer) for leaf, q in packed}
-    refuse_listed(f"{writer.name} cannot store these kernels", problems)
+    raise_if_any(f"{writer.name} cannot store these kernels", problems)
     settings = {tuple(getattr(q, name) for name in writer.shared) for _, q in packed}
     if len(settings) != 1:
         message = "`base` must have packed kernels, all with the same settings for "

@@ -19,7 +19,7 @@ from ...quant.kernel import is_packed
 from ...quant.pack import quantize_checked
 from ...quant.qtensor import QTensor
 from ...quant.search import ScaleRule
-from ...trees.paths import Tree, leaves_by_path, map_by_path, refuse_listed
+from ...trees.paths import Tree, leaves_by_path, map_by_path, raise_if_any
 from ...trees.targets import find_targets
 from ..files import CheckpointError, Path
 from ..formats.registry import packed_tensors
@@ -192,7 +192,7 @@ def _abstract_base(
         # A stack of no layers has no tensors.
         stored_packings[path], dtypes[path] = next(iter(storages), (None, dtype))
         problems[path] = _stack_problem(stored, storages)
-    refuse_listed("these leaves cannot be read", problems, CheckpointError)
+    raise_if_any("these leaves cannot be read", problems, CheckpointError)
     shapes = map_by_path(
         lambda path, x: jax.ShapeDtypeStruct(leaves[path].shape, dtypes[path]), like
     )

@@ -14,7 +14,7 @@ from ...adapters.base import Adapter, misfit_reason, replace_arrays
 from ...quant.geometry import Geometry
 from ...quant.kernel import FloatKernel
 from ...trees.adapters import adapters_by_path, checked_adapters
-from ...trees.paths import Tree, nested, refuse_listed
+from ...trees.paths import Tree, nested, raise_if_any
 from ..files import Path, refuse_names, require
 from ..formats.registry import packed_tensors
 from ..model_folder import SHARD_BYTES, write_folder
@@ -146,7 +146,7 @@ def _merged_tensors(
                 _merge_tensor, name, x, matrix_lora, out_dtype, is_table
             )
             merged[name] = DeferredTensor(out_dtype, x.shape, merge)
-    refuse_listed("these adapters do not fit the checkpoint", problems)
+    raise_if_any("these adapters do not fit the checkpoint", problems)
     refuse_names(missing=missing)
     return merged
 

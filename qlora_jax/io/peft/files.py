@@ -18,7 +18,7 @@ from ...adapters.trained import TrainedRows, new_trained
 from ...quant.formats import FLOAT_DTYPES
 from ...quant.kernel import Kernel, as_kernel, is_kernel
 from ...trees.adapters import unshared_adapters, with_trained
-from ...trees.paths import Tree, map_by_path, nested, refuse_listed
+from ...trees.paths import Tree, map_by_path, nested, raise_if_any
 from ..files import CheckpointError, Path, member, new_folder, refuse, write_json
 from ..names import BatchIndex, Names
 from ..safetensors import open_safetensors, write_safetensors
@@ -261,7 +261,7 @@ def adapter_tensors(
     full_rank = adapters.keys() - low_rank.keys()
     trained = {name for name, x in model.positions.items() if x.path in full_rank}
     written = {*layout.saved, *(f"{module}.weight" for module in layout.rows)}
-    refuse_listed(
+    raise_if_any(
         "`bias`, `modules_to_save` and `trainable_token_indices` must include all "
         "tensors that are trained in full. Missing",
         sorted(trained - written),
@@ -277,7 +277,7 @@ def adapter_tensors(
         order = np.searchsorted(adapter.replaced_rows, rows)
         tensors[layout.rows_key(module)] = np.asarray(adapter.arrays["rows"])[order]
     keys = layout.saved | layout.optional
-    refuse_listed(
+    raise_if_any(
         "`saved_base_weights` must have the names of weights that PEFT may save. Got "
         "others",
         [name for name in config.saved_base_weights if name not in keys],
@@ -285,7 +285,7 @@ def adapter_tensors(
     for name in (*layout.saved, *config.saved_base_weights):
         tensors[keys[name][0]] = _base_tensor(model, name)
     not_finite = [key for key, x in tensors.items() if not np.isfinite(x).all()]
-    refuse_listed("these tensors of the adapter must be finite", not_finite)
+    raise_if_any("these tensors of the adapter must be finite", not_finite)
     return tensors
 
 
@@ -309,7 +309,7 @@ def _low_rank_tensors(
     named |= {path for x in layout.parameters for path in x.kernels}
     unnamed = adapters.keys() - named
     problems += [f"{path}: PEFT cannot adapt such weights." for path in unnamed]
-    refuse_listed("these adapters do not match `config`", sorted(problems))
+    raise_if_any("these adapters do not match `config`", sorted(problems))
     return tensors
 
 

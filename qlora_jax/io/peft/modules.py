@@ -26,7 +26,7 @@ from ...adapters.lora import SETTINGS, LoRA
 from ...quant.geometry import Geometry
 from ...quant.kernel import Kernel, as_kernel
 from ...trees.adapters import checked_adapters
-from ...trees.paths import Tree, leaves_by_path, refuse_listed
+from ...trees.paths import Tree, leaves_by_path, raise_if_any
 from ..named_leaves import NamedLeaf, leaf_of
 from ..names import BatchIndex, Names
 from .config import PREFIX
@@ -87,7 +87,7 @@ class NamedBase:
                     modules[module] = position
                 if kind == "weight" and is_table:
                     tables.add(module)
-        refuse_listed("`names` must name every leaf of `base`", problems)
+        raise_if_any("`names` must name every leaf of `base`", problems)
         # The table of a tied model ignores the head, which a file may still have.
         is_tied = names.is_ignored(f"{HEAD}.weight")
         batch_shapes = {path: x.tensor_names.shape for path, x in named_leaves.items()}

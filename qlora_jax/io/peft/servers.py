@@ -12,7 +12,7 @@ from ...adapters.base import Adapter
 from ...adapters.config import is_table
 from ...adapters.lora import LoRA
 from ...trees.adapters import unshared_adapters
-from ...trees.paths import Tree, nested, refuse_listed
+from ...trees.paths import Tree, nested, raise_if_any
 from ..files import Path, member, new_folder, read_json, refuse, require, write_json
 from ..names import Names
 from ..safetensors import open_safetensors, write_safetensors
@@ -60,7 +60,7 @@ def portable(base: Tree, lora: Tree) -> Tree:
         if not x.is_linear or is_table(path)
     }
     title = "adapters for servers must be LoRA: export others as a merged model. Got"
-    refuse_listed(title, unsupported)
+    raise_if_any(title, unsupported)
     # All get one rank, because servers may read only the rank in the config.
     rank = max((x.rank for x in adapters.values()), default=0)
     return nested({path: _portable_lora(x, rank) for path, x in adapters.items()})

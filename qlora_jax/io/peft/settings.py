@@ -16,7 +16,7 @@ from ...adapters.dora import DoRA
 from ...adapters.lora import LoRA, LowRank, is_low_rank
 from ...adapters.merge_aware import is_merge_aware
 from ...trees.adapters import unshared_adapters
-from ...trees.paths import Tree, refuse_listed
+from ...trees.paths import Tree, raise_if_any
 from ..files import refuse
 from ..names import Names
 from .config import (
@@ -418,7 +418,7 @@ def peft_config(
 
 def refuse_merge_aware(adapters: Mapping[str, Adapter]) -> None:
     """Raises ValueError if adapters were trained through the packing of their sum."""
-    refuse_listed(
+    raise_if_any(
         "these adapters cannot be written beside their base. They were trained through "
         "the packing of the merged kernels, and PEFT would add them to kernels without "
         "packing the sum. Write the weights of `merge(base, lora, requantize=True)`",
