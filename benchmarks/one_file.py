@@ -29,7 +29,7 @@ from qlora_jax.adapters.base import register_adapter
 from qlora_jax.adapters.lora import lora_delta
 from qlora_jax.llm.app.base_model import LAYERS
 from qlora_jax.quant.formats import Packing
-from qlora_jax.quant.pack import quantize_checked
+from qlora_jax.quant.pack import quantize_unchecked
 
 RESULTS = pathlib.Path(__file__).with_name("one_file.jsonl")
 RESIDUAL = "nf4 + nf4"
@@ -112,7 +112,7 @@ class CodesKept(ql.MergeAware):
         half_step = jnp.max(blocks, axis=-2) / 15
         is_small = jnp.abs(change) < self.keep * jnp.repeat(half_step, block_size, -2)
         merged = w + jnp.where(is_small, 0, change)
-        return quantize_checked(
+        return quantize_unchecked(
             merged.astype(kernel.dtype), self.packing, self.geometry
         )
 

@@ -37,24 +37,24 @@ def quantize_blocks(
     """
     k, block_size = w.shape[-2], packing.block_size
     num_full = k // block_size * block_size  # rows in full blocks
-
-    def quantize_rows(start: int, stop: int, size: int, *, divide: bool) -> tuple:
-        rows = slice(start, stop)
-        weights = None if importance is None else importance[..., rows]
-        return _quantize_rows(
-            w[..., rows, :], packing, size, scale_rule, weights, *largest, divide=divide
-        )
-
-    if num_full == k:
-        return quantize_rows(0, k, block_size, divide=False)
     if packing.format.bits == 4 and k % 2:
         w = jnp.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, 1), (0, 0)])
         if importance is not None:
             importance = jnp.pad(importance, [(0, 0)] * (w.ndim - 2) + [(0, 1)])
+
+    def quantize_rows(start: int, stop: int, size: int, *, divide: bool) -> tuple:
+        rows = w[..., start:stop, :]
+        row_importance = None if importance is None else importance[..., start:stop]
+        return _quantize_rows(
+            rows, packing, size, scale_rule, row_importance, *largest, divide=divide
+        )
+
+    if num_full == k:
+        return quantize_rows(0, k, block_size, divide=False)
     # In a partial last block, bitsandbytes divides by the scale. In full blocks, it
     # multiplies by the reciprocal of the scale, which differs in the last bit.
-    rows = w.shape[-2]
-    parts = [quantize_rows(num_full, rows, rows - num_full, divide=True)]
+    num_rows = w.shape[-2]
+    parts = [quantize_rows(num_full, num_rows, num_rows - num_full, divide=True)]
     if num_full:
         parts.insert(0, quantize_rows(0, num_full, block_size, divide=False))
     codes, block_scales = zip(*parts, strict=True)
@@ -74,7 +74,7 @@ def _quantize_rows(
     fmt, scheme = packing.format, packing.scheme
     *batch, k, n = w.shape
     # 1. The scale of each block: [*batch, k, n] -> [*batch, blocks, block_size, n].
-    blocks = w.reshape(*batch, -(-k // block_size), block_size, n)
+    blocks = w.reshape(*batch, k // block_size, block_size, n)
     scales = _exact_scales(blocks, fmt)
     if scale_rule == "search":
         if importance is not None:
@@ -85,7 +85,7 @@ def _quantize_rows(
     used_scales = scales
     if scheme.uses_stored_scales:
         used_scales = scheme.decode(scheme.encode(scales, *largest))
-    # Formats with another peak are not those of bitsandbytes, so they never `divide`.
+    # `divide` is bitsandbytes' rule for partial blocks. The peak of its formats is 1.
     if fmt.ties == "even" or (divide and fmt.peak == 1):
         # No weight is larger than 16 times its scale, so `divisor` equals the scale.
         # The maximum hides from XLA that the scale is broadcast: XLA would replace the

@@ -127,7 +127,7 @@ FP4 = Format("fp4", 4, _FP4 + tuple(-v + 0.0 for v in _FP4), 1.0)
 INT4 = Format("int4", 4, tuple(float(v) for v in range(-8, 8)), 7.0)
 INT8 = Format("int8", 8, tuple(float(v) for v in range(-128, 128)), 127.0)
 
-# The remaining formats do not support double quantization (their None).
+# For the remaining formats, `double_scales` is None.
 # The values of AWQ, GPTQ and compressed-tensors, with the scales and ties of
 # compressed-tensors for
 # `QuantizationArgs(num_bits=4, symmetric=True, scale_dtype=torch.float16)`.

@@ -113,10 +113,11 @@ def on_device(codes: PyTree) -> Any:
         return codes
     if isinstance(codes.array, jax.ShapeDtypeStruct):
         # Remove the entry for the axis of 8 rows from the sharding.
-        host, sharding = codes.array.sharding, None
-        if isinstance(host, NamedSharding):
-            *batch, tiles, _, n = host.spec
-            sharding = NamedSharding(host.mesh, PartitionSpec(*batch, tiles, n))
+        host_sharding, sharding = codes.array.sharding, None
+        if isinstance(host_sharding, NamedSharding):
+            *batch, tiles, _, n = host_sharding.spec
+            spec = PartitionSpec(*batch, tiles, n)
+            sharding = NamedSharding(host_sharding.mesh, spec)
         return jax.ShapeDtypeStruct(codes.shape, codes.dtype, sharding=sharding)
     array = jax.device_put(codes.array, jax.memory.Space.Device)
     *batch, tiles, rows, n = array.shape

@@ -33,12 +33,12 @@ def quantize_kernel(
 ) -> QTensor:
     """Quantizes a floating-point kernel; raises the errors of `check_values`."""
     check_values(w, packing, geometry, scale_rule)
-    return quantize_checked(
+    return quantize_unchecked(
         w, packing, geometry, scale_rule=scale_rule, importance=importance
     )
 
 
-def quantize_checked(
+def quantize_unchecked(
     w: Array | np.ndarray,
     packing: Packing,
     geometry: Geometry,
@@ -46,7 +46,7 @@ def quantize_checked(
     scale_rule: ScaleRule = "absmax",
     importance: Float[Array, "*batch k"] | None = None,
 ) -> QTensor:
-    """Does the same as `quantize_kernel` without the checks, which read all weights.
+    """Quantizes a kernel without the checks of its values, which read all weights.
 
     `largest` is empty, or for NVFP4 an array `[*batch]` that is used instead of the
     largest magnitude of the kernel's weights, which in NVFP4 is the largest scale.
@@ -94,7 +94,7 @@ def check_values(
     if not all_below(w, math.inf):
         raise ValueError("weights must be finite. Got NaN or infinite values.")
     with jax.ensure_compile_time_eval():
-        q = quantize_checked(w, packing, geometry, scale_rule=scale_rule)
+        q = quantize_unchecked(w, packing, geometry, scale_rule=scale_rule)
         decodes_to_finite = all_below(q.dequantize(), math.inf)
     if not q.stored_scales.is_finite():
         raise ValueError(f"weights must be {scheme.overflow}")
@@ -176,7 +176,7 @@ class StraightThrough(ArrayKernel):
     is_trained = True
 
     def stack_flags(self) -> "StraightThrough":
-        """Returns a copy whose array is replaced by a bool: whether it is a stack."""
+        """Returns a copy with a bool for its array: whether `ql.optim` may slice it."""
         # Unlike for `is_stack`, the experts of a single layer are a stack, too.
         ndim, kinds = jnp.ndim(self.kernel), self.geometry.kinds
         return replace(self, kernel=ndim > len(kinds) or kinds[0] == "b")

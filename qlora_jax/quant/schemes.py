@@ -103,9 +103,8 @@ def quotient(
     """
     # The maximum equals `divisor`. It hides from XLA that the divisor is a constant or
     # broadcast: XLA would replace the division by a product with the reciprocal, which
-    # rounds twice. A select between constants would not do. JAX would move it out of a
-    # scan, and in Hessian-vector products would then mistake it for an argument of the
-    # surrounding product, which has a custom gradient.
+    # rounds twice. A select between constants would move out of a scan, and then fail in
+    # Hessian-vector products (see `_product` in product/multiply.py).
     return x / jnp.maximum(divisor, jnp.minimum(x, 0))
 
 
@@ -291,9 +290,9 @@ def _encode_e4m3(
         largest = jnp.max(scales, axis=(-1, -2), initial=0.0)
     largest = largest[..., None, None]
     # divisor = 448 * 6 / largest, which maps the largest scale to the largest e4m3. If
-    # it is above 2**125, the reciprocal may be subnormal and be flushed to zero, so
-    # numerator and denominator are multiplied by 2**-4. If it is below 7.9e-36, the
-    # divisor would overflow, so it is clipped.
+    # `largest` is above 2**125, its reciprocal may be subnormal and be flushed to zero,
+    # so numerator and denominator are multiplied by 2**-4. If `largest` is below
+    # 7.9e-36, the divisor would overflow and is clipped.
     shrink = jnp.where(largest > 2.0**125, np.float32(2.0**-4), np.float32(1))
     inverse = 1 / jnp.maximum(largest * shrink, SMALLEST_NORMAL)
     divisor = inverse * (np.float32(E4M3_MAX * E2M1_MAX) * shrink)

@@ -20,7 +20,7 @@ from ..adapters.config import as_rank
 from ..adapters.lora import LoRA
 from ..adapters.merge_aware import MergeAware, is_merge_aware
 from ..quant.kernel import Kernel, as_kernel, is_packed
-from ..quant.pack import StraightThrough, check_values, quantize_checked
+from ..quant.pack import StraightThrough, check_values, quantize_unchecked
 from ..quant.qtensor import QTensor, with_scales
 from ..quant.schemes import with_e4m3_divisor
 from .adapters import adapters_by_keys, checked_adapters
@@ -129,7 +129,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         except ValueError as error:
             problems[path] = str(error)
             return leaf
-        packed = quantize_checked(merged, packing, leaf.geometry)
+        packed = quantize_unchecked(merged, packing, leaf.geometry)
         if is_concrete(packed.codes) and adapter is not None:
             changes.append(_relative_changes(leaf, merged, packed))
         return packed

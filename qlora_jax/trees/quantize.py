@@ -19,8 +19,8 @@ from ..quant.kernel import Kernel, as_kernel, is_kernel
 from ..quant.pack import (
     StraightThrough,
     check_kernel,
-    quantize_checked,
     quantize_kernel,
+    quantize_unchecked,
 )
 from ..quant.qtensor import QTensor
 from ..quant.search import ScaleRule, check_scale_rule
@@ -52,7 +52,7 @@ def as_base_leaf(
         return StraightThrough(jnp.asarray(w), packing, geometry)
     largest_weights = () if largest is None else (largest,)
     settings = {"scale_rule": config.scales, "importance": importance}
-    q = quantize_checked(w, packing, geometry, *largest_weights, **settings)
+    q = quantize_unchecked(w, packing, geometry, *largest_weights, **settings)
     if donate:
         delete(w, q)  # waits for q, and frees the float array
     return q

@@ -157,13 +157,13 @@ class TestInit:
 
         gc.collect()  # arrays of earlier tests that are in reference cycles
         observations, started = [], live_float_bytes()
-        pack = quantize_module.quantize_checked
+        pack = quantize_module.quantize_unchecked
 
         def spy(*args, **options):
             observations.append((is_deleted(leaves), started - live_float_bytes()))
             return pack(*args, **options)
 
-        monkeypatch.setattr(quantize_module, "quantize_checked", spy)
+        monkeypatch.setattr(quantize_module, "quantize_unchecked", spy)
         got = jax.tree.leaves(run())
         assert len(observations) == len(leaves) == 3
         for turn, (deleted, freed) in enumerate(observations):

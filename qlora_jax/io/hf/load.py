@@ -16,7 +16,7 @@ from ...adapters.config import QLoRAConfig
 from ...quant.formats import Packing
 from ...quant.host_codes import to_host
 from ...quant.kernel import is_packed
-from ...quant.pack import quantize_checked
+from ...quant.pack import quantize_unchecked
 from ...quant.qtensor import QTensor
 from ...quant.search import ScaleRule
 from ...trees.paths import Tree, leaves_by_path, map_by_path, raise_if_any
@@ -206,7 +206,7 @@ def _abstract_base(
             packing, geometry = packings[path], leaves[path].geometry
             if packing is None or geometry is None:
                 return w
-            return quantize_checked(w, packing, geometry)
+            return quantize_unchecked(w, packing, geometry)
 
         return map_by_path(pack_leaf, tree)
 
