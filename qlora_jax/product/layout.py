@@ -104,27 +104,27 @@ class Layout:
 def lay_out(
     spec: ProductSpec,
     sizes: Mapping[str, int],
-    x_axes: Sequence[Axes],
+    left_axes: Sequence[Axes],
     weight_axes: Sequence[Axes],
-    x_shape: Sequence[int],
+    left_shape: Sequence[int],
     scales_shape: Sequence[int],
 ) -> Layout:
     """Returns the layout for weights `[*batch, K, N]` that `weight_axes` split.
 
-    `sizes` has the size of each mesh axis. `x_axes` and `x_shape` are those of the left
-    operand. `scales_shape` is `[*batch, blocks, N]`, or `[E, blocks, N]` if the product
-    is ragged. Each row of float weights counts as a block.
+    `sizes` has the size of each mesh axis. `scales_shape` is `[*batch, blocks, N]`, or
+    `[E, blocks, N]` if the product is ragged. Each row of float weights counts as a
+    block.
     """
     # A mesh axis can split only one axis of an array. Mesh axes are assigned in order
-    # of priority: batch, stored weights, rows of x. If a mesh axis splits both the rows
-    # and the stored weights, the weights are gathered over it.
+    # of priority: batch, stored weights, rows of x and y. If a mesh axis splits both
+    # the rows and the stored weights, the weights are gathered over it.
     used: set[str] = set()
 
-    # 1. Batch axes, which x and the weights share.
+    # 1. Batch axes, which all arrays share.
     batch: list[Axes] = []
-    batch_axes = zip(weight_axes[: spec.batch], x_axes, scales_shape, strict=False)
-    for weight_entry, x_entry, length in batch_axes:
-        axes = free_prefix(weight_entry or x_entry, used)
+    batch_axes = zip(weight_axes[: spec.batch], left_axes, scales_shape, strict=False)
+    for weight_entry, left_entry, length in batch_axes:
+        axes = free_prefix(weight_entry or left_entry, used)
         batch.append(dividing_prefix(axes, sizes, length))
         used.update(batch[-1])
 
@@ -142,21 +142,21 @@ def lay_out(
     stored_n = dividing_prefix(free_prefix(weight_axes[-1], used | stored), sizes, n)
     stored.update(stored_n)
 
-    # 3. The rows of x.
+    # 3. The rows of x and y.
     rows: list[Axes] = []
     row_slice = slice(spec.batch, -1)
-    for x_entry, length in zip(x_axes[row_slice], x_shape[row_slice], strict=True):
-        rows.append(dividing_prefix(free_prefix(x_entry, used), sizes, length))
+    for entry, length in zip(left_axes[row_slice], left_shape[row_slice], strict=True):
+        rows.append(dividing_prefix(free_prefix(entry, used), sizes, length))
         used.update(rows[-1])
 
     # 4. The weights during the multiplication: only axes that the rows do not use.
     def split(stored_axes: Axes, length: int = 1, is_contracted: bool = False) -> Split:
         active = free_prefix(stored_axes, used)
         if is_contracted and not stored_axes:
-            # If only x is split along the contracted axis, weights are split to match.
-            active = dividing_prefix(
-                free_prefix(x_axes[-1], used | stored), sizes, length
-            )
+            # If only the left operand is split along the contracted axis, the weights
+            # are split to match.
+            axes = free_prefix(left_axes[-1], used | stored)
+            active = dividing_prefix(axes, sizes, length)
         return Split(active, stored_axes[len(active) :] if spec.packed_as else ())
 
     k_split = split(stored_k, k_parts, spec.output == "y")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32, PyTree
 
 from ..quant.kernel import Kernel, Placement, as_kernel
 from ..quant.views import product_arrays
-from .sharded import compute, find_mesh
+from .sharded import compute, fit_to_mesh
 from .spec import OPERANDS, ArrayName, Operands, ProductSpec, product_spec
 
 
@@ -62,7 +62,7 @@ def multiply(
         is_ragged=is_ragged,
         result_dtype=None if result_dtype is None else jnp.dtype(result_dtype).name,
     )
-    return _product(*find_mesh(spec, x, weights, offsets, weights_move))
+    return _product(*fit_to_mesh(spec, x, weights, offsets, weights_move))
 
 
 # y = x w, so dx = g w^T and dw = x^T g, summed over rows. These are products too, with

@@ -39,7 +39,7 @@ from .layout import Layout, lay_out
 from .spec import Operands, ProductSpec, product_spec
 
 
-def find_mesh(
+def fit_to_mesh(
     spec: ProductSpec,
     x: Array,
     weights: PyTree,
@@ -69,7 +69,7 @@ def find_mesh(
 
 
 def declared_mesh(placement: Placement | None) -> AnyMesh | None:
-    """Returns the mesh with Auto axes that a placement is for, if it is in use."""
+    """Returns the mesh of a placement, or None if the context is another mesh."""
     if placement is None:
         return None
     mesh, context = placement.mesh, get_abstract_mesh()
@@ -97,14 +97,14 @@ def in_auto_mode(
 
 def find_layout(
     spec: ProductSpec,
-    x_axes: Sequence[Axes],
+    left_axes: Sequence[Axes],
     weight_axes: Sequence[Axes],
-    x_shape: Sequence[int],
+    left_shape: Sequence[int],
     scales_shape: Sequence[int],
 ) -> Layout:
     """Returns the layout of a product on its mesh.
 
-    For Explicit axes, `x_axes` and `weight_axes` come from the operands' types. For
+    For Explicit axes, `left_axes` and `weight_axes` come from the operands' types. For
     Auto axes, they are ignored, and the kernel's placement is used instead.
     """
     mesh = spec.mesh
@@ -115,10 +115,10 @@ def find_layout(
         assert spec.placement is not None
         axis_names = modes.axes_of_type(mesh, AxisType.Auto)
         weight_axes = auto_only(mesh, spec.placement.matrix_axes(len(scales_shape)))
-        row_axes = spec.placement.row_axes(len(x_shape) - 1 - spec.batch)
+        row_axes = spec.placement.row_axes(len(left_shape) - 1 - spec.batch)
         rows = auto_only(mesh, row_axes)
-        x_axes = [*weight_axes[: spec.batch], *rows, ()]
-    layout = lay_out(spec, mesh.shape, x_axes, weight_axes, x_shape, scales_shape)
+        left_axes = [*weight_axes[: spec.batch], *rows, ()]
+    layout = lay_out(spec, mesh.shape, left_axes, weight_axes, left_shape, scales_shape)
     return replace(layout, mesh=mesh, axis_names=axis_names)
 
 
@@ -130,17 +130,18 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
         return choose.run(spec, operands)
     # 2. Find the layout.
     left, right, scales, layer, offsets = operands
-    x_axes, weight_axes = (), ()
+    left_axes, weight_axes = (), ()
     if spec.is_explicit:
-        x_axes, weight_axes = typed_axes(left), typed_axes(right)[layer is not None :]
+        left_axes = typed_axes(left)
+        weight_axes = typed_axes(right)[layer is not None :]
         if spec.weight_axes is not None:
             weight_axes = [*weight_axes[: spec.batch], *spec.weight_axes]
-    # Float weights have the shape of scales of blocks of one row.
+    # Each row of float weights counts as a block, so their own shape is used.
     scales_shape = (right if scales is None else scales).shape
     if spec.output == "w":
         experts = () if offsets is None else (offsets.shape[0] - 1,)
         scales_shape = *left.shape[: spec.batch], *experts, spec.k, right.shape[-1]
-    layout = find_layout(spec, x_axes, weight_axes, left.shape, scales_shape)
+    layout = find_layout(spec, left_axes, weight_axes, left.shape, scales_shape)
     layers = () if layer is None else (None,)
     right_spec = PartitionSpec(*layers, *layout.right)
     # As in `Operands`: left, right, scales, layer and offsets.
@@ -149,7 +150,8 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
     # 3. With Explicit axes, split the operands as the layout needs them.
     if spec.is_explicit:
         # Types show only Explicit axes, so a packed product uses Auto mode if the mesh
-        # has other axes. Explicit mode has no rules for the loops of ragged products.
+        # has other axes. A ragged product uses it if no `shard_map` follows, because
+        # Explicit mode has no rules for its loops.
         has_other_axes = {*mesh.axis_types} != {AxisType.Explicit}
         needs_auto = spec.packed_as is not None and has_other_axes
         if needs_auto or (spec.is_ragged and not layout.axis_names):
@@ -159,7 +161,7 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
             None if array is None else split_by(array, mesh, array_spec)
             for array, array_spec in arrays
         )
-        if not layout.axis_names:  # each one splits the axis of a vmap
+        if not layout.axis_names:  # all Explicit axes split axes of a vmap
             return choose.run(spec, operands)
 
     # 4. Multiply the parts of each device. Float products with Explicit axes need this

@@ -113,7 +113,8 @@ class Unsupported(NotImplementedError):
 class Backend(abc.ABC):
     """Computes the product of one device's arrays, with the same result as `Reference`.
 
-    The result has the dtype `spec.result_dtype`, or else the dtype of x.
+    Here, x is the left operand, which is the gradient of y if `spec.output` is "x". The
+    result has the dtype `spec.result_dtype`, or else the dtype of x.
     """
 
     is_opaque = False  # whether XLA cannot or must not partition it

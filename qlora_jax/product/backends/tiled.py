@@ -59,7 +59,7 @@ class Tiled(Reference):
         self, spec: ProductSpec, x: Array, codes: Array, scales: Array
     ) -> Array:
         num_matrices = math.prod(codes.shape[:-2])
-        size, tile = _tile_outputs(spec, codes.shape[-1], num_matrices)
+        outputs, tile = _tile_outputs(spec, codes.shape[-1], num_matrices)
         # XLA's routine for a single 16-bit row is several times slower than the one for
         # two rows. Its routine for a float32 row is fast, and the cast is exact.
         is_16_bit_row = _is_row(x) and x.dtype.itemsize == 2
@@ -72,20 +72,20 @@ class Tiled(Reference):
             return y.astype(result_dtype)
 
         uses_row_product = _uses_row_product(spec, x)
-        if tile == size and uses_row_product:
+        if tile == outputs and uses_row_product:
             return _multiply_row(spec, x, codes, scales)
-        if tile == size:
+        if tile == outputs:
             # Outside a loop, a gather is as fast as selects and compiles faster.
             w = decode(spec, codes, scales, x.dtype, find_values=gather_values)
             return multiply(w)
 
-        def compute_tile(start: Array | int, tile: int) -> Array:
-            part = _cut_tile(spec, codes, scales, start, tile)
+        def compute_tile(start: Array | int, length: int) -> Array:
+            part = _cut_tile(spec, codes, scales, start, length)
             if uses_row_product:
                 return _multiply_row(spec, x, *part)
-            return multiply(_decode_tile(spec, *part, x.dtype, tile))
+            return multiply(_decode_tile(spec, *part, x.dtype, length))
 
-        return _join_tiles(x.shape[:-1], result_dtype, size, tile, compute_tile)
+        return _join_tiles(x.shape[:-1], result_dtype, outputs, tile, compute_tile)
 
     def _multiply_experts(
         self,
@@ -96,41 +96,41 @@ class Tiled(Reference):
         n: int,
     ) -> Array:
         dtype = jnp.dtype(spec.result_dtype or x.dtype)
-        size, tile = _tile_outputs(spec, n, 1)
+        outputs, tile = _tile_outputs(spec, n, 1)
 
         def multiply(rows: Array, w: Array) -> Array:
             w = w.astype(x.dtype)
             return dot(rows, w, transpose=spec.transpose, precision=spec.precision)
 
-        def compute_tile(start: Array | int, tile: int) -> Array:
+        def compute_tile(start: Array | int, length: int) -> Array:
             def decode_expert(expert: Array) -> Array:
                 codes, scales = take_expert(expert)
-                if tile < size:
-                    codes, scales = _cut_tile(spec, codes, scales, start, tile)
-                return _decode_tile(spec, codes, scales, x.dtype, tile)
+                if length < outputs:
+                    codes, scales = _cut_tile(spec, codes, scales, start, length)
+                return _decode_tile(spec, codes, scales, x.dtype, length)
 
-            return grouped_product(x, offsets, decode_expert, multiply, tile, dtype)
+            return grouped_product(x, offsets, decode_expert, multiply, length, dtype)
 
-        if tile == size:
-            return compute_tile(0, tile)
-        return _join_tiles(x.shape[:-1], dtype, size, tile, compute_tile)
+        if tile == outputs:
+            return compute_tile(0, outputs)
+        return _join_tiles(x.shape[:-1], dtype, outputs, tile, compute_tile)
 
 
 def _tile_outputs(spec: ProductSpec, n: int, num_matrices: int) -> tuple[int, int]:
     """Returns the number of outputs, and the number of outputs in a tile."""
-    size, unit, narrowest = n, 1, NARROWEST_COLUMNS
+    outputs, unit, narrowest = n, 1, NARROWEST_COLUMNS
     if spec.transpose:
         # Tiles of rows consist of whole blocks.
-        size, unit, narrowest = spec.k, spec.block_size, NARROWEST_ROWS
+        outputs, unit, narrowest = spec.k, spec.block_size, NARROWEST_ROWS
     weight_bytes = 4 * num_matrices * spec.k * n
-    num_tiles = min(-(-weight_bytes // TILE_BYTES), size // max(narrowest, unit))
+    num_tiles = min(-(-weight_bytes // TILE_BYTES), outputs // max(narrowest, unit))
     if num_tiles <= 1:
-        return size, size
+        return outputs, outputs
     # Prefers tiles of equal size, because a smaller last tile is compiled separately.
     for count in range(num_tiles, num_tiles // 2, -1):
-        if size % (count * unit) == 0:
-            return size, size // count
-    return size, size // num_tiles // unit * unit
+        if outputs % (count * unit) == 0:
+            return outputs, outputs // count
+    return outputs, outputs // num_tiles // unit * unit
 
 
 def _cut_tile(
@@ -152,11 +152,11 @@ def _cut_tile(
 def _join_tiles(
     rows: tuple[int, ...],
     dtype: np.dtype,
-    size: int,
+    outputs: int,
     tile: int,
     compute_tile: Callable[[Array | int, int], Array],
 ) -> Array:
-    """Returns `compute_tile(start, tile)` of all tiles of outputs, `[*rows, size]`."""
+    """Returns `compute_tile(start, length)` of all tiles, `[*rows, outputs]`."""
 
     def compute_and_store(i: Array, y: Array) -> Array:
         return lax.dynamic_update_index_in_dim(
@@ -165,12 +165,12 @@ def _join_tiles(
 
     # The array has a separate axis of tiles. If tiles were columns of a matrix, some
     # versions of XLA on CPUs would convert the entire 16-bit result at every step.
-    num_tiles, num_left = divmod(size, tile)
+    num_tiles, num_left = divmod(outputs, tile)
     y = jnp.zeros((*rows, num_tiles, tile), dtype)
     y = lax.fori_loop(0, num_tiles, compute_and_store, y)
     y = y.reshape(*rows, num_tiles * tile)
     if num_left:
-        y = jnp.concatenate([y, compute_tile(size - num_left, num_left)], axis=-1)
+        y = jnp.concatenate([y, compute_tile(outputs - num_left, num_left)], axis=-1)
     return y
 
 
@@ -187,9 +187,9 @@ def _uses_row_product(spec: ProductSpec, x: Array) -> bool:
 
 def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
     """Returns the product of a single row, without storing decoded weights."""
-    # XLA fuses decoding and multiplication into additions, but not into a product. The
-    # two rows of each byte are therefore added first. The sums, half as many, are then
-    # added up by a product with ones.
+    # XLA does not fuse decoding into a dot. A single loop therefore decodes weights,
+    # multiplies them by x, and adds the two rows of each byte. A dot with ones then
+    # adds up these sums, of which there are half as many as weights.
     blocks = split_blocks(codes, scales.shape[-2], spec.packing)
     high, low = _pair_values(blocks, spec.format)
     *batch, num_blocks, block_rows, n = high.shape
@@ -219,12 +219,9 @@ def _pair_values(
 ) -> tuple[Float32[Array, "*blocks rows n"], Float32[Array, "*blocks rows n"]]:
     """Returns the values of the first and of the second row in each byte."""
     if fmt.is_uniform:
-        high_code, low_code = codes >> 4, codes & np.uint8(15)
+        high, low = codes >> 4, codes & np.uint8(15)
         lowest = fmt.table[0]
-        return (
-            high_code.astype(jnp.float32) + lowest,
-            low_code.astype(jnp.float32) + lowest,
-        )
+        return high.astype(jnp.float32) + lowest, low.astype(jnp.float32) + lowest
     # The byte itself is the index into tables of 256 values. With 32-bit indices, the
     # look-up takes four times as long on JAX 0.12.
     high, low = np.repeat(fmt.table, 16), np.tile(fmt.table, 16)

@@ -44,7 +44,7 @@ class PallasTPU(Backend):
             raise Unsupported(
                 f"It does not support a symbolic number of rows. Got {shape[-2]}."
             )
-        plan(spec, shape[-2], columns, dtype, self.chip)
+        plan(spec, shape[-2], columns, dtype, self.chip)  # raises `Unsupported`, too
 
     def product(self, spec: ProductSpec, operands: Operands) -> Array:  # noqa: D102
         from . import fused

@@ -42,7 +42,7 @@ def decode_stripe(
     size: int,
     dtype: DTypeLike,
 ) -> Array:
-    """Returns rows `start` to `start + size` of a stripe along the contracted axis.
+    """Returns positions `start` to `start + size` of a stripe's contracted axis.
 
     `scales` begins `row_offset` rows of the weight before `codes`.
     """
@@ -66,17 +66,8 @@ def decode_stripe(
                 for i in range(0, slab_rows, min(slab_rows, block_size))
             ]
             byte = assume_multiple(divide(first_row + row, fmt.codes_per_byte), 32)
-            slab = decode_slab(
-                codes[pl.ds(byte, 32), columns],
-                slab_scales,
-                fmt,
-                table,
-                tiling.form,
-                dtype,
-                mixed=tiling.mixed,
-                emulate=tiling.emulate,
-            )
-            slabs.append(slab)
+            slab_codes = codes[pl.ds(byte, 32), columns]
+            slabs.append(decode_slab(tiling, slab_codes, slab_scales, table, dtype))
         pieces.append(jnp.concatenate(slabs, axis=0))
     return jnp.concatenate(pieces, axis=1)
 
@@ -118,34 +109,29 @@ def assume_multiple(value: Array | int, divisor: int) -> Array | int:
 
 
 def decode_slab(
+    tiling: Tiling,
     codes: Array,
     scales: list[Array],
-    fmt: Format,
     table: Array | None,
-    form: str,
     dtype: DTypeLike,
-    *,
-    mixed: bool = False,
-    emulate: bool = False,
 ) -> Array:
     """Returns the weights of a slab, `[64, n]`, or `[32, n]` for int8.
 
     The codes are uint8 `[32, n]`. The scales are one, two or four float32 rows
-    `[1, n]`, each for an equal part of the slab. With `mixed` (shuffle, bfloat16), rows
-    are in the order of `mix`.
+    `[1, n]`, each for an equal part of the slab.
     """
-    if table is None and fmt.bits == 8:
+    if table is None and tiling.spec.format.bits == 8:
         values = codes.astype(jnp.int32).astype(jnp.float32) - 128.0
         return (values * scales[0]).astype(dtype)
     if table is None:
-        return _integers(codes, scales, dtype, emulate)
-    if form == "select":
+        return _integers(codes, scales, dtype, tiling.emulate)
+    if tiling.form == "select":
         return _select(codes, scales, table, dtype)
     if dtype == jnp.float32:
         return _sublane_f32(codes, scales, table)
-    if form == "sublane":
-        return _sublane(codes, scales, table, emulate)
-    return (_shuffle_mixed if mixed else _shuffle)(codes, scales, table)
+    if tiling.form == "sublane":
+        return _sublane(codes, scales, table, tiling.emulate)
+    return (_shuffle_mixed if tiling.mixed else _shuffle)(codes, scales, table)
 
 
 def mix(values: Array, *, undo: bool = False) -> Array:

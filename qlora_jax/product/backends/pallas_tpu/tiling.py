@@ -1,4 +1,8 @@
-"""The settings of TPU chips, and the tile sizes of the kernel for a product."""
+"""The settings of TPU chips, and the tile sizes of the kernel for a product.
+
+A *block* is a part of an array that Pallas keeps in VMEM, except in `block_size`, which
+is that of quantization. `fused` explains stripes and chunks.
+"""
 
 import dataclasses
 import math
@@ -111,7 +115,7 @@ def plan(
     A block has up to `max_rows` rows of x. Raises `Unsupported` if the kernel does not
     support the product.
     """
-    # 1. Pad the weight to whole lanes and blocks.
+    # 1. Pad the weight to whole lanes and whole blocks of quantization.
     # 2. Choose how to decode: into scratch memory or not, in which order of rows.
     # 3. Return the best shape of blocks that fits VMEM.
     _check(spec, cols, dtype)

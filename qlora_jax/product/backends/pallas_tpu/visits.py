@@ -103,10 +103,10 @@ def find_visits(offsets: Array, num_rows: int, size: int) -> Visits:
     # 2. Find the expert of each visit, and the number of its earlier visits.
     number = jnp.arange(num_blocks + num_experts - 1, dtype=jnp.int32) - blocks_before
     is_active = (number >= 0) & (number < total)
-    active = jnp.clip(number, 0, jnp.maximum(total - 1, 0))
-    expert = jnp.searchsorted(ends, active, side="right")
+    nearest_active = jnp.clip(number, 0, jnp.maximum(total - 1, 0))
+    expert = jnp.searchsorted(ends, nearest_active, side="right")
     expert = jnp.minimum(expert, num_experts - 1).astype(jnp.int32)
-    num_earlier = active - (ends - counts)[expert]
+    num_earlier = nearest_active - (ends - counts)[expert]
 
     # 3. Find the block of each visit: with an expert, or before or after all experts.
     block_after = first_block_after + jnp.maximum(number - total, 0)
