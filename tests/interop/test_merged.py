@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import llama
 import numpy as np
 import pytest
+import random_configs
 from configs import SIZES, random_model
 from helpers import assert_same_bits, trees_of
 from stored import export, tensors_of
@@ -15,8 +16,11 @@ from transformers import AutoTokenizer
 import qlora_jax as ql
 from qlora_jax.io import save_merged
 from qlora_jax.llm.app.base_model import LAYERS
+from qlora_jax.llm.gguf.values_in import BIAS_TENSORS, FREQUENCIES, config_from_values
+from qlora_jax.llm.gguf.values_out import check_gguf_config, divisors_of, values_of
 from qlora_jax.llm.models.checkpoint import load, load_tokenizer
 from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.families import config_from_hf
 from qlora_jax.llm.models.tiny import save_tiny
 
 
@@ -107,6 +111,9 @@ KINDS = {
     "Gemma2": GEMMA,
     "Gemma3": GEMMA | {"model_type": "gemma3_text", "num_hidden_layers": 7},
     "SmolLM3": {},
+    "Glm4": {"attention_bias": True, "pad_token_id": 0},
+    # With this size of heads, the model is not a Qwen2.
+    "SeedOss": {"model_type": "seed_oss", "attention_bias": True, "head_dim": 32},
     "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
     | {"tie_word_embeddings": False},
     "Mixtral": {"num_local_experts": 4},
@@ -116,6 +123,27 @@ KINDS = {
     "Phi3": {"partial_rotary_factor": 0.5, "pad_token_id": 0, "rope_scaling": LONGROPE}
     | {"original_max_position_embeddings": 20},
 }
+
+
+@pytest.mark.filterwarnings("ignore:llama.cpp rounds the bounds of YaRN")
+@pytest.mark.parametrize("kind", random_configs.FAMILY_DRAWS)
+def test_a_random_config_survives_gguf(kind):
+    """If GGUF supports a config, its metadata give an equivalent `config.json`."""
+    for seed in range(20):
+        settings = random_configs.draw_settings(kind, seed) | {"model_type": kind}
+        try:
+            config = config_from_hf(settings)
+            architecture = check_gguf_config(config, 128)
+        except ValueError:
+            continue
+        divisors = divisors_of(config, architecture)
+        if FREQUENCIES in divisors:
+            continue  # the file has no rule that gives these divisors
+        values = values_of(config, architecture, 128)
+        names = set() if config.tie_embeddings else {"output.weight"}
+        names |= {name for bias, name in BIAS_TENSORS.items() if getattr(config, bias)}
+        read, raw = config_from_values(architecture, values, names, 64, divisors)
+        assert config_from_hf(raw) == read
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,7 +162,7 @@ def test_a_gguf_file_becomes_a_folder(tmp_path, kind):
     export(folder, "gguf", file)
     export(file, "merged", out)
     ours = llama.our_logits(*load(file, progress=False))
-    theirs = llama.logits_of(llama.their_model(out))
+    theirs = llama.logits_of(llama.their_model(out).eval())
     assert_close(ours, theirs)
     theirs, text = AutoTokenizer.from_pretrained(out), "Pay 23 <|im_end|>\n"
     assert theirs(text).input_ids == load_tokenizer(folder).encode(text).ids

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..gguf.values_out import gguf_architecture
+from ..gguf.values_out import check_gguf_config
 from ..models.families import FAMILIES, TEXT_HALVES
 from ..models.family import Family, UnsupportedOption
 from .configs import ModelsConfig
@@ -216,7 +216,7 @@ def _has_gguf(family: Family, options: dict[str, object]) -> bool:
     with warnings.catch_warnings(action="ignore"):  # about some rotary positions
         try:
             config = family.read_config({**_SMALL, **options})
-            gguf_architecture(config, _CONTEXT_LENGTH)
+            check_gguf_config(config, _CONTEXT_LENGTH)
         except ValueError:
             return False
     return True

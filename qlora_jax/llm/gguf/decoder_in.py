@@ -26,14 +26,14 @@ from .values_in import (
     check_values,
     config_from_values,
 )
-from .values_out import architecture_of
+from .values_out import nearest_architecture
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-# Replacements that turn Hugging Face names of experts and sinks into names that the map
-# of the gguf package knows. In the map, all experts of a layer are one tensor, and all
-# names end in ".weight" or ".bias".
+# Replacements that turn Hugging Face names into names that the map of the gguf package
+# knows. In the map, all experts of a layer are one tensor, and all names end in
+# ".weight" or ".bias".
 _NAME_PATTERNS = {
     r"\.experts\.\d+\.": ".experts.",
     r"(\.experts\.\w+_proj)\.\d+$": r"\1.weight",
@@ -236,7 +236,7 @@ def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
             for pattern, replacement in _NAME_PATTERNS.items():
                 mapped = re.sub(pattern, replacement, mapped)
             gguf_name = name_map.get_name(mapped, try_suffixes=(".weight", ".bias"))
-            # No name is missing for decoders that `gguf_architecture` accepts.
+            # No name is missing for decoders that `check_gguf_config` accepts.
             if gguf_name is not None:
                 gguf_name_of[hf_name] = gguf_name
     return gguf_name_of
@@ -285,7 +285,7 @@ def read_gguf_lora(path: str | pathlib.Path, config: DecoderConfig) -> ql.io.Pla
     a CheckpointError if the file is broken, not a LoRA, or for another architecture.
     """
     # 1. Check the metadata.
-    file, architecture = open_gguf(path), architecture_of(config)
+    file, architecture = open_gguf(path), nearest_architecture(config)
     expected = {"general.type": "adapter", "adapter.type": "lora"}
     expected["general.architecture"] = architecture
     problems = [

@@ -25,7 +25,7 @@ from .delta_rule_order import value_column_order
 from .k_quants import K_QUANTS, pack_k_quant
 from .q4_k_m import q4_k_m_format
 from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
-from .values_out import divisors_of, gguf_architecture, values_of
+from .values_out import check_gguf_config, divisors_of, values_of
 
 FORMATS = ("F16", "Q8_0", "Q4_0", "Q4_K_M")
 BLOCK = 32  # number of inputs in a block of Q4_0, Q8_0 and MXFP4
@@ -158,7 +158,7 @@ def check_gguf_source(
 ) -> tuple[DecoderConfig, str]:
     """Returns the config and llama.cpp's architecture; reads no weights."""
     config = dataclasses.replace(source.config, module="model")
-    architecture = gguf_architecture(config, source.context_length)
+    architecture = check_gguf_config(config, source.context_length)
     if tokenizer:
         check_gguf_tokenizer(source)
     return config, architecture
@@ -234,17 +234,17 @@ def _plan_tensors(
         is_small = len(shape) == 1 or is_convolution
         is_small = is_small or re.search("/router/|/shared_expert_gate/|/bias$", path)
         is_merged = path in adapters
-        tensor_fmt = "F32"
+        leaf_fmt = "F32"
         if not is_small:
-            tensor_fmt = _choose_format(path, leaf, shape, fmt, is_merged)
+            leaf_fmt = _choose_format(path, leaf, shape, fmt, is_merged)
         for index, hf_name in np.ndenumerate(hf_names):
             for part, columns in parts.items():
                 name = gguf_name_of[hf_name].replace("_gate_", part)
                 location = name, hf_name, path, index, columns
-                stored_fmt = tensor_fmt
-                if tensor_fmt == "Q4_K_M":  # depends on the layer
-                    stored_fmt = q4_k_m_format(name, shape[-1], config, architecture)
-                tensors.append(_PlannedTensor(*location, is_kernel, shape, stored_fmt))
+                tensor_fmt = leaf_fmt
+                if leaf_fmt == "Q4_K_M":  # its tensors have different formats
+                    tensor_fmt = q4_k_m_format(name, shape[-1], config, architecture)
+                tensors.append(_PlannedTensor(*location, is_kernel, shape, tensor_fmt))
     return tensors
 
 

@@ -66,10 +66,9 @@ _MODEL_TYPES |= {"qwen35moe": "qwen3_5_moe_text"}
 # Gemma's 27B models are recognized by their number of layers. These models scale
 # attention scores by `(hidden_size // num_heads) ** -0.5`.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
-# Every 2nd or 6th layer has no window, and every 4th layer of SmolLM3 has no rotary
-# positions.
+# Architectures with windows: the last layer of each such period has none.
 WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, OSS: 2, "cohere2": 4}
-_NO_ROPE_PERIOD = 4
+_NO_ROPE_PERIOD = 4  # every 4th layer of SmolLM3 has no rotary positions
 # Further YaRN keys, with the only values that are supported.
 _YARN_KEYS = {"beta_fast": 32, "beta_slow": 1, "ext_factor": 1, "attn_factor": 1}
 
@@ -97,18 +96,17 @@ def _hf_config(
     divisors: Divisors,
 ) -> dict[str, Any]:
     get, is_mixture = values.get, _is_mixture(architecture, values)
+    biases = _find_biases(architecture, names)
     model_type = _MODEL_TYPES.get(architecture, architecture)
-    model_type = "mixtral" if is_mixture and architecture == "llama" else model_type
+    if architecture == "llama" and is_mixture:
+        model_type = "mixtral"
+    elif architecture == "llama" and biases["qkv_bias"] != biases["o_bias"]:
+        model_type = "seed_oss"  # a Llama with a key for each of these biases
     family = FAMILIES[model_type]
     # Here and below, missing values get llama.cpp's defaults.
     width, heads = values["embedding_length"], values["attention.head_count"]
     head_dim = get("attention.key_length", width // heads)
     has_head = "output.weight" in names or architecture in (OSS, "olmoe")
-    # In other architectures, `config_from_values` changes the fields of biases.
-    biases = {
-        name: tensor in names and architecture == "llama"
-        for name, tensor in BIAS_TENSORS.items()
-    }
     raw = {
         "architectures": list(family.architectures),
         "model_type": model_type,
@@ -123,18 +121,25 @@ def _hf_config(
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": to_float(get("attention.layer_norm_rms_epsilon", 1e-5)),
         "tie_word_embeddings": not has_head or architecture in ALWAYS_TIED,
-        "attention_bias": biases["o_bias"] or architecture == OSS,
-        # gpt-oss always has these biases, but its config has no key for them.
-        **({} if architecture == OSS else {"mlp_bias": biases["mlp_bias"]}),
         **_rope_keys(architecture, values, head_dim, divisors),
     }
     optional = _family_keys(architecture, values, head_dim)
+    # In gpt-oss, all projections have biases. Its config has no key for those of MLPs.
+    optional["attention_bias"] = architecture == OSS or biases.get("qkv_bias", False)
+    optional["attention_out_bias"] = biases.get("o_bias", False)
+    optional["mlp_bias"] = biases.get("mlp_bias", False)
     if is_mixture:
         is_local = model_type in ("mixtral", "gpt_oss")
         key = "num_local_experts" if is_local else "num_experts"
         optional[key] = get("expert_count")
     keys = family.keys.split()
     return raw | {key: value for key, value in optional.items() if key in keys}
+
+
+def _find_biases(architecture: str, names: Collection[str]) -> dict[str, bool]:
+    """Returns whether a file has each of the optional biases in `_BIASES`."""
+    fields = _BIASES.get(architecture, ())
+    return {field: BIAS_TENSORS[field] in names for field in fields}
 
 
 def _activation(architecture: str) -> str:
@@ -165,11 +170,11 @@ def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, 
     for key in ("layer_norm_eps", "norm_epsilon"):
         keys[key] = to_float(get("attention.layer_norm_epsilon", 1e-5))
     # llama.cpp treats a factor that is missing or 0 as 1, except that of attention.
-    for name, key in _GRANITE_KEYS.items():
-        default = head_dim**-0.5 if name == "attention_multiplier" else 1.0
-        keys[name] = to_float(get(key, 0.0)) or default
+    for hf_key, key in _GRANITE_KEYS.items():
+        default = head_dim**-0.5 if hf_key == "attention_multiplier" else 1.0
+        keys[hf_key] = to_float(get(key, 0.0)) or default
     if architecture in QWEN3_5:
-        keys |= {key: get(name) for key, name in DELTA_RULE_KEYS.items()}
+        keys |= {hf_key: get(key) for hf_key, key in DELTA_RULE_KEYS.items()}
         value_dim = values["ssm.inner_size"] // values["ssm.time_step_rank"]
         keys["linear_value_head_dim"] = value_dim
         keys["full_attention_interval"] = get("full_attention_interval")
@@ -255,14 +260,12 @@ def config_from_values(
     # A `config.json` has no keys for some settings, which are therefore changed here:
     # the kinds of biases that exist, a divisor for each frequency, and a `Rope.scale`
     # without LongRoPE.
-    changes: dict[str, Any] = {
-        name: BIAS_TENSORS[name] in names for name in _BIASES.get(architecture, ())
-    }
+    changes: Any = _find_biases(architecture, names)
     rope_changes: dict[str, Any] = {}
     if architecture == "phi3":
         rope_changes["scale"] = to_float(values.get("rope.scaling.attn_factor", 1.0))
     elif FREQUENCIES in divisors and values.get("rope.scaling.type") != "yarn":
-        factor = _rope_factor(values)
+        factor = _rope_factor(values)  # divides the frequencies too
         rope_changes["divisors"] = tuple(factor * x for x in divisors[FREQUENCIES])
 
     def change_rope(layer: LayerKind) -> LayerKind:

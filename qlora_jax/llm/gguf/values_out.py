@@ -24,7 +24,7 @@ from .values_in import (
 )
 
 
-def architecture_of(config: DecoderConfig) -> str:
+def nearest_architecture(config: DecoderConfig) -> str:
     """Returns the llama.cpp architecture that is most similar to a decoder."""
     c = config
     if c.delta_rule is not None:
@@ -101,7 +101,8 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
         values["logit_scale"] = 1 / float(c.logit_scale)
     if architecture in QWEN3_5:
         values |= _delta_rule_values(c)
-    # 3. Stretched rotary positions; see also `divisors_of`.
+    # 3. Stretched rotary positions; see also `divisors_of`. YaRN divides the lowest
+    # frequency, which is the last one, by its factor.
     if architecture == "phi3":
         values["attention.sliding_window"] = main_layer.window or 0
         values["rope.scaling.original_context_length"] = rope.original_length or context
@@ -129,8 +130,8 @@ def _delta_rule_values(config: DecoderConfig) -> dict[str, Any]:
         "ssm.time_step_rank": rule.num_value_heads,
         "ssm.inner_size": rule.num_value_heads * rule.value_dim,
         "full_attention_interval": 1 + attends.index(True),
-        # The pairs are assigned to the three axes of an image in turn. Those of text
-        # have the same positions.
+        # How many pairs rotate by the time, height and width of a token of an image, in
+        # turn. A token of text has the same position in all of these.
         "rope.dimension_sections": [*(len(range(i, pairs, 3)) for i in range(3)), 0],
     }
     if config.experts is not None:
@@ -149,13 +150,13 @@ def divisors_of(config: DecoderConfig, architecture: str) -> Divisors:
     return {FREQUENCIES: rope.divisors} if is_llama3 else {}
 
 
-def gguf_architecture(config: DecoderConfig, context: int) -> str:
+def check_gguf_config(config: DecoderConfig, context: int) -> str:
     """Returns a decoder's architecture; raises if llama.cpp's logits would differ.
 
     To find differences, this function computes the metadata values for the config, and
     converts them back to a config, as llama.cpp would read them.
     """
-    architecture = architecture_of(config)
+    architecture = nearest_architecture(config)
     names = set() if config.tie_embeddings else {"output.weight"}
     names |= {name for field, name in BIAS_TENSORS.items() if getattr(config, field)}
     values = values_of(config, architecture, context)
@@ -189,7 +190,7 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
     )
     if ropes != computed_ropes:
         differences += ["these rotary positions"]
-    # llama.cpp has one size for both.
+    # In a gated delta rule of llama.cpp, keys and values have the same size.
     rule = config.delta_rule
     if rule is not None and rule.key_dim != rule.value_dim:
         differences += [f"`key_dim` other than `value_dim` in {rule}"]

@@ -22,7 +22,7 @@ from qlora_jax.llm.gguf.decoder_in import gguf_names
 from qlora_jax.llm.gguf.decoder_out import save_gguf
 from qlora_jax.llm.gguf.tokenizer_in import PRE_TOKENIZERS
 from qlora_jax.llm.gguf.tokenizer_out import scores_of
-from qlora_jax.llm.gguf.values_out import gguf_architecture
+from qlora_jax.llm.gguf.values_out import check_gguf_config
 from qlora_jax.llm.models import families
 from qlora_jax.llm.models.checkpoint import load, load_tokenizer, read_config
 from qlora_jax.llm.models.config import (
@@ -36,7 +36,7 @@ from qlora_jax.llm.models.config import (
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.families import config_from_hf
-from qlora_jax.llm.models.source import ModelSource
+from qlora_jax.llm.models.source import ModelSource, open_source
 from qlora_jax.llm.models.tiny import save_tiny
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 320, "hidden_size": 32, "head_dim": 16}
@@ -386,7 +386,7 @@ def test_the_beginning_of_a_text_is_written_or_refused(tmp_path, qwen3, copied):
 def test_models_that_llama_cpp_computes_differently_are_refused(change, message):
     config = DecoderConfig(64, 32, 48, 2, 4, **{"num_kv_heads": 2} | change)
     with pytest.raises(ValueError, match=message):
-        gguf_architecture(config, context=128)
+        check_gguf_config(config, context=128)
 
 
 def test_a_rounding_of_llama_cpp_in_gpt_oss_gives_a_warning():
@@ -400,19 +400,38 @@ def test_a_rounding_of_llama_cpp_in_gpt_oss_gives_a_warning():
     pairs = np.arange(32)
     share = np.abs(ramp(pairs, low, high) / ramp(pairs, 8, 18) - 1).max()
     with pytest.warns(UserWarning, match=f"by up to {share:.1%}"):
-        assert gguf_architecture(config_from_hf(raw), context=128) == "gpt-oss"
+        assert check_gguf_config(config_from_hf(raw), context=128) == "gpt-oss"
 
 
 def test_equivalent_settings_are_written():
     """Windows may cover the context; Gemma 2 27B, known by its layers, has a scale."""
     wide = DecoderConfig(64, 32, 48, 2, 4, 2, layers=(LayerKind(window=128),))
-    assert gguf_architecture(wide, context=128) == "llama"
+    assert check_gguf_config(wide, context=128) == "llama"
     full = DecoderConfig(64, 32, 48, 2, 4, 2, **OSS | {"layers": (LayerKind(),)})
-    assert gguf_architecture(full, context=8192) == "gpt-oss"
+    assert check_gguf_config(full, context=8192) == "gpt-oss"
     layers = GEMMA["layers"] * 23
     large = {"head_dim": 4, "layers": layers, "attention_scale": 8**-0.5}
     config = DecoderConfig(64, 32, 48, 46, 4, 2, **GEMMA | large)
-    assert gguf_architecture(config, context=128) == "gemma2"
+    assert check_gguf_config(config, context=128) == "gemma2"
+
+
+@pytest.mark.parametrize("has_biases", [False, True])
+@pytest.mark.parametrize("model_type", ["glm4", "llama", "seed_oss", "seed_oss, out"])
+def test_a_file_is_described_with_its_biases(tmp_path, model_type, has_biases):
+    changes = {"architectures": None, "head_dim": 32, "attention_bias": has_biases}
+    changes |= {"rms_norm_eps": 2.0**-20}  # exact in the float32 of GGUF
+    if model_type == "seed_oss, out":
+        changes |= {"attention_out_bias": not has_biases, "mlp_bias": True}
+    changes["model_type"] = model_type.removesuffix(", out")
+    folder = save_tiny(tmp_path / "model", **changes)
+    config, params = load(folder, progress=False)
+    path = tmp_path / "model.gguf"
+    save_gguf(path, folder, params, tokenizer=False, progress=False)
+    assert read_config(path) == config
+    with open_source(path).open_description() as described:
+        raw = json.loads((described / "config.json").read_text())
+        assert raw["attention_bias"] is has_biases
+        assert read_config(described) == config
 
 
 def test_a_refused_model_is_refused_before_it_is_read(tmp_path):
