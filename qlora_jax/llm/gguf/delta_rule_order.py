@@ -8,10 +8,11 @@ import numpy as np
 
 from ..models.config import DecoderConfig, DeltaRule
 
-# Tensors with one row for each value head; tensors with `value_dim` rows for each; and
-# tensors with rows for queries and keys before such rows.
+# Tensors with one row for each value head.
 _HEAD_ROWS = ("in_proj_a.weight", "in_proj_b.weight", "A_log", "dt_bias")
+# Tensors with `value_dim` rows for each value head.
 _VALUE_ROWS = ("in_proj_z.weight",)
+# Tensors with such rows after the rows of all queries and keys.
 _QKV_ROWS = ("in_proj_qkv.weight", "conv1d.weight")
 
 
@@ -27,9 +28,9 @@ def value_row_order(
     if part in _VALUE_ROWS:
         return _order_values(rule, rule.value_dim)
     if part in _QKV_ROWS:
-        num_others = num_rows - rule.num_value_heads * rule.value_dim
         values = _order_values(rule, rule.value_dim)
-        return np.concatenate([np.arange(num_others), num_others + values])
+        start = num_rows - len(values)  # of the values
+        return np.concatenate([np.arange(start), start + values])
     return None
 
 

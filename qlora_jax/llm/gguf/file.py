@@ -38,7 +38,7 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     tensor_type: "GGMLQuantizationType"
-    data: Any  # an array, or a list with an `_Alternating` of `decoder_in` per expert
+    data: Any  # an array; in `decoder_in`, also a list of one `_Alternating` per expert
     nbytes: int
 
 

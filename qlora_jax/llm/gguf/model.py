@@ -73,9 +73,9 @@ class GGUFModel:
 
     def read_chat(self) -> ChatSettings:
         """Returns the chat templates and the special tokens."""
-        ids, end_ids = special_tokens(self.file)
+        special_ids, end_ids = special_tokens(self.file)
         tokens: Any = self.file.values.get("tokenizer.ggml.tokens")
-        special = {name: tokens[index] for name, index in ids.items()}
+        special = {name: tokens[index] for name, index in special_ids.items()}
         return ChatSettings(chat_templates(self.file), special, tuple(end_ids))
 
     @contextlib.contextmanager
@@ -92,8 +92,8 @@ class GGUFModel:
                 "rule that produced them."
             )
         chat = self.read_chat()
-        special, _ = special_tokens(self.file)
-        ids: dict[str, Any] = {f"{name}_id": index for name, index in special.items()}
+        special_ids, _ = special_tokens(self.file)
+        ids: dict[str, Any] = {f"{name}_id": i for name, i in special_ids.items()}
         ends = [*chat.end_ids]
         eos = {"eos_token_id": ends if ends[1:] else ends[0]} if ends else {}
         files: dict[str, Any] = {
@@ -111,7 +111,7 @@ class GGUFModel:
             files["tokenizer_config.json"] = {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "clean_up_tokenization_spaces": False,
-                **{name: tokenizer.id_to_token(i) for name, i in special.items()},
+                **{name: tokenizer.id_to_token(i) for name, i in special_ids.items()},
                 **({"chat_template": templates} if templates else {}),
             }
         with tempfile.TemporaryDirectory() as temporary:

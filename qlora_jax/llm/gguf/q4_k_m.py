@@ -50,9 +50,9 @@ def _choose_k_quant(name: str, config: DecoderConfig, architecture: str) -> str:
     # 2. The value and down projections suffer most from rounding. They have more bits
     # in the first and last eighth of the layers, and in every third one between them.
     layer, matrix = int(match[1]), match[2]
-    first = config.num_layers // 8
-    is_outer = not first <= layer < 7 * config.num_layers // 8
-    has_more_bits = is_outer or (layer - first) % 3 == 2
+    eighth = config.num_layers // 8
+    is_outer = not eighth <= layer < 7 * config.num_layers // 8
+    has_more_bits = is_outer or (layer - eighth) % 3 == 2
     is_value = matrix in ("attn_v", "attn_qkv")
     # 3. Models with 8 experts, such as Mixtral, have small matrices for attention.
     if config.experts is not None and config.experts.count == 8:

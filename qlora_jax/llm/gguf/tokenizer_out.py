@@ -24,6 +24,7 @@ from .tokenizer_in import (
     split_pairs,
 )
 
+_UNLIKE = "a tokenizer in GGUF must be like llama.cpp's:"
 # Parts of a `tokenizer.json` with SentencePiece's BPE. `_SPLIT` has no effect, since it
 # splits at spaces, and `_REPLACE` leaves none.
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -43,7 +44,7 @@ def check_gguf_tokenizer(source: ModelSource) -> None:
     """Raises if `write_gguf_tokenizer` does not support a model's tokenizer."""
     if not isinstance(source, GGUFModel):
         raw = _read_tokenizer(FolderTokenizer(source.path))
-        _find_scores(raw) if _is_spm(raw) else _find_pre_tokenizer(raw)
+        scores_of(raw) if _is_spm(raw) else _find_pre_tokenizer(raw)
 
 
 def _read_tokenizer(files: FolderTokenizer) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def write_gguf_tokenizer(
     folder = source.path
     files = FolderTokenizer(folder)
     raw = _read_tokenizer(files)
-    scores = _find_scores(raw) if _is_spm(raw) else None
+    scores = scores_of(raw) if _is_spm(raw) else None
     added = {t["content"]: t for t in raw.get("added_tokens") or []}
     ids = raw["model"]["vocab"] | {text: t["id"] for text, t in added.items()}
     if (largest := max(ids.values())) >= vocab_size:
@@ -161,14 +162,6 @@ def _is_spm(raw: Mapping[str, Any]) -> bool:
     )
 
 
-def _find_scores(raw: Mapping[str, Any]) -> dict[str, float]:
-    try:
-        return scores_of(raw)
-    except ValueError as error:
-        message = f"a tokenizer in GGUF must be like llama.cpp's: {error}"
-        raise ValueError(message) from error
-
-
 def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
     """Returns the score of each token that a merge forms: later merges score lower.
 
@@ -185,13 +178,15 @@ def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
         if token not in scores:
             scores[token] = -float(len(scores))
         elif merged[i - 1] != token:
-            raise ValueError(f"the merges that make {token!r} must be consecutive.")
+            raise ValueError(
+                f"{_UNLIKE} the merges that make {token!r} must be consecutive."
+            )
     # llama.cpp merges any two tokens that concatenate to a token, with or without a
     # merge that lists them.
     added = {t["content"] for t in raw.get("added_tokens") or []}
     pairs = {p for token in vocab.keys() - added for p in split_pairs(token, vocab)}
     if missing := sorted(pairs - set(merges)):
-        raise ValueError(f"the merges must contain {missing[:3]}.")
+        raise ValueError(f"{_UNLIKE} the merges must contain {missing[:3]}.")
     # If a byte has no byte token, llama.cpp uses the token of the character itself. For
     # example, Gemma has no byte token for the tab.
     missing = [
@@ -200,7 +195,7 @@ def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
         if token not in vocab and (byte >= 128 or chr(byte) not in vocab)
     ]
     if missing:
-        raise ValueError(f"the tokenizer must have {missing[:3]}.")
+        raise ValueError(f"{_UNLIKE} the tokenizer must have {missing[:3]}.")
     return scores
 
 
