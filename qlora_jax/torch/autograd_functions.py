@@ -1,7 +1,8 @@
 """Computes subclasses of `torch.autograd.Function` in JAX.
 
 Such a function has a backward pass of its own, which may differ from the derivative of
-its forward pass. PyTorch's own `apply` would lose it, because JAX differentiates.
+its forward pass. PyTorch's own `apply` would only run the forward pass, which JAX would
+then differentiate.
 """
 
 import contextlib

@@ -126,15 +126,8 @@ class CachedModel:
         two_tokens, starts = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
         try:
             cache = jax.eval_shape(lambda: self.init_cache(1, 4))
-            jax.eval_shape(
-                lambda params, tokens, cache, starts: self.apply(
-                    {"params": params}, tokens, cache, starts
-                ),
-                self._param_shapes,
-                two_tokens,
-                cache,
-                starts,
-            )
+            variables = {"params": self._param_shapes}
+            jax.eval_shape(self.apply, variables, two_tokens, cache, starts)
         except Exception as error:  # the model's own code may raise errors of any type
             return str(error).partition("\n")[0]
         return None
@@ -254,6 +247,7 @@ class CachedModel:
         ) -> Any:
             static_cache = _make_static_cache(module, length)
             _fill(static_cache, cache, start)
+            # `cache` is the name that transformers 5.24 gave to `past_key_values`.
             output = run_model(cache=static_cache, use_cache=True, **kwargs)
             return output["logits"], _read(static_cache)
 

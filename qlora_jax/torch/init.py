@@ -64,11 +64,11 @@ def init(
     }
     contract, problems = {}, []
     for name in filter(config.is_target, params):
-        module_name = names_in(name)[0]  # all layers of a stack have the same axes
-        axis_roles = roles_by_name.get(module_name)
+        tensor_name = names_in(name)[0]  # all tensors of a stack have the same axes
+        axis_roles = roles_by_name.get(tensor_name)
         setting = config.contract_of(name)
         if axis_roles is None and setting is None:
-            owner = type(owners.get(module_name)).__name__
+            owner = type(owners.get(tensor_name)).__name__
             problems.append(
                 f"{name}: the axes that its module, {owner}, contracts are not known. "
                 "Exclude it, or set `contract`."

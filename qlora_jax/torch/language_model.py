@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import math
 import pathlib
 import re
@@ -198,14 +199,16 @@ class LanguageModel:
                 for x in converters
                 if names_by_pattern.keys() <= {*x.source_patterns}
             )
-            columns = [names_by_pattern.get(pattern, []) for pattern in patterns]
-            if len({len(names) for names in columns}) > 1:  # some tensors are missing
-                sources |= {name: [name] for names in columns for name in names}
+            # One list for each part, such as gate and up. The parts of experts have a
+            # name for each expert in their list.
+            names = [names_by_pattern.get(pattern, []) for pattern in patterns]
+            if len({*map(len, names)}) > 1:  # some tensors are missing
+                sources |= {name: [name] for name in itertools.chain(*names)}
             elif len(state[target].shape) == 3:
-                experts = enumerate(zip(*columns, strict=True))
-                sources |= {f"{target}.{index}": [*rows] for index, rows in experts}
+                for index, expert_names in enumerate(zip(*names, strict=True)):
+                    sources[f"{target}.{index}"] = [*expert_names]
             else:
-                sources[target] = [name for names in columns for name in names]
+                sources[target] = [*itertools.chain(*names)]
         return sources
 
     def scan_problem(self, shapes: Mapping[str, PyTree]) -> str | None:
@@ -216,9 +219,7 @@ class LanguageModel:
         """
         ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         try:
-            jax.eval_shape(
-                lambda p, ids: self.hidden_states({"params": p}, ids), shapes, ids
-            )
+            jax.eval_shape(self.hidden_states, {"params": shapes}, ids)
         except ScanError as error:
             return str(error)
         return None
@@ -294,16 +295,18 @@ class LanguageModel:
         # The model's own `forward` runs, but its decoder returns `hidden` instead of
         # running the layers. Only the head and the code around it compute anything.
         decoder, run_model = _decoder_of(self.module), self.module.forward
-        received: list[_DecoderOutput] = []  # `hidden` as a tensor, from `run_head`
-        returned: list[_DecoderOutput] = []  # empty if the decoder was not called
+        decoder_output: Any = None  # `hidden` as a tensor, which `run_head` gets
+        is_decoder_called = False
 
         def run_head(hidden: torch.Tensor, **kwargs: Any) -> Any:
-            received.append(_DecoderOutput(hidden))
+            nonlocal decoder_output
+            decoder_output = _DecoderOutput(hidden)
             return run_model(**kwargs)
 
         def return_hidden(*args: Any, **kwargs: Any) -> _DecoderOutput:
-            returned.extend(received)
-            return received[0]
+            nonlocal is_decoder_called
+            is_decoder_called = True
+            return decoder_output
 
         with self._replace_forwards(return_hidden, run_head):
             output = self.model.apply(
@@ -313,7 +316,7 @@ class LanguageModel:
                 use_cache=False,
                 dropout_key=dropout_key,
             )
-        if not returned:
+        if not is_decoder_called:
             raise _unsupported(self.module, decoder)
         return output["logits"]
 
@@ -443,19 +446,17 @@ def open_language_model(
 def _compute_buffers(module: Any) -> dict[str, jax.Array]:
     """Computes the buffers that are not in files, and returns their values by name."""
     stored = module.state_dict()
-    names = [name for name, _ in module.named_buffers() if name not in stored]
-    owners = {name.rpartition(".")[0]: None for name in names}
+    computed = {n: x for n, x in module.named_buffers() if n not in stored}
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in computed)
     # 1. Fill the buffers with a value that shows afterwards which ones were not set.
-    fill_values: dict[str, float | bool] = {}
-    for name, buffer in module.named_buffers():
-        if name in names:
-            owner, _, attribute = name.rpartition(".")
-            is_float = buffer.dtype.is_floating_point
-            fill_values[name] = math.nan if is_float else buffer.dtype == torch.bool
-            filled = torch.full(
-                buffer.shape, fill_values[name], dtype=buffer.dtype, device="cpu"
-            )
-            setattr(module.get_submodule(owner), attribute, filled)
+    # This is NaN for floats, True for booleans, and 0 for integers.
+    fill_values: dict[str, float] = {}
+    for name, buffer in computed.items():
+        owner, _, attribute = name.rpartition(".")
+        value = 1 if buffer.dtype == torch.bool else 0
+        fill_values[name] = math.nan if buffer.is_floating_point() else value
+        filled = torch.full_like(buffer, fill_values[name], device="cpu")
+        setattr(module.get_submodule(owner), attribute, filled)
     # 2. Initialize them with `_init_weights` of transformers. This is a method of the
     # innermost model that contains the buffer, such as a vision tower.
     with torch.no_grad():
@@ -465,7 +466,7 @@ def _compute_buffers(module: Any) -> dict[str, jax.Array]:
             models: Any = map(module.get_submodule, prefixes)
             inner = next(x for x in models if hasattr(x, "_init_weights"))
             inner._init_weights(module.get_submodule(owner))
-    buffers = {name: module.get_buffer(name) for name in names}
+    buffers = {name: module.get_buffer(name) for name in computed}
     unknown = [
         name
         for name, x in buffers.items()

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,19 +162,22 @@ def stacked_names(module: torch.nn.Module) -> list[str]:
     return list(jax.eval_shape(lambda tree: stack(module, tree), shapes))
 
 
-def runs_of(names: Mapping[str, PyTree]) -> dict[LayerRun, list[str]]:
+def runs_of(names: Iterable[str]) -> dict[LayerRun, list[str]]:
     """Groups the names of stacks by the run of layers that the stacks belong to."""
     matches = [(name, STACKED_NAME.fullmatch(name)) for name in names]
     stacks = sorted(
         (m[1], int(m[2]), int(m[3]), int(m[4]), name) for name, m in matches if m
     )
     runs: dict[LayerRun, list[str]] = {}
-    run = LayerRun("", 0, 0, 1)  # before the first run
+    run = None
     for list_name, start, stop, period, name in stacks:
         # Stacks are sorted by the start of their slice. All stacks of a run start
         # within its first period, and have one layer of each period.
-        is_same_kind = (list_name, period) == (run.list_name, run.period)
-        if not is_same_kind or start >= run.start + period:
+        if (
+            run is None
+            or (run.list_name, run.period) != (list_name, period)
+            or start >= run.start + period
+        ):
             num_periods = len(range(start, stop, period))
             run = LayerRun(list_name, start, start + num_periods * period, period)
         runs.setdefault(run, []).append(name)

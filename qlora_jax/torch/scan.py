@@ -5,7 +5,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ class LayerScan:
             output = self._scan()
         return (output,) if self.returns_tuple else output
 
-    def _refuse(self, problem: str) -> None:
+    def _refuse(self, problem: str) -> NoReturn:
         raise ScanError(
             f"the layers of {self.run.list_name!r} cannot be scanned: {problem}. Pass "
             "trees that are not stacked."

@@ -153,9 +153,10 @@ class KernelFunctions(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = self._call(func, args, kwargs)
+        # torchax ignores `torch.no_grad`, so gradients are stopped here. If a function
+        # such as `contiguous` returns its argument, PyTorch keeps the gradient too.
         if torch.is_grad_enabled() or any(result is value for value in args):
             return result
-        # torchax ignores `torch.no_grad`.
         return jax.tree.map(_stop_gradient, result)
 
     def _call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -286,10 +287,10 @@ class KernelFunctions(TorchFunctionMode):
         self, x: torch.Tensor, weight: Any, offs: Any = None, **options: Any
     ) -> Any:
         # Group i has the rows offs[i - 1] to offs[i] - 1.
-        if offs is None or any(value is not None for value in options.values()):
+        settings = {"offs": offs, **options}
+        if (names := [n for n, x in settings.items() if x is not None]) != ["offs"]:
             raise NotImplementedError(
-                "grouped products must have only `offs`. Got "
-                f"{sorted({**options, 'offs': offs})}."
+                f"grouped products must have the option 'offs' alone. Got {names}."
             )
         rows = as_array(x)
         sizes = jnp.diff(as_array(offs), prepend=jnp.zeros(1, jnp.int32))
