@@ -245,7 +245,7 @@ def _settings(module: torch.nn.Module) -> str:
 
 def _stack_leaves(name: str, leaves: list[PyTree]) -> PyTree:
     structures = {jax.tree.structure(leaf) for leaf in leaves}
-    if None in leaves or len(structures) > 1:
+    if any(leaf is None for leaf in leaves) or len(structures) > 1:
         kinds = sorted({"none" if x is None else type(x).__name__ for x in leaves})
         raise ValueError(
             f"the leaves of equal layers must be packed and adapted alike. Got {kinds} "

@@ -169,6 +169,15 @@ def test_layers_that_depend_on_their_index_cannot_be_scanned(count):
     refusal(lambda: model.apply({"params": stacked}, x), "[0, 1] compute differently")
 
 
+def test_numpy_arrays_are_stacked():
+    module = Layers(lambda x, layer, index: layer(x))
+    module.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+    params = jax.tree.map(np.asarray, ql.torch.params(ql.torch.wrap(module)))
+    stacked = ql.torch.stack(module, params)
+    expected = [layer.weight.detach().numpy() for layer in module.layers]
+    np.testing.assert_array_equal(stacked["layers.0:2:1.weight"], np.stack(expected))
+
+
 class Gain(torch.nn.Linear):
     def forward(self, x, gain):
         return super().forward(x) * gain
