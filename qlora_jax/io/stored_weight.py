@@ -44,7 +44,7 @@ class StoredWeight:
         raise NotImplementedError
 
     def decode(self, rows: slice) -> Float[np.ndarray, "n k"]:
-        """Returns rows of the weight."""
+        """Returns rows of the weight; the slice has a start and a stop."""
         raise NotImplementedError
 
     def reblocked(self) -> "StoredWeight | None":
@@ -65,18 +65,17 @@ def in_float(tensor: Any, dtype: DTypeLike | None = None) -> Any:
     read_dtype = tensor.dtype if keeps_dtype else np.dtype(dtype)
 
     def read(rows: slice, columns: slice) -> np.ndarray:
-        start, stop, _ = rows.indices(tensor.shape[0])
-        return tensor.decode(slice(start, stop))[:, columns].astype(read_dtype)
+        return tensor.decode(rows)[:, columns].astype(read_dtype)
 
     return LazyMatrix(read_dtype, tensor.shape, read)
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight(StoredWeight):
-    """A weight in rows: table value times scale, or code times scale plus bias.
+    """A weight in which each row has its own blocks: none extends over two rows.
 
-    `codes` are `[N, K / 2]`, with the first code in the high bits, and `scales` are
-    `[N, K / B]`.
+    Weights are table values times scales, or codes times scales plus biases. `codes`
+    are `[N, K / 2]`, with the first code in the high bits, and `scales` `[N, K / B]`.
     """
 
     biases: SliceableTensor | None = None  # [N, K / B]; None: decode with the table
@@ -92,15 +91,15 @@ class PackedWeight(StoredWeight):
             return None
         # The integer formats decode (code - 8) * scale, so a bias must be -8 * scale.
         for start in range(0, n, _ROWS_PER_CHECK):
-            rows = slice(start, min(start + _ROWS_PER_CHECK, n))
-            index = rows, slice(0, k // block_size)
-            scales = np.asarray(self.scales[index]).astype(np.float32)
-            biases = np.asarray(self.biases[index]).astype(np.float32)
+            rows = slice(start, start + _ROWS_PER_CHECK)
+            scales = np.asarray(self.scales[rows, :]).astype(np.float32)
+            biases = np.asarray(self.biases[rows, :]).astype(np.float32)
             if not np.array_equal(biases, -8 * scales, equal_nan=True):
                 return "has zero points other than 8"
         return None
 
     def codes_and_scales(self) -> tuple[SliceableTensor, SliceableTensor]:  # noqa: D102
+        # The dtype of a QTensor's scales, which does not depend on their shape.
         dtype = self.packing.scheme.arrays((1, 1)).scales.dtype
 
         def read_scales(rows: slice, blocks: slice) -> np.ndarray:
@@ -120,10 +119,9 @@ class PackedWeight(StoredWeight):
     def decode(self, rows: slice) -> Float[np.ndarray, "n k"]:
         """Returns rows of the weight in float32."""
         k, block_size = self.shape[1], self.packing.block_size
-        packed = self.codes[rows, slice(0, k // 2)]
+        packed = self.codes[rows, :]
         codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1, k)
-        index = rows, slice(0, k // block_size)
-        scales = np.asarray(self.scales[index])
+        scales = np.asarray(self.scales[rows, :])
         if self.packing.fmt == "mxfp4":  # E8M0: a byte e is the power 2**(e - 127)
             scales = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
         scales = scales.astype(np.float32)
@@ -134,7 +132,7 @@ class PackedWeight(StoredWeight):
         blocks = np.arange(k) // block_size if in_order else self.input_blocks
         if self.biases is None:
             return self.packing.format.table[codes] * scales[:, blocks]
-        biases = np.asarray(self.biases[index]).astype(np.float32)
+        biases = np.asarray(self.biases[rows, :]).astype(np.float32)
         return codes * scales[:, blocks] + biases[:, blocks]
 
 
@@ -154,7 +152,8 @@ def packed_weight(
     is_matrix = len(shape) == 2 and shape[0] == n and num_blocks > 0
     message = f"scales must be [{n}, K / block size], where K is {k}. Got {shape}."
     require(is_matrix and k % num_blocks == 0, message)
-    block_sizes = get_format(fmt).block_sizes or (k,)  # empty if all are allowed
+    # A format that lists no block sizes allows all, and thus one block of K.
+    block_sizes = get_format(fmt).block_sizes or (k,)
     if num_blocks == 1 and k not in block_sizes:
         # There is one scale per output, which is repeated for each block of the output.
         divisors = [size for size in block_sizes if k % size == 0]

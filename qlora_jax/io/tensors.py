@@ -130,7 +130,9 @@ class LazyTensor:
         axis = cut_axes[-1] if cut_axes else 0
         run_size = math.prod(shape[axis:]) * itemsize
         first = [r.start for r in ranges]
-        for i, outer in enumerate(np.ndindex(*shape[:axis]) if buffer.size else ()):
+        # `ravel_multi_index` rejects the start of a part that is empty.
+        outer_indices = np.ndindex(*shape[:axis]) if buffer.size else ()
+        for i, outer in enumerate(outer_indices):
             index = [*map(operator.add, first, outer), *first[axis:]]
             offset = int(np.ravel_multi_index(index, self.shape)) if index else 0
             run = buffer[i * run_size : (i + 1) * run_size].data
@@ -159,10 +161,11 @@ class LazyMatrix:
 
     dtype: np.dtype
     shape: tuple[int, ...]
-    read: Callable[[slice, slice], Any]
+    read: Callable[[slice, slice], Any]  # its slices have a start and a stop, no step
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-        return np.asarray(self.read(*index))
+        bounds = [part.indices(n) for part, n in zip(index, self.shape, strict=True)]
+        return np.asarray(self.read(*(slice(start, stop) for start, stop, _ in bounds)))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:, :], dtype)
@@ -188,8 +191,7 @@ def equal_parts(x: SliceableTensor, count: int) -> list[LazyMatrix]:
 
     def part_from(start: int) -> LazyMatrix:
         def read(rows: slice, columns: slice) -> Any:
-            first, stop, _ = rows.indices(size)
-            return x[start + first : start + stop, columns]
+            return x[start + rows.start : start + rows.stop, columns]
 
         return LazyMatrix(x.dtype, (size, *x.shape[1:]), read)
 
