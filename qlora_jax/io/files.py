@@ -50,7 +50,7 @@ def refuse(title: str, problems: Iterable[str]) -> None:
     raise_if_any(title, lines[:_MAX_LINES] + ending, CheckpointError)
 
 
-def refuse_names(**names_by_problem: Iterable[str]) -> None:
+def refuse_names(names_by_problem: Mapping[str, Iterable[str]]) -> None:
     """Raises a CheckpointError that lists names by problem, if there are any."""
     lines = []
     for problem, names in names_by_problem.items():

@@ -115,11 +115,8 @@ def find_leaves(
         and not names.is_ignored(name)
         and not _is_zero_bias(name, tensors)
     ]
-    refuse_names(
-        missing=missing,
-        unexpected=unexpected,
-        **{"mis-shaped": mismatched, "no name": unnamed},
-    )
+    problems = {"missing": missing, "unexpected": unexpected}
+    refuse_names(problems | {"mis-shaped": mismatched, "no name": unnamed})
     return leaves
 
 
@@ -198,8 +195,8 @@ def _float_tensor(leaf: NamedLeaf, value: Any, index: tuple[int, ...]) -> np.nda
     if leaf.geometry is None:
         return x.reshape(leaf.tensor_shape)
     # K and N may be several axes each: transpose to [*N, *K], then reshape to [N, K].
-    kinds = leaf.geometry.kinds.replace("b", "")
-    order = [axis for role in "nk" for axis, kind in enumerate(kinds) if kind == role]
+    roles = leaf.geometry.kinds.replace("b", "")
+    order = [axis for role in "nk" for axis, r in enumerate(roles) if r == role]
     return x.transpose(order).reshape(leaf.tensor_shape)
 
 
@@ -254,7 +251,7 @@ def join_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
     for name, x in tensors.items():
         stem = name.rpartition(".")[0]
         groups.setdefault(stem if names.is_stack(stem) else name, []).append(x)
-    # A name that `tensors` has is that of a single tensor, and not of a new stack.
+    # Groups with the name of a tensor hold only this tensor; the others are stacks.
     return {
         name: x[0] if name in tensors else _stack_experts(x, names.stack_roles(name))
         for name, x in groups.items()

@@ -108,7 +108,7 @@ def _check_trained(
         shape, trained_shape = tuple(tensors[name].shape), trained[name].shape
         if shape != trained_shape:
             mismatched.append(f"{name} (must be {shape}, is {trained_shape})")
-    refuse_names(missing=missing, **{"mis-shaped": mismatched})
+    refuse_names({"missing": missing, "mis-shaped": mismatched})
 
 
 def _merged_tensors(
@@ -147,7 +147,7 @@ def _merged_tensors(
             )
             merged[name] = DeferredTensor(out_dtype, x.shape, merge)
     raise_if_any("these adapters do not fit the checkpoint", problems)
-    refuse_names(missing=missing)
+    refuse_names({"missing": missing})
     return merged
 
 
