@@ -45,7 +45,7 @@ Tensors = Mapping[str, Any]
 # The argument `largest` of `quantize_blocks` and `ScaleScheme.encode`: a tuple of the
 # largest weight if the scheme needs it, and otherwise an empty tuple.
 Largest = tuple[np.float32, ...]
-_Start = tuple[int, ...]  # the position of a piece in a buffer
+_Start = tuple[int, ...]  # where a piece begins in a buffer, or a kernel in a stack
 
 
 class _KernelLayout(NamedTuple):
@@ -95,8 +95,8 @@ def _float_pieces(
     `index` and the starts have an entry for each axis of the leaf except batch axes.
     """
     if leaf.geometry is not None:
-        kinds = leaf.geometry.kinds.replace("b", "")
-        yield from _kernel_pieces(leaf, kinds, tensor, index, dtype)
+        roles = leaf.geometry.kinds.replace("b", "")
+        yield from _kernel_pieces(leaf, roles, tensor, index, dtype)
         return
     shape = leaf.shape[len(leaf.batch_axes) :]
     if leaf.is_vector or not shape:
@@ -110,32 +110,33 @@ def _float_pieces(
 
 def _kernel_pieces(
     leaf: NamedLeaf,
-    kinds: str,  # of the axes, such as "knn"
+    roles: str,  # of the axes other than batch axes, such as "knn"
     tensor: SliceableTensor,
     index: Index,
     dtype: DTypeLike,
 ) -> Iterator[tuple[np.ndarray, _KernelLayout, _Start]]:
     sizes = [n for axis, n in enumerate(leaf.shape) if axis not in leaf.batch_axes]
-    n_axes = [axis for axis, kind in enumerate(kinds) if kind == "n"]
-    k_axes = [axis for axis, kind in enumerate(kinds) if kind == "k"]
+    n_axes = [axis for axis, role in enumerate(roles) if role == "n"]
+    k_axes = [axis for axis, role in enumerate(roles) if role == "k"]
     # N and K may each be several axes, which are flattened in the file. A slice of the
-    # first of these axes is a range in the file. The others are read in full, then cut.
+    # first of these axes is a range in the file. The inner ones are read in full, then
+    # cut. A kernel without output axes is one row [1, K] in the file.
     n_index = index[n_axes[0]] if n_axes else slice(0, 1)
     k_index = index[k_axes[0]]
-    n_sizes, k_sizes = ([sizes[a] for a in axes[1:]] for axes in (n_axes, k_axes))
-    n_inner, k_inner = math.prod(n_sizes), math.prod(k_sizes)
-    columns = slice(k_index.start * k_inner, k_index.stop * k_inner)
-    k_shape = [k_index.stop - k_index.start, *k_sizes]
+    inner_n, inner_k = ([sizes[a] for a in axes[1:]] for axes in (n_axes, k_axes))
+    n_stride, k_stride = math.prod(inner_n), math.prod(inner_k)
+    columns = slice(k_index.start * k_stride, k_index.stop * k_stride)
+    k_shape = [k_index.stop - k_index.start, *inner_k]
     # From [*N, *K] to the axes of the kernel.
-    order = tuple((n_axes + k_axes).index(axis) for axis in range(len(kinds)))
+    order = tuple((n_axes + k_axes).index(axis) for axis in range(len(roles)))
     first_axes = n_axes[:1] + k_axes[:1]
     ranges = [(i.start, i.stop) for i in index]
     cuts = tuple((0, None) if a in first_axes else x for a, x in enumerate(ranges))
-    for n_piece in pieces(n_index, n_inner * math.prod(k_shape)):
-        rows = slice(n_piece.start * n_inner, n_piece.stop * n_inner)
-        n_shape = [n_piece.stop - n_piece.start, *n_sizes] if n_axes else []
+    for n_piece in pieces(n_index, n_stride * math.prod(k_shape)):
+        rows = slice(n_piece.start * n_stride, n_piece.stop * n_stride)
+        n_shape = [n_piece.stop - n_piece.start, *inner_n] if n_axes else []
         layout = _KernelLayout((*n_shape, *k_shape), order, cuts)
-        start = [0] * len(kinds)
+        start = [0] * len(roles)
         if n_axes:
             start[n_axes[0]] = n_piece.start - n_index.start
         yield read(tensor, (rows, columns), dtype), layout, tuple(start)
@@ -210,8 +211,9 @@ def pack_float_leaf(
 def _largest_fused(name: str, tensors: Tensors, dtype: np.dtype) -> np.float32:
     """Returns the largest magnitude in a weight and those that servers fuse with it."""
     largest = np.float32(0)
-    stored = [tensors[fused] for fused in fused_with(name) if fused in tensors]
-    for x in [x for x in stored if packing_of(x) is None]:
+    for x in (tensors[fused] for fused in fused_with(name) if fused in tensors):
+        if packing_of(x) is not None:  # the file has its scales already
+            continue
         for rows in pieces(slice(0, x.shape[0]), x.shape[1]):
             piece = read(x, (rows, slice(0, x.shape[1])), dtype)
             largest = np.maximum(largest, np.abs(piece).max(initial=0))
@@ -250,7 +252,6 @@ def _pack_piece(
 
 
 def _write_matrix(stack: Array, x: Array, start: _Start) -> Array:
-    """Writes a part of one matrix of a stack."""
     # `start` ends in a row and a column, but `scale_scales` has only one axis after the
     # batch axes, and `scale_offset` has none.
     x = jnp.expand_dims(x, tuple(range(stack.ndim - x.ndim)))

@@ -115,10 +115,9 @@ def _read_leaf(
 ) -> Array | QTensor:
     if not is_packed(struct):
         return read_float_leaf(leaf, struct, tensors, bar)
-    has_packed_tensors = packing_of(tensors[leaf.tensor_names.flat[0]]) is not None
     # Codes for host memory are read to the device first, one stack at a time.
     on_device = struct.to_device()
-    if has_packed_tensors:
+    if packing_of(tensors[leaf.tensor_names.flat[0]]) is not None:
         arrays = move_packed_leaf(leaf, on_device, tensors, bar)
     else:
         arrays = pack_float_leaf(leaf, on_device, tensors, bar, scale_rule)
@@ -197,7 +196,7 @@ def _abstract_base(
         lambda path, x: jax.ShapeDtypeStruct(leaves[path].shape, dtypes[path]), like
     )
 
-    # 2. Build the packed tree. `eval_shape` computes no values.
+    # 2. Build the packed tree. Checks need arrays, which `eval_shape` makes of shapes.
     def pack(tree: Tree) -> Tree:
         targets = _check_targets(tree, leaves, config, stored_packings)
         packings = stored_packings | targets
@@ -239,10 +238,10 @@ def _check_targets(
     """Checks the targets of the config, and returns the packing of those to pack."""
     if config is None:
         return {}
-    kinds, problems = {}, {}
+    axis_roles, problems = {}, {}
     for path, leaf in leaves.items():
         if leaf.geometry is not None:
-            kinds[path] = leaf.geometry.kinds
+            axis_roles[path] = leaf.geometry.kinds
         elif config.is_target(path):
             problems[path] = "the name table says that it is not a kernel."
         packing = packings[path]
@@ -251,7 +250,7 @@ def _check_targets(
                 f"it is packed as {packing}, but the config asks for {config.packing}. "
                 "recode=True packs it again, which rounds it once more."
             )
-    targets = find_targets(leaves_by_path(tree), config, kinds, problems)
+    targets = find_targets(leaves_by_path(tree), config, axis_roles, problems)
     # With `freeze_base=False`, targets stay in float, because they are trained.
     if config.packing is None or not config.freeze_base:
         return {}
