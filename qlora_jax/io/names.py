@@ -279,11 +279,11 @@ class Names:
         parts = []
         for pattern, entry in self._expert_parameters:
             if match := pattern.fullmatch(name):
-                numbers = {key: int(text) for key, text in match.groupdict().items()}
-                # Another entry may have the same name for the other layers.
-                if all(numbers[key] in entry.numbers[key] for key in entry.numbers):
+                in_name = {key: int(text) for key, text in match.groupdict().items()}
+                # Another entry may have this parameter in the other layers.
+                if all(in_name[key] in entry.numbers[key] for key in entry.numbers):
                     template = entry._templates[0]
-                    parts.append(template.format(**numbers, expert="{expert}"))
+                    parts.append(template.format(**in_name, expert="{expert}"))
         return parts
 
     def is_ignored(self, name: str) -> bool:

@@ -280,6 +280,7 @@ def _trees_of(entries: list[LeafJson], tensors: Tensors) -> tuple[Tree, Tree]:
         unused -= {*leaf_names}
     if unused:
         raise ValueError(f"no leaf has these tensors: {sorted(unused)[:5]}.")
+    # `_insert` puts the root under the key "", because the root may be a leaf.
     return _with_lists(shapes.get("", {})), _with_lists(names.get("", {}))
 
 
@@ -319,7 +320,7 @@ def _leaf_of(entry: LeafJson, structs: list[Any]) -> Tree:
 
 
 def _insert(tree: dict, keys: list, leaf: Tree) -> None:
-    *parents, last = ["", *keys]  # the root gets a key too, because it may be a leaf
+    *parents, last = ["", *keys]
     for key in parents:
         tree = tree.setdefault(key, {})
     if last in tree:

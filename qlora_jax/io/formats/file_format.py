@@ -16,7 +16,7 @@ Kernels = Mapping[str, QTensor]  # `[K, N]`, by the names of their weights
 
 
 class Parts(dict[str, Any]):
-    """The tensors of one weight, by the ends of their names (after a separator)."""
+    """The tensors of one weight, by `FileFormat.parts` without `.` or `_` in front."""
 
     def tensor(self, name: str, *dtypes: str, axes: int = 2) -> Any:
         """Returns a part, which must have one of the dtypes and no axis of size 0."""
@@ -48,10 +48,10 @@ class Parts(dict[str, Any]):
         return blocks
 
     def check_bits(self, name: str, count: int) -> None:
-        """Raises if a part has rows of `count` codes that do not have 4 bits each."""
+        """Raises if a part has rows of `count` codes of 1 to 8 bits, but not of 4."""
         bits = 8 * self[name].dtype.itemsize * self[name].shape[1] / count
         message = f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits."
-        # Numbers other than these mean that a shape is wrong, which the caller reports.
+        # Other numbers, such as 4.5, mean that a shape is wrong. The caller reports it.
         require(bits not in (1, 2, 3, 5, 6, 8), message)
 
 
