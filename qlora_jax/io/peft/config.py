@@ -184,6 +184,7 @@ class PeftConfig:
                     problems.append(f"`{key}` is not supported. Got {value!r:.80}.")
             elif key in _NO_EFFECT:
                 extra_settings[key] = value
+            # `runtime_config` says only on which devices PEFT computes.
             elif key not in ("peft_type", "runtime_config") and value not in _OFF:
                 problems.append(f"`{key}` is not known. Got {value!r:.80}.")
         if raw.get("init_lora_weights", True) not in _INITIALIZATIONS:

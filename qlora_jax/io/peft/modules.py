@@ -186,7 +186,7 @@ class ModuleAdapter(FileAdapter):
     def write(self, adapters: Mapping[str, Adapter]) -> Arrays:
         """Inverts `read`, for the adapters of stacks; raises ValueError otherwise."""
         adapter = adapters.get(self.position.path)
-        if adapter is None:
+        if adapter is None:  # the caller reports a missing adapter once for each stack
             return {}
         if type(adapter) is not self.kind:
             raise ValueError(

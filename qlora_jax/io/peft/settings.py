@@ -402,7 +402,7 @@ def peft_config(
         r=rank,
         lora_alpha=alpha,
         target_modules=_ends(modules, model.modules, names, last_part),
-        target_parameters=_ends(parameters, all_parameters, names, _in_layer),
+        target_parameters=_ends(parameters, all_parameters, names, _after_numbers),
         # Adapters of embeddings have no dropout.
         lora_dropout=max(x.adapter.dropout for x in adapted.values()),
         bias=bias,
@@ -493,8 +493,8 @@ def _should_write_modules(model: NamedBase, adapters: Mapping[str, LowRank]) -> 
 
 
 def _ranks(adapter: LowRank) -> np.ndarray:
-    """Returns the rank of each matrix. If scalings differ, padding does not count."""
-    # Matrices with different scalings may have different ranks, padded with zeros.
+    """Returns the rank of each matrix, without padding if the scalings differ."""
+    # Different scalings may be those of different ranks, which `stack` has padded.
     ranks = np.zeros(adapter.batch_shape, int)
     arrays = adapter.arrays.values()
     has_values = not any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
@@ -504,8 +504,8 @@ def _ranks(adapter: LowRank) -> np.ndarray:
     return np.where(ranks, ranks, adapter.rank)
 
 
-def _in_layer(name: str) -> str:
-    """Returns the part of a name after its layer's number."""
+def _after_numbers(name: str) -> str:
+    """Returns the part of a name after its last number, which is that of its layer."""
     return re.sub(r".*\.\d+\.", "", name)
 
 
