@@ -281,7 +281,10 @@ class Names:
             if match := pattern.fullmatch(name):
                 in_name = {key: int(text) for key, text in match.groupdict().items()}
                 # Another entry may have this parameter in the other layers.
-                if all(in_name[key] in entry.numbers[key] for key in entry.numbers):
+                if all(
+                    number in entry.numbers.get(key, (number,))
+                    for key, number in in_name.items()
+                ):
                     template = entry._templates[0]
                     parts.append(template.format(**in_name, expert="{expert}"))
         return parts

@@ -144,6 +144,8 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
         >>> ql.io.restore(path).tree["up"]["kernel"].fmt
         'nf4'
     """
+    if pathlib.Path(path).is_dir():
+        raise CheckpointError(f"`path` must be a file. Got the folder {str(path)!r}.")
     tensors = open_safetensors(path)
     metadata = tensors.metadata
     if metadata.get("format") != FORMAT:

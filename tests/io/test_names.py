@@ -36,6 +36,18 @@ def test_names_of_a_leaf():
     assert NAMES.roles("layers_3/norm/scale") == ""
 
 
+def test_experts_may_be_numbered_by_the_entry():
+    entry = ql.io.Entry(
+        "model.layers.{layer}.experts.{expert}.up.weight",
+        parameter="model.layers.{layer}.experts.up",
+        numbers={"layer": (1, 2), "expert": (0, 1)},
+    )
+    names = ql.io.Names({"experts/up/kernel": entry})
+    assert names.parts_of_parameter("model.layers.0.experts.up") == []
+    [part] = names.parts_of_parameter("model.layers.2.experts.up")
+    assert part == "model.layers.2.experts.{expert}.up.weight"
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

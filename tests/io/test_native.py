@@ -166,6 +166,9 @@ def test_other_formats_and_versions_are_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="must have version 1. Got '2'"):
         restore(tmp_path / "x")
+    save(tmp_path / "folder" / "model.safetensors", {"a": jnp.ones(2)})
+    with pytest.raises(CheckpointError, match="must be a file. Got the folder"):
+        restore(tmp_path / "folder")
 
 
 CHANGES = [dict(kind="Other"), dict(kind=[]), dict(shape=[64, 4]), dict(shape="64")]

@@ -378,7 +378,7 @@ def peft_config(
     modules, parameters = _adapters_by_name(model, low_rank, fused)
     kinds = {type(x.adapter) for x in (modules | parameters).values()}
     if kinds == {LoRA}:  # PEFT has no DoRA of parameters
-        for module in _named_like_experts(model) & modules.keys():
+        for module in sorted(_named_like_experts(model) & modules.keys()):
             parameters[f"{module}.weight"] = modules.pop(module)
     adapted = modules | parameters
     if not adapted:
