@@ -103,10 +103,9 @@ def generate(
     if not lengths.all():
         raise ValueError("`prompts` must each have at least one token. Got none.")
     check_length(model, max(lengths), max_new_tokens)
-    counts = np.stack([np.zeros_like(lengths), lengths])
-    settings = {"num_new": max_new_tokens, "eos_ids": tuple(eos_ids)}
-    static = {"model": model, "sampling": sampling, **settings}
-    return extend(variables, pad_prompts(prompts), counts, key, **static)[0]
+    operands = variables, pad_prompts(prompts), np.zeros_like(lengths), lengths, key
+    static = {"model": model, "sampling": sampling, "num_new": max_new_tokens}
+    return extend(*operands, **static, eos_ids=tuple(eos_ids))[0]
 
 
 @functools.partial(
@@ -117,7 +116,8 @@ def generate(
 def extend(
     variables: PyTree,
     tokens: Int[Array, "B T"],
-    counts: Int[Array, "2 B"],
+    starts: Int[Array, " B"],
+    lengths: Int[Array, " B"],
     key: Key[Array, ""] | None,
     step: Int[Array, ""] | int = 0,
     cache: Cache | None = None,
@@ -129,19 +129,20 @@ def extend(
 ) -> tuple[Int[Array, "B N"], Cache]:
     """Adds tokens to a cache, and returns the `num_new` tokens that follow.
 
-    `counts[0]` has the number of tokens of each row in the cache, and `counts[1]` the
-    number in `tokens`, which is padded on the right. `step` is the number of tokens of
-    the answer that earlier calls have drawn. If `cache` is None, this function creates
-    one of the size that it needs.
+    `starts` has the number of tokens of each row in the cache, and `lengths` the number
+    in `tokens`, which is padded on the right. `step` is the number of tokens of the
+    answer that earlier calls have drawn. If `cache` is None, this function creates one
+    of the size that it needs.
     """
-    (starts, lengths), (batch_size, width) = counts, tokens.shape
+    batch_size, width = tokens.shape
     fill = eos_ids[0] if eos_ids else 0  # follows the end of an answer
     if cache is None:  # created here, so that XLA chooses its placement on a mesh
         cache = model.init_cache(batch_size, width + num_new)
     assert cache is not None
 
-    def decode(tokens, cache: Cache, index, **indices) -> tuple[Array, Cache]:
-        outputs: Any = model.apply(variables, tokens, cache=cache, **indices)
+    def decode(tokens, cache: Cache, index, **inputs) -> tuple[Array, Cache]:
+        """Returns the token `index` of this call's `num_new` tokens, and the cache."""
+        outputs: Any = model.apply(variables, tokens, cache=cache, **inputs)
         logits, cache = outputs
         step_key = None if key is None else jax.random.fold_in(key, step + index)
         return sampling.choose(logits[:, 0], step_key).astype(tokens.dtype), cache
@@ -162,11 +163,10 @@ def extend(
         return index + 1, output.at[:, index].set(token), token, has_ended, cache
 
     # The first new token comes from the pass over `tokens`, and the loop computes the
-    # others. Padding gets positions past the end, which are overwritten before they
-    # are seen.
-    indices = {"positions": starts[:, None] + jnp.arange(width)[None]}
-    indices["num_tokens"] = lengths
-    first, cache = decode(tokens, cache, 0, select=lengths[:, None] - 1, **indices)
+    # others. Padding gets positions past the end, which are overwritten before use.
+    inputs = {"positions": starts[:, None] + jnp.arange(width)[None]}
+    inputs |= {"num_tokens": lengths, "select": lengths[:, None] - 1}
+    first, cache = decode(tokens, cache, 0, **inputs)
     output = first[:, None]
     if num_new > 1:
         output = jnp.full((batch_size, num_new), fill, tokens.dtype)

@@ -147,9 +147,11 @@ class Stream:
 
     def _add(self, new_ids: list[int], step: int, key: Key[Array, ""] | None) -> int:
         """Adds tokens to the cache; returns the next token."""
-        counts = np.array([[len(self._ids)], [len(new_ids)]], np.int32)
+        counts = len(self._ids), len(new_ids)
+        start, length = (np.array([count], np.int32) for count in counts)
         cache, self._cache = self._cache, None  # `extend` donates its arrays
-        operands = self.variables, pad_prompts([new_ids]), counts, key, np.int32(step)
+        padded = pad_prompts([new_ids])
+        operands = self.variables, padded, start, length, key, np.int32(step)
         static = {"model": self.model, "sampling": self.sampling}
         tokens, self._cache = extend(*operands, cache, **static)
         self._ids += new_ids
