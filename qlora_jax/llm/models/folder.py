@@ -94,17 +94,16 @@ class ModelFolder:
             "only the text half is read.",
             stacklevel=4,
         )
-        # The files have names from older versions of transformers, but adapters use the
-        # names of its current modules.
-        renamed, module = {}, self.config.module
+        # Files may have names from older versions of transformers, which call the
+        # decoder `language_model.model` or `model`, and the head
+        # `language_model.lm_head`. Adapters use the names of the current modules.
+        decoder = r"^(language_model\.model|model(?=\.(layers|embed_tokens|norm)\.))\."
+        head, renamed = r"^language_model\.lm_head\.", {}
         for name in tensors:
-            new_name = re.sub(r"^language_model\.model\.", f"{module}.", name)
-            decoder = r"^model\.(?=(layers|embed_tokens|norm)\.)"
-            new_name = re.sub(decoder, f"{module}.", new_name)
-            head = f"{self.config.head_module}."
-            new_name = re.sub(r"^language_model\.lm_head\.", head, new_name)
+            new_name = re.sub(decoder, f"{self.config.module}.", name)
+            new_name = re.sub(head, f"{self.config.head_module}.", new_name)
             renamed[new_name] = tensors[name]
-        return dataclasses.replace(tensors, _tensors=renamed)
+        return ql.io.Tensors(renamed, tensors.metadata, tensors.folder)
 
     def build_tokenizer(self) -> "Tokenizer":
         """Returns the tokenizer."""
