@@ -525,9 +525,9 @@ class DecoderConfig:
             heads, dim = self.heads_of(kind), self.dim_of(kind.rope)
             if self.num_heads % heads.num_kv_heads or dim % 2 or dim > heads.head_dim:
                 raise ValueError(
-                    "`heads` must have a number of key heads that divides "
-                    f"{self.num_heads}, and must not be smaller than the rotated part. "
-                    f"Got {heads} with {dim} rotated values."
+                    f"`num_kv_heads` of a layer must divide {self.num_heads}, and its "
+                    "number of rotated values must be even and at most `head_dim`. Got "
+                    f"{heads} with {dim} rotated values."
                 )
         for name in ("window", "mlp_width"):
             values = {getattr(kind, name) for kind in self.layers} - {None}

@@ -94,14 +94,13 @@ class MixtureOfExperts(nn.Module):
         assert experts is not None
         rows = x.reshape(-1, x.shape[-1])  # [M, D]
         router = make_dense(experts.count, self.config.mlp_bias, self.dtype, "router")
-        logits = router(rows[None])[0]  # [M, E]
+        logits = router(rows[None])[0]  # [M, E]; `make_dense` needs inputs [B, T, K]
         # For the balance loss, training makes the collection "router" mutable and reads
         # the logits from it.
         self.sow("router", "logits", logits)
         bias = None
         if experts.has_score_bias:
-            shape = (experts.count,)
-            bias = self.param("score_bias", nn.initializers.zeros, shape)
+            bias = self.param("score_bias", nn.initializers.zeros, (experts.count,))
         weights, chosen = choose_experts(logits, experts, bias)  # [M, C] each
         mlps = ExpertMLPs(self.config, self.dtype, name="experts")
         mixed = mix_experts(mlps, rows, weights, chosen, experts).reshape(x.shape)
@@ -136,7 +135,8 @@ class MixtureOfExperts(nn.Module):
         for path, tensor in tensors.items():
             # In transformers, the kernels of all experts are one parameter, in which
             # gate and up are joined. The router is another parameter. By default,
-            # adapters target linear layers, but not such plain parameters.
+            # adapters target linear layers, but not such plain parameters. Their module
+            # is `mlp`, even in Mixtral, whose files call it `block_sparse_moe`.
             parameter = path.replace("/", ".")
             parameter = re.sub(r"\.(gate|up)_proj", ".gate_up_proj", parameter)
             if path == "router":
@@ -145,7 +145,9 @@ class MixtureOfExperts(nn.Module):
             entries[f"{path}/kernel"] = ql.io.Entry(
                 tensor, parameter=f"mlp.{parameter}", is_swapped=is_swapped
             )
-            if config.mlp_bias:  # the biases of all experts are one tensor
+            if config.mlp_bias:  # as in gpt-oss
+                # The biases of all experts are one tensor. It has the name of the
+                # kernels' tensor, before ".{expert}", and the suffix "_bias".
                 bias = re.sub(r"\.\{expert\}$", "_bias", tensor)
                 entries[f"{path}/bias"] = re.sub(r"\.weight$", ".bias", bias)
         if experts.shared_width:

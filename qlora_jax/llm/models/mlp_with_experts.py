@@ -67,10 +67,10 @@ class MLPWithExperts(nn.Module):
         rows = nn.RMSNorm(c.rms_norm_eps, self.dtype, use_scale=False)(rows)
         rows = rows * scale.astype(self.dtype)[None] * c.hidden_size**-0.5
         router = make_dense(experts.count, False, self.dtype, "router")
-        weights, chosen = choose_experts(router(rows[None])[0], experts)
-        shape = (experts.count,)
-        expert_scales = self.param("expert_scales", nn.initializers.ones, shape)
-        return weights * expert_scales.astype(jnp.float32)[chosen], chosen
+        logits = router(rows[None])[0]  # [M, E]; `make_dense` needs inputs [B, T, K]
+        weights, chosen = choose_experts(logits, experts)
+        scales = self.param("expert_scales", nn.initializers.ones, (experts.count,))
+        return weights * scales.astype(jnp.float32)[chosen], chosen
 
     @staticmethod
     def tensor_names(

@@ -70,7 +70,7 @@ def dense_dot(x, kernel, dims, precision=None, **unused):
 
 
 def make_dense(features: int, use_bias: bool, dtype: DTypeLike, name: str) -> nn.Dense:
-    """Returns a linear layer that multiplies with `dense_dot`."""
+    """Returns a linear layer for inputs `[B, T, K]`, with the product `dense_dot`."""
     return nn.Dense(features, use_bias, dtype, dot_general=dense_dot, name=name)
 
 
@@ -111,7 +111,8 @@ def name_product(x: Array) -> Array:
 # Layers save their products for the backward pass, which recomputes norms and
 # activations: the float32 arrays of norms and activations would be most of a step's
 # memory, and would take longer to write and read than to compute.
-# "attention" names what `ql.memory.splash_attention` needs in its backward pass.
+# The names with "lora" and "dora" are those of the products of adapters. "attention"
+# names what `ql.memory.splash_attention` needs in its backward pass.
 keep_products = jax.checkpoint_policies.save_only_these_names(
     "product", "lora_product", "dora_product", "dora_norms", "attention"
 )
