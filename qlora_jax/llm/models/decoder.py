@@ -89,8 +89,10 @@ class Decoder(nn.Module):
         mlp_tile: The maximum number of tokens of each sequence that the MLP processes
             at a time, to save memory; None for all. If set, adapters cannot have
             dropout.
-        scanned: Patterns for the paths of the modules that run under `nn.scan`.
-        max_positions: None, because positions are not learned.
+        scanned: Patterns for the paths of the modules that run under `nn.scan`, for
+            `qlora_jax.linen.wrap`.
+        max_positions: None, because only models with learned positions limit the length
+            of sequences, as some in PyTorch do.
 
     Example:
         >>> import jax
@@ -150,9 +152,9 @@ class Decoder(nn.Module):
             tokens: Token ids. Pad on the right: attention is causal, so that no token
                 sees the padding after it.
             positions: Position of each token in its sequence; by default 0, 1, 2, ...
-                in each segment. Unless `attention` is "xla" or "blocks" and no layer
-                has a state, the order of tokens matters too. Rows whose positions do
-                not count up by one in each segment then become NaN.
+                in each segment. If `attention` is neither "xla" nor "blocks", or if
+                layers have states, the order of tokens matters too. Rows whose
+                positions do not count up by one in each segment then become NaN.
             cache: Keys, values and states of earlier calls, from `init_cache`.
             select: Indices into T; return logits `[B, P, V]` of only these tokens.
             return_hidden: Return the normalized hidden states, times `logit_scale`,
@@ -274,9 +276,7 @@ class Decoder(nn.Module):
         c, stacks = self.config, group.stacks
         settings = self.dtype, self.attention, self.mlp_tile
         layer_data = tuple(stack_layer_data(c, x, layer_inputs) for x in stacks)
-        caches = None
-        if cache is not None:
-            caches = tuple(cache[stack.path] for stack in stacks)
+        caches = None if cache is None else tuple(cache[x.path] for x in stacks)
         if len(stacks) == 1:  # a period of one layer needs no module of its own
             layer = scan(layer_class)(c, stacks[0].kinds, *settings, name=group.name)
             carry, new_entry = layer(carry, tokens, layer_data[0], caches and caches[0])

@@ -157,7 +157,7 @@ def _read_experts(raw: Mapping[str, Any], scores: _Scores) -> Experts:
 
 
 def _rope_scale(raw: Mapping[str, Any]) -> float:
-    """Returns the factor by which YaRN multiplies attention scores."""
+    """Returns YaRN's factor of all attention scores, in addition to `Rope.scale`."""
     section = rope_section(raw)
     mscale = section.get("mscale_all_dim")
     kind = section.get("rope_type", section.get("type")) or "default"

@@ -63,6 +63,7 @@ def _read(
         )
     gelu = ("hidden_activation", "gelu_pytorch_tanh")
     sizes = {"head_dim": 256, "kv_heads": 4, "tied": True, "activation": gelu}
+    # `shared_fields` rejects `per_layer_config`, which `_read_heads` reads.
     fields = shared_fields({**raw, "per_layer_config": None}, **sizes)
     # 1. The windows. `types` says which layers have one, so the function that would
     # decide it by default is not called. The rotary positions are set in step 3.

@@ -90,9 +90,10 @@ def read_text_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
             f"`model_type` in `text_config` must be one of {_MISTRALS}. Got "
             f"{text['model_type']!r}."
         )
-    # The other families have no M-RoPE, or know its keys (Qwen3.5).
     if kind not in _DEFAULTS:
         return text
+    # Drop the keys of M-RoPE, which Qwen2 and Qwen3 do not know. The other families
+    # have no M-RoPE, or know its keys (Qwen3.5).
     for name in ("rope_parameters", "rope_scaling"):
         if name in text:
             text[name] = {
