@@ -317,8 +317,8 @@ class Attention(nn.Module):
         if layer_data.window is None:
             return attend_window(query, key, value, window=windows[0])
         # The window of this layer is traced: switch between one branch per window.
-        values = jnp.array([window or NO_WINDOW for window in windows])
-        index = jnp.argmax(values == layer_data.window)
+        sizes = jnp.array([window or NO_WINDOW for window in windows])
+        index = jnp.argmax(sizes == layer_data.window)
         branches = [functools.partial(attend_window, window=w) for w in windows]
         return jax.lax.switch(index, branches, query, key, value)
 

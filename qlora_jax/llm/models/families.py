@@ -460,12 +460,12 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
                 f"{architectures}."
             )
         config = family.read_config(raw)
-        keys = {**raw, **(raw.get("text_config") or {})}
+        settings = {**raw, **(raw.get("text_config") or {})}
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"config.json must have values of the expected types. Got {error!r}."
         ) from error
-    if unknown := family.unknown_keys(keys):
+    if unknown := family.unknown_keys(settings):
         warnings.warn(
             f"These keys of config.json are unknown, and are ignored: {unknown}. If "
             "they change what the model computes, the results are wrong.",

@@ -84,8 +84,7 @@ class Family:
 
     def unknown_keys(self, raw: Mapping[str, Any]) -> list[str]:
         """Returns the keys that are not read, but may change the logits."""
-        known_keys = {*SIZES, *_COMMON_KEYS.split(), *self.keys.split()}
-        known_keys |= HARMLESS_KEYS
+        known_keys = HARMLESS_KEYS.union(SIZES, _COMMON_KEYS.split(), self.keys.split())
         unknown = [
             key
             for key, value in raw.items()

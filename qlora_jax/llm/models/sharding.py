@@ -76,10 +76,9 @@ def place_arguments(
     rules = {}
     for path, leaf in ql.leaves_by_path(base).items():
         specs = [PartitionSpec(*spec) for spec in _candidate_specs(config, path, sizes)]
-        fitting = [spec for spec in specs if divides(leaf, spec, sizes)]
-        # If none fits, `place` raises an error about the first spec.
-        if specs:
-            rules[re.escape(path)] = [*fitting, specs[0]][0]
+        fitting = (spec for spec in specs if divides(leaf, spec, sizes))
+        if specs:  # if none fits, `place` raises an error about the first one
+            rules[re.escape(path)] = next(fitting, specs[0])
     return {"rules": rules, "rows": (select_axes(ROW_AXES, sizes),)}
 
 
@@ -99,7 +98,7 @@ def _candidate_specs(
         is_kv = module in ("k_proj", "v_proj")
         counts = {config.heads_of(kind).num_kv_heads for kind in config.layers}
         if is_kv and any(count % sizes.get("tensor", 1) for count in counts):
-            tensor, output_axes = None, (fsdp,) if fsdp else ()
+            tensor, output_axes = None, ((fsdp,) if fsdp else ())
         yield *stack, fsdp, tensor
         yield *stack, None, output_axes
     elif name == "kernel" and module in _SPLIT_INPUTS:

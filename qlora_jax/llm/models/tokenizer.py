@@ -12,12 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import qlora_jax as ql
 
-from ..gguf.tokenizer_in import (
-    SPACE,
-    make_pre_tokenizer,
-    split_as_gemma,
-    spm_decoder,
-)
+from ..gguf.tokenizer_in import SPACE, make_pre_tokenizer, split_as_gemma, spm_decoder
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -197,7 +192,8 @@ class FolderTokenizer:
             has_prefix = prefix_space is None or bool(prefix_space)
             scheme = "always" if self._settings.get("legacy") else "first"
             scheme = scheme if has_prefix else "never"
-            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, False)
+            split = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
+            tokenizer.pre_tokenizer = split
             tokenizer.decoder = spm_decoder(has_prefix)
         elif name == "GemmaTokenizer":
             split_as_gemma(tokenizer)
