@@ -68,7 +68,7 @@ The columns "logits", "loss" and "gradients" show relative differences (in the F
 norm), and for gradients, that of the adapter with the largest difference. The column
 "packed weights" shows how many weights of the tiny model were packed and adapted.
 `tests/pytorch/sweep.py` runs the models and writes this page. The slow tests repeat the
-sweep for ten of the {passed} types that passed, which are other ones each day.
+sweep for ten of the {passed} types that passed, a different ten each day.
 
 | model type | logits | loss | gradients | packed weights | without PEFT |
 |---|---|---|---|---|---|
