@@ -15,7 +15,7 @@ from jax.sharding import (
 )
 from jaxtyping import Array, PyTree
 
-from .specs import AnyMesh, Axes, SpecEntry, free_prefix, make_spec, spec_of, typed_axes
+from .specs import AnyMesh, Axes, SpecEntry, free_prefix, make_spec, mesh_axes, spec_of
 
 
 def explicit_mesh(*trees: PyTree) -> AnyMesh | None:
@@ -67,7 +67,7 @@ def without_mapped_axes(mesh: AnyMesh, *trees: PyTree) -> PyTree:
     unmapped = unmapped_explicit_axes(mesh)
 
     def gather(x: Array) -> Array:
-        axes = typed_axes(x)
+        axes = mesh_axes(x)
         allowed = [free_prefix(entry, {*entry} - unmapped) for entry in axes]
         return x if allowed == axes else split_by(x, mesh, make_spec(*allowed))
 

@@ -59,8 +59,8 @@ def spec_of(x: Array) -> tuple[SpecEntry, ...]:
     return spec + (None,) * (x.ndim - len(spec))
 
 
-def typed_axes(x: Array) -> list[Axes]:
-    """Returns `spec_of(x)` with a tuple of mesh axes for each axis of `x`."""
+def mesh_axes(x: Array) -> list[Axes]:
+    """Returns the mesh axes that split each axis of `x`, by `spec_of(x)`."""
     return [axes_of(entry) for entry in spec_of(x)]
 
 

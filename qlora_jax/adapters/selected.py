@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._jax.modes import explicit_mesh, in_auto_mode, split_by
 from .._jax.pytree import register
-from .._jax.specs import Axes, free_prefix, make_spec, typed_axes
+from .._jax.specs import Axes, free_prefix, make_spec, mesh_axes
 from ..quant.kernel import Kernel
 from ..quant.views import take_rows
 from .base import Adapter, ProductCall
@@ -156,7 +156,7 @@ class Selected(Adapter):
         mesh = explicit_mesh(stored, ids)
         if mesh is None:
             return take(stored, ids)
-        axes = typed_axes(stored)
+        axes = mesh_axes(stored)
         ids_axes = [()] * (ids.ndim - batch_ndim)
         spec = make_spec(*axes[:batch_ndim], *ids_axes, *axes[batch_ndim + 1 :])
         return in_auto_mode(take, mesh, spec)(stored, ids)
@@ -167,9 +167,9 @@ def _split_as_rows(array: Array, x: Array) -> Array:
     mesh = explicit_mesh(array, x)
     if mesh is None:
         return array
-    row_axes: Axes = typed_axes(x)[0]
+    row_axes: Axes = mesh_axes(x)[0]
     # A mesh axis can split only one axis of an array.
-    other_axes = [free_prefix(axes, {*row_axes}) for axes in typed_axes(array)[1:]]
+    other_axes = [free_prefix(axes, {*row_axes}) for axes in mesh_axes(array)[1:]]
     return split_by(array, mesh, make_spec(row_axes, *other_axes))
 
 

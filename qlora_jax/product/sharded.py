@@ -26,7 +26,7 @@ from .._jax.modes import (
     with_mapped_axis,
 )
 from .._jax.pytree import take_layer
-from .._jax.specs import AnyMesh, Axes, make_spec, typed_axes
+from .._jax.specs import AnyMesh, Axes, make_spec, mesh_axes
 from ..quant.kernel import Placement
 from ..quant.qtensor import QTensor, float_scales, with_scales
 from ..quant.schemes import StoredScales
@@ -60,8 +60,8 @@ def fit_to_mesh(
     operands = modes.without_mapped_axes(mesh, x, weights, offsets)
     if spec.packed_as is None:
         x, weights, _ = operands
-        *lead, w_k, n = typed_axes(weights)
-        x_k = typed_axes(x)[-1]
+        *lead, w_k, n = mesh_axes(weights)
+        x_k = mesh_axes(x)[-1]
         k = x_k if weights_move else w_k or x_k
         experts = lead[spec.batch :]
         spec = replace(spec, weight_axes=(*experts, k, n))
@@ -132,8 +132,8 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
     left, right, scales, layer, offsets = operands
     left_axes, weight_axes = (), ()
     if spec.is_explicit:
-        left_axes = typed_axes(left)
-        weight_axes = typed_axes(right)[layer is not None :]
+        left_axes = mesh_axes(left)
+        weight_axes = mesh_axes(right)[layer is not None :]
         if spec.weight_axes is not None:
             weight_axes = [*weight_axes[: spec.batch], *spec.weight_axes]
     # Each row of float weights counts as a block, so their own shape is used.
@@ -310,8 +310,8 @@ def find_gather(q: Any, x: Array) -> Layout | None:
     if (mesh := mesh or declared_mesh(q.placement)) is None:
         return None
     x_shape = *scales_shape[: spec.batch], *x.shape[:-1], spec.k
-    weight_axes = typed_axes(q.codes)
-    x_axes = [*weight_axes[: spec.batch], *typed_axes(x)[:-1], ()]
+    weight_axes = mesh_axes(q.codes)
+    x_axes = [*weight_axes[: spec.batch], *mesh_axes(x)[:-1], ()]
     spec = replace(spec, mesh=mesh)
     layout = find_layout(spec, x_axes, weight_axes, x_shape, scales_shape)
     return layout if layout.is_gathered else None
