@@ -22,7 +22,7 @@ def check_key(name: str, key: object) -> None:
     """Raises TypeError unless an argument is a PRNG key or an array of keys."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
     is_typed_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    # `jax.random.PRNGKey` returns old-style keys: uint32 arrays with a last axis of 2.
+    # Old-style keys (`jax.random.PRNGKey`) are uint32 arrays of 2 or 4 words per key.
     if not is_typed_key and (dtype != jnp.uint32 or not shape):
         kind = type(key).__name__ if dtype is None else f"{dtype}{[*shape]}"
         raise TypeError(
@@ -50,8 +50,7 @@ def checked_integers(
     values = known_values(x)
     array = as_array(name, x) if values is None else values
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        is_object = array.dtype == object
-        kind = type(x).__name__ if is_object else array.dtype
+        kind = type(x).__name__ if array.dtype == object else array.dtype
         raise TypeError(f"`{name}` must be integers. Got {kind}.")
     return as_int32(array), values
 

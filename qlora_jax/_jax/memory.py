@@ -68,7 +68,8 @@ def check_donated(leaves: Mapping[str, PyTree], paths: Container[str]) -> None:
 
 
 def _buffer_id(array: jax.Array) -> Hashable:
-    # `jax.device_put` may return another array object with the same buffer.
+    # `jax.device_put` may return another array object with the same buffer. The address
+    # of an empty buffer does not identify it, and other processes may have all shards.
     shards = array.addressable_shards
     if not (array.size and shards):
         return id(array)

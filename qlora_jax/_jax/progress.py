@@ -3,9 +3,7 @@
 from typing import Any
 
 
-def progress_bar(
-    description: str, unit: str, is_shown: bool = True, **settings: Any
-) -> Any:
+def progress_bar(description: str, unit: str, is_shown: bool, **settings: Any) -> Any:
     """Returns a tqdm bar on stderr, which is shown only if stderr is a terminal."""
     from tqdm import tqdm
 

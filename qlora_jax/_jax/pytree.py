@@ -40,6 +40,7 @@ def is_tree_leaf(node: object) -> bool:
 class Note(str):
     """A static string that equals every other Note, so that `jit` does not retrace."""
 
+    # Notes are therefore all the same key of a dict. Use `str(note)` as a key.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Note)
 
@@ -85,7 +86,6 @@ def register(
     """
 
     def tree_fields(node: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The names of the leaves and of the static fields."""
         return (*leaves, *node.untrained_leaves) if leaf_or_static else leaves, static
 
     def flatten(node: Any) -> tuple[tuple, tuple]:
@@ -202,8 +202,7 @@ def _settings(node: Any) -> str:
 
 def is_array(leaf: object) -> bool:
     """Whether a leaf is an array or the shape of one."""
-    kinds = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
-    return isinstance(leaf, kinds)
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def split_arrays(
