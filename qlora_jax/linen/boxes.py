@@ -49,7 +49,7 @@ class Stacks:
         self.by_path.clear()
 
     def add(self, path: str, leaf: Leaf) -> Leaf:
-        """Stores a packed stack and returns its `StackIndex`. Returns other leaves."""
+        """Stores a packed stack and returns its `StackIndex`, or else the leaf."""
         kernel, lora, key = parts_of(leaf)
         # The arrays of adapters are small, so scans slice them.
         if lora is not None:
@@ -144,7 +144,7 @@ class KernelBox(meta.AxisMetadata):
         return needs_fetch(self.parts()[0], x)
 
     def fetch(self, x: Array) -> None:
-        """Moves and gathers the kernel, once for all tiles."""
+        """Replaces the kernel in this box by a moved and gathered one, if needed."""
         if self.needs_fetch(x):
             kernel, lora, key = self.parts()
             node = kernel if lora is None else AdaptedKernel(kernel, lora, key)

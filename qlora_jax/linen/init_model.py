@@ -160,7 +160,8 @@ class _Recorder:
         if isinstance(module, QLoRADense):
             raise ValueError(
                 "`model` must not hold a QLoRADense, which has an adapter already. Got "
-                f"one at {'/'.join(module.path)!r}. Use qlora_jax.init."
+                f"one at {'/'.join(module.path)!r}. Pack the other kernels with "
+                "qlora_jax.init, which does not run the model."
             )
         call = call_of(module, method, args, kwargs)
         for target in boxes.values():
@@ -216,7 +217,7 @@ class _Recorder:
             self.kinds[target.path].add("k" * (ndim - 1) + "n")
 
     def problems(self, config: QLoRAConfig) -> dict[str, str]:
-        # One reason for each target, the most basic one first.
+        # One reason for each target: the first of these, or else the one in `unfit`.
         problems = {}
         for path, kinds in self.kinds.items():
             if path not in self.owned:

@@ -63,6 +63,7 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
     )
 
     def fetch_and_scan(module: nn.Module, tiles: Float[Array, "tiles ..."]) -> Array:
+        # These boxes are copies that `nn.remat` made, so the originals do not change.
         for box in boxes(module):
             box.fetch(tiles[0])
         return scan(module, None, tiles)[1]
@@ -71,7 +72,7 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
         if any(box.needs_fetch(tiles[0]) for box in boxes(module)):
             # The backward pass fetches kernels again, instead of keeping them.
             return nn.remat(fetch_and_scan, prevent_cse=False)(module, tiles)
-        return fetch_and_scan(module, tiles)
+        return scan(module, None, tiles)[1]
 
     # With a single tile, `module` is called directly.
     return by_tiles(module, run_tiles, tile)

@@ -128,7 +128,7 @@ def fetch(node: PyTree, x: Float[Array, "*rows D"]) -> PyTree:
     if not needs_fetch(node, x):
         return node
     kernel, lora, key = parts_of(node)
-    # `take` copies a single layer out of its stack, and returns other kernels.
+    # If the kernel is a layer of a stack, `take` copies the layer out of it.
     q = kernel.take().to_device()
     if (layout := find_gather(q, x)) is not None:
         q = gathered(q, layout)
