@@ -133,9 +133,9 @@ def kinds_of_linen(
                 # patterns may be meant for paths outside of this module.
                 targets = tuple(map(re.escape, inner))
                 linen_config = QLoRAConfig(targets=targets, dropout=config.dropout)
-                trace = functools.partial(_TracedLinen, linen_config, prefix, records)
+                replace = functools.partial(_TracedLinen, linen_config, prefix, records)
                 # This class exists only during the trace: it is not cached or pickled.
-                cls = _bridge_subclass(type(module), trace, ())
+                cls = _bridge_subclass(type(module), replace, ())
                 object.__setattr__(module, "__class__", cls)
         args, kwargs = rebuild(arrays)
         return jax.tree.leaves(traced(*args, **kwargs))

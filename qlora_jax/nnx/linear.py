@@ -31,6 +31,7 @@ class QLoRALinear(nnx.Linear):
         ((2, 8), (64, 4))
     """
 
+    # As in the classes that `subclass` makes, for `merge` and `packed_call`.
     qlora_original = nnx.Linear
     qlora_rule = RULES.find(nnx.Linear)
 

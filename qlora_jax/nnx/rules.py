@@ -207,13 +207,13 @@ def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
     """Guesses the roles of a kernel's axes if no rule describes the kernel."""
     # The module computes with float weights, so results are right even if the guess is
     # wrong: only the quantization blocks then run along another axis.
-    shape = kernel_shape(module, name)
-    if shape is not None and isinstance(module, nnx.LinearGeneral):
-        return _general_kinds(module)
-    if shape is not None and isinstance(module, nnx.Conv | nnx.ConvTranspose):
-        return "k" * (len(shape) - 1) + "n"
-    if name == "kernel" and (shapes := _maxtext_shapes(module)) is not None:
-        return "k" * len(shapes[0]) + "n" * len(shapes[1])
+    if name == "kernel":
+        if isinstance(module, nnx.LinearGeneral):
+            return _general_kinds(module)
+        if isinstance(module, nnx.Conv | nnx.ConvTranspose):
+            return "k" * (len(module.kernel_shape) - 1) + "n"
+        if (shapes := _maxtext_shapes(module)) is not None:
+            return "k" * len(shapes[0]) + "n" * len(shapes[1])
     # If an attribute is an einsum equation, it is probably the kernel's.
     candidates = set()
     for equation in (x for x in vars(module).values() if isinstance(x, str)):

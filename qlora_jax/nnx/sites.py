@@ -71,7 +71,8 @@ def find_sites(model: nnx.Module) -> dict[str, Site]:
 
 
 def _entries(module: nnx.Module) -> Iterator[tuple[KeyPath, Holder, str]]:
-    # `iter_modules` does not visit the nested dicts of linen variables.
+    """Yields the path inside a module, the holder and the name of each attribute."""
+    # `iter_modules` does not visit the nested dicts of linen variables, so this does.
     for name in vars(module):
         yield (name,), module, name
     pending: list[tuple[KeyPath, Any]] = []

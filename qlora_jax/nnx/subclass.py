@@ -25,14 +25,11 @@ Method = Callable[..., Any]
 
 
 # Subclasses are cached for the life of the process, so that graph definitions of equal
-# modules compare equal. A class pickles as the call of the function that makes it.
+# modules compare equal. A class is pickled as `recipe`, a function and its arguments.
 def subclass(
     cls: type, methods: dict[str, Method], recipe: tuple, rule: Rule | None = None
 ) -> type:
-    """Returns a subclass with these methods.
-
-    It is pickled as a call: `recipe` is a function and its arguments.
-    """
+    """Returns a subclass with these methods."""
     body = {
         **methods,
         "__module__": cls.__module__,
@@ -136,7 +133,7 @@ def _with_float_kernels(method: Method) -> Method:
         # Leaves that are trained in full are left out: the module reads their arrays.
         names = [n for n in adapted_names(self) if adapter_of(self, n).frozen is None]
         kernels = [(base_of(self, n), adapter_of(self, n).sliced) for n in names]
-        expert_weights: list[Array] = []  # set while experts are traced
+        expert_weights: list[Array] = []  # `_with_experts` fills it, and `run` reads it
 
         def run(self: nnx.Module, inputs: tuple) -> Tree:
             args, kwargs = inputs
@@ -199,8 +196,8 @@ def _float_kernels(
     cls: Any = type(module)
     variables = {name: getattr(module, name) for name in names}
     for i, (name, variable) in enumerate(variables.items()):
-        # In a trace of experts, traced weights replace the kernels. Otherwise, the
-        # kernels are decoded and merged with their adapters.
+        # If `_with_experts` traces the method, its traced weights replace the kernels.
+        # Otherwise, the kernels are decoded and merged with their adapters.
         if expert_weights:
             value = expert_weights[i]
         else:
