@@ -78,7 +78,7 @@ def zero_blocks(like: Array, signed: bool) -> Moment:
     if grid is None:
         return jnp.zeros_like(like, jnp.float32)
     shapes = block_shapes(grid)
-    word = dynamic_map(signed).zero * 0x01010101  # four times the code of zero
+    word = dynamic_map(signed).zero * 0x01010101  # each byte is the code of zero
     codes = jnp.full(shapes.codes, np.uint32(word), jnp.uint32)
     scales = jnp.zeros(shapes.scales, jnp.float32)
     sharding = getattr(like, "sharding", None) if is_concrete(like) else None
