@@ -130,9 +130,7 @@ register(_Target, ("value",), ("path", "recorder"))
 
 
 class _Recorder:
-    """Interceptor that records the targets of every module that runs in one trace."""
-
-    # Recorders are compared by identity. The keys of all records are parameter paths.
+    """Interceptor that records, by path, the targets of the modules in one trace."""
 
     def __init__(self, paths: list[str]):
         # The roles of axes (`Geometry.kinds`) in the calls that use each kernel.

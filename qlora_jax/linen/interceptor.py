@@ -72,8 +72,7 @@ class Interceptor:
             self.in_float.pop()
 
     def _refuse_mapped(self, module: nn.Module, boxes: Iterable[KernelBox]) -> None:
-        # A wrapped model inside this one makes its own boxes. Their kernels are not in
-        # `self.kernels`, so they are compared with themselves.
+        # Kernels of a wrapped model inside are not in `self.kernels`, and always pass.
         pairs = [(box, self.kernels.get(str(box.path), box.kernel)) for box in boxes]
         mapped = [b for b, original in pairs if is_mapped(module, b.kernel, original)]
         raise_if_any(
@@ -92,9 +91,8 @@ def _refuse_dropout(boxes: Iterable[KernelBox]) -> None:
 def method_of(context: InterceptorContext) -> str | None:
     """Returns the name of the called method, or None if a function was called."""
     # Lifted transforms call functions, as in `nn.vjp(lambda m, x: m(x), m, x)`, as if
-    # they were methods of the module. So this looks the function up in the class of the
-    # module: first by the name in its definition, `method_name`, and then by any other
-    # name that the class may give it. `orig_method` is a `functools.partial`.
+    # they were methods of the module. But a method is in the class of the module, under
+    # the name in its definition or another one. `orig_method` is a `functools.partial`.
     function = inspect.unwrap(getattr(context.orig_method, "func"))  # noqa: B009
     for cls in type(context.module).__mro__:
         for name in (context.method_name, *vars(cls)):
