@@ -83,14 +83,14 @@ def model_of(row: dict, folder: pathlib.Path) -> Any:
     from scale_models import CONFIGS, MODELS
 
     from qlora_jax.llm.app.base_model import BaseModel, open_model
-    from qlora_jax.llm.models.checkpoint import abstract_params
+    from qlora_jax.llm.models.jax_engine import JaxEngine
 
     if row["settings"].get("engine") == "torch":
         config = json.dumps(CONFIGS[row["model"]])
         (folder / "config.json").write_text(config, "utf-8")
         return open_model(str(folder), engine="torch")
-    decoder = MODELS[row["model"]]
-    return BaseModel(pathlib.Path(row["model"]), decoder, abstract_params(decoder))
+    engine = JaxEngine(pathlib.Path(row["model"]), MODELS[row["model"]])
+    return BaseModel(engine, engine.shapes)
 
 
 def devices_of(row: dict) -> tuple[Sequence[Any], Sequence[str]]:

@@ -95,7 +95,7 @@ class Bench:
         model = open_model(str(local_model) if local_model.exists() else task.model)
         self.task, self.arm = task, arm
         is_full = arm.rank is None
-        module = Decoder(model.config, dtype=jnp.bfloat16)
+        module = Decoder(model.decoder, dtype=jnp.bfloat16)
         self.model = ql.linen.wrap(module, scanned=module.scanned)
         self.packing = None
         if arm.fmt is not None:

@@ -42,7 +42,7 @@ def torch_tokens(model, prompts):
 def read_model(folder):
     """Returns a model in PyTorch's code, and its float weights as variables."""
     model = open_model(str(folder), engine="torch").read(progress=False)
-    return model.config.make_model(), {"params": model.base}
+    return model.engine.make_model(), {"params": model.base}
 
 
 @pytest.mark.parametrize("kind", CASES)

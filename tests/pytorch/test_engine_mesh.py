@@ -30,7 +30,7 @@ def test_a_mesh_has_the_loss_and_the_gradients_of_one_device(tmp_path):
         ids = np.array(row["input_ids"], np.int32)
         rows.append(Row(ids, np.where(np.arange(len(ids)) > 0, ids, -100), "rows"))
     [batch] = eval_batches(rows, batch_size=len(rows), max_length=16)
-    torch_decoder = model.config.make_model()
+    torch_decoder = model.engine.make_model()
     loss = decoder_loss(torch_decoder)
     prompts, settings = [[5, 6, 7], [8, 9]], {"max_new_tokens": 3, "eos_ids": []}
 
@@ -43,7 +43,7 @@ def test_a_mesh_has_the_loss_and_the_gradients_of_one_device(tmp_path):
     variables = {"params": base, "lora": lora}
     expected_tokens = generate(torch_decoder, variables, prompts, **settings)
     mesh = make_mesh({"fsdp": 2, "tensor": 4}, jax.devices())
-    base, lora = make_placer(model.config, mesh, "device")(base, lora)
+    base, lora = make_placer(model.engine, mesh, "device")(base, lora)
     # The contracted axis of the last kernel has three quantization blocks. Two devices
     # cannot split these equally, so both mesh axes split the outputs instead.
     specs = {

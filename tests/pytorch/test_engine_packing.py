@@ -42,14 +42,14 @@ def test_the_loss_of_packed_rows_is_that_of_separate_rows(kind, tmp_path):
     config_class, changes = PACKED[kind]
     folder = save_model(tmp_path / "model", config_class, **changes)
     model = open_model(str(folder), engine="torch").read(progress=False)
-    assert model.config.packing_problem() is None
+    assert model.engine.packing_problem() is None
     rng, rows = np.random.default_rng(0), []
     for length in (9, 5, 7):
         ids = rng.integers(3, 200, length).astype(np.int32)
         rows.append(Row(ids, np.where(np.arange(length) > 0, ids, -100), "rows"))
     losses = []
     for packing in (False, True):
-        loss = decoder_loss(model.config.make_model(has_packed_rows=packing))
+        loss = decoder_loss(model.engine.make_model(has_packed_rows=packing))
         size = 1 if packing else len(rows)
         [batch] = eval_batches(rows, batch_size=size, max_length=24, packing=packing)
         total, count = jax.jit(loss)({}, model.base, batch, None)

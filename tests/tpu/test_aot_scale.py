@@ -34,8 +34,8 @@ from qlora_jax.llm.app.program import (
 )
 from qlora_jax.llm.app.train_config import TrainConfig
 from qlora_jax.llm.data import Batch
-from qlora_jax.llm.models.checkpoint import abstract_params
 from qlora_jax.llm.models.config import DecoderConfig
+from qlora_jax.llm.models.jax_engine import JaxEngine
 from qlora_jax.llm.train import State
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -71,7 +71,8 @@ def settings(**overrides):
 
 
 def model_of(decoder):
-    return BaseModel(pathlib.Path("model"), decoder, abstract_params(decoder))
+    engine = JaxEngine(pathlib.Path("model"), decoder)
+    return BaseModel(engine, engine.shapes)
 
 
 def both(mesh, **overrides):
@@ -90,14 +91,14 @@ def both(mesh, **overrides):
     lowered = lower_step(config, model, devices)
 
     on = make_mesh(config.devices.mesh_sizes, devices)
-    place = make_placer(decoder, on, config.model.base_memory)
+    place = make_placer(model.engine, on, config.model.base_memory)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.bfloat16), model.base)
     packing = model.packing_config("nf4", 16, True)
     base = ql.quantize(zeros, packing)
     adapters = lora_config_for(config.adapter, model, packing, config.model.scales)
     _, lora = ql.init(jax.random.key(0), base, adapters)
     base, lora = place(base, lora)
-    program = make_program(config, decoder)
+    program = make_program(config, model.engine)
     state = State.create(lora, program.optimizer, 0)
     rows = 8 if config.training.objective == "sft" else 16  # both answers of a pair
     ids, weights = np.zeros((rows, 8), np.int32), np.zeros((rows, 8), np.float32)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
 import re
@@ -20,26 +19,20 @@ from ..data.images import ImageProcessor
 from ..data.readers import describe_path
 from ..gguf.decoder_in import read_gguf_lora
 from ..gguf.file import is_gguf
-from ..models.checkpoint import abstract_params, load
 from ..models.config import DecoderConfig
-from ..models.decoder import Decoder
-from ..models.decoder_names import decoder_names
 from ..models.download import fetch, hub_commit, weights_of
 from ..models.families import is_known
-from ..models.folder import ModelFolder, has_vision
+from ..models.folder import ModelFolder
+from ..models.jax_engine import LAYERS, JaxEngine
 from ..models.source import ModelSource, open_source
-from ..models.torch_decoder import (
-    Contract,
-    TorchConfig,
-    load_torch,
-    open_torch_config,
-)
+from ..models.torch_decoder import TorchEngine, open_torch_engine
+from ..models.torch_sharding import Contract
 from ..train.checkpoints import Checkpoints
 from ..train.outputs import NATIVE_ADAPTER
 from ..train.target_modules import ALL_LINEAR, find_target_paths
 from .configs import (
     PACKING_OPTIONS,
-    Engine,
+    EngineName,
     ExportConfig,
     GenerateConfig,
     PairsConfig,
@@ -52,11 +45,10 @@ from .run_folder import CONFIG, STATE, quiet_orbax, read_run_config
 from .train_config import TrainConfig
 from .train_groups import AdapterConfig, ModelConfig
 
-MLX_ADAPTER = "adapters.safetensors"
-# The linear layers that are packed. As in transformers, the head stays in float, and so
-# do the routers of experts and the gates of shared ones.
-LAYERS = r"layers(_\d+)?/(?!.*/(router|shared_expert_gate)/).*/kernel"
+# What runs a model.
+Engine = JaxEngine | TorchEngine
 
+MLX_ADAPTER = "adapters.safetensors"
 # The arguments `packing_config` and `dtype` with which `BaseModel.read` returns the
 # weights that training used. If it used them as they are stored, the dict is empty.
 LoadOptions = dict[str, Any]
@@ -66,8 +58,7 @@ LoadOptions = dict[str, Any]
 class BaseModel:
     """A model, optionally with an adapter, before or after its weights are read."""
 
-    path: pathlib.Path  # a folder or a .gguf file
-    config: DecoderConfig | TorchConfig
+    engine: Engine
     base: PyTree  # parameters; before `read`, only their shapes
     lora: PyTree = dataclasses.field(default_factory=dict)
     adapter_path: pathlib.Path | None = None  # of an adapter that is not read yet
@@ -76,12 +67,20 @@ class BaseModel:
     name: str = ""  # names the weights: a hub id, a path, or a file in a package
     source: str = ""  # describes where the weights were found
 
-    @functools.cached_property
+    @property
+    def path(self) -> pathlib.Path:
+        """The folder or the `.gguf` file of the model."""
+        return self.engine.path
+
+    @property
     def files(self) -> ModelSource:
         """The files of the model."""
-        if isinstance(self.config, TorchConfig):
-            return self.config.files
-        return open_source(self.path)
+        return self.engine.files
+
+    @property
+    def names(self) -> ql.io.Names:
+        """The names of the parameters in the Hugging Face model."""
+        return self.engine.names
 
     @property
     def decoder(self) -> DecoderConfig:
@@ -89,42 +88,25 @@ class BaseModel:
 
         Raises ValueError for a model that runs in PyTorch's code instead.
         """
-        if isinstance(self.config, TorchConfig):
+        if isinstance(self.engine, TorchEngine):
             raise ValueError(
                 "`model` must be of a type that `qlora-jax models` lists, because this "
                 "command does not support models that run in PyTorch's code. Got "
-                f"{self.config.model_type}."
+                f"{self.engine.model_type}."
             )
-        return self.config
-
-    @property
-    def has_vision(self) -> bool:
-        """Whether the decoder is the text half of a model with a vision part."""
-        return isinstance(self.config, DecoderConfig) and has_vision(self.config)
+        return self.engine.decoder
 
     def check_for_torch(self, option: str, value: str, allowed: Sequence[str]) -> None:
         """Raises ValueError if PyTorch's code runs the model and rejects `value`.
 
         `allowed` has the values of the option that such models support.
         """
-        if isinstance(self.config, TorchConfig) and value not in allowed:
+        if isinstance(self.engine, TorchEngine) and value not in allowed:
             choices = f"one of {', '.join(allowed)}" if allowed else "left out"
             raise ValueError(
-                f"`{option}` must be {choices} for a {self.config.model_type} model, "
+                f"`{option}` must be {choices} for a {self.engine.model_type} model, "
                 f"which runs in PyTorch's code. Got {value}."
             )
-
-    @property
-    def layers(self) -> str | tuple[Any, ...]:
-        """The patterns of the linear layers that are packed."""
-        return self.config.layers if isinstance(self.config, TorchConfig) else LAYERS
-
-    def make_model(self, dtype: DTypeLike) -> Any:
-        """Returns the model on packed weights, as it computes outside of training."""
-        if isinstance(self.config, TorchConfig):
-            return self.config.make_model(dtype=dtype)
-        decoder = Decoder(self.config, dtype=dtype)
-        return ql.linen.wrap(decoder, scanned=decoder.scanned)
 
     def contract_of(self, patterns: Sequence[Any]) -> Contract:
         """Returns the roles of the axes of kernels, where their paths do not say them.
@@ -132,17 +114,14 @@ class BaseModel:
         This is the argument `contract` of `QLoRAConfig`. `patterns` select the kernels,
         as in `layers`.
         """
-        if not isinstance(self.config, TorchConfig):
-            return {}
-        contract = self.config.contract.items()
+        contract = self.engine.contract.items()
         return {pattern: roles for pattern, roles in contract if pattern in patterns}
 
     @property
     def images(self) -> ImageProcessor | None:
         """The processor of images; None if the model reads only text."""
-        if isinstance(self.config, TorchConfig) and self.config.image_token_id:
-            return ImageProcessor(self.path, self.config.image_token_id)
-        return None
+        token = self.engine.image_token_id
+        return None if token is None else ImageProcessor(self.path, token)
 
     @property
     def is_local(self) -> bool:
@@ -153,20 +132,6 @@ class BaseModel:
     def revision(self) -> str | None:
         """The commit of a model from the hub; None for other weights."""
         return hub_commit(self.name, self.path)
-
-    @property
-    def names(self) -> ql.io.Names:
-        """The names of the parameters in the Hugging Face model."""
-        if isinstance(self.config, TorchConfig):
-            return self.config.names
-        return decoder_names(self.config)
-
-    @property
-    def exported_names(self) -> ql.io.Names:
-        """The names in an exported model, which has no vision part."""
-        if isinstance(self.config, TorchConfig):
-            return self.config.names
-        return decoder_names(dataclasses.replace(self.config, module="model"))
 
     @property
     def quantization(self) -> Mapping[str, Any]:
@@ -235,8 +200,8 @@ class BaseModel:
             block_size=block_size,
             double_quant=double_quant,
             scales=scales or "absmax",
-            targets=self.layers,
-            contract=self.contract_of(self.layers),
+            targets=self.engine.layers,
+            contract=self.contract_of(self.engine.layers),
         )
 
     def _check_stored(self, **settings: int | bool | None) -> None:
@@ -268,10 +233,7 @@ class BaseModel:
         is_recodable = self.quantization.get("quant_method") == "bitsandbytes"
         options: dict[str, Any] = {"recode": self.recode or is_recodable}
         options |= {"place": place, "progress": progress}
-        if isinstance(self.config, TorchConfig):
-            base = load_torch(self.config, dtype, packing_config, **options)
-        else:
-            _, base = load(self.path, dtype, packing_config, **options)
+        base = self.engine.load(dtype, packing_config, **options)
         model = dataclasses.replace(model, base=base)
         return model.read_adapter() if needs_weights else model
 
@@ -290,7 +252,9 @@ class BaseModel:
         if plain_lora is not None:
             # These adapters are for servers, which load the text part of a multimodal
             # model as a model of its own, so they have the names of a text-only model.
-            base, lora, _ = ql.io.load_peft(plain_lora, self.base, self.exported_names)
+            base, lora, _ = ql.io.load_peft(
+                plain_lora, self.base, self.engine.exported_names
+            )
         elif _is_peft(path):
             base, lora, peft = ql.io.load_peft(path, self.base, self.names)
         else:
@@ -323,7 +287,7 @@ def open_model(
     name_or_path: str,
     adapter: str | None = None,
     recode: bool = False,
-    engine: Engine = "jax",
+    engine: EngineName = "jax",
 ) -> BaseModel:
     """Finds a model and an adapter in any format.
 
@@ -332,14 +296,12 @@ def open_model(
     models that the JAX decoder does not support run in PyTorch's code.
     """
     path = fetch(name_or_path)
-    config = _open_config(path, engine)
-    is_torch = isinstance(config, TorchConfig)
     adapter_path = None if adapter is None else fetch_adapter(adapter)
     name, source = weights_of(name_or_path, path)
+    model_engine = _open_engine(path, engine)
     model = BaseModel(
-        path,
-        config,
-        config.shapes if is_torch else abstract_params(config),
+        model_engine,
+        model_engine.shapes,
         adapter_path=adapter_path,
         recode=recode or any(x.model.recode for x in run_configs_of(adapter)),
         name=name,
@@ -350,25 +312,24 @@ def open_model(
     return model.read_adapter() if model.has_native_adapter else model
 
 
-def _open_config(path: pathlib.Path, engine: Engine) -> DecoderConfig | TorchConfig:
+def _open_engine(path: pathlib.Path, name: EngineName) -> Engine:
     files = open_source(path)
     is_folder = isinstance(files, ModelFolder)
-    if engine == "torch" and not is_folder:
+    if name == "torch" and not is_folder:
         raise ValueError(
             f"`model` must be a folder with config.json for engine torch. Got {path}."
         )
-    if engine == "jax" or not is_folder:
-        return files.config
-    if engine == "auto" and is_known(ql.io.read_config_json(path)):
-        return files.config
-    config = open_torch_config(path)
+    is_known_type = name == "auto" and is_known(ql.io.read_config_json(path))
+    if name == "jax" or not is_folder or is_known_type:
+        return JaxEngine(path, files.config)
+    engine = open_torch_engine(path)
     log(
-        f"engine: torch. {config.class_name} runs in the PyTorch code of transformers, "
+        f"engine: torch. {engine.class_name} runs in the PyTorch code of transformers, "
         "through torchax"
     )
-    if config.scan_problem is not None:
-        log(f"note: every layer is compiled by itself, because {config.scan_problem}")
-    return config
+    if engine.scan_problem is not None:
+        log(f"note: every layer is compiled by itself, because {engine.scan_problem}")
+    return engine
 
 
 def fetch_adapter(adapter: str) -> pathlib.Path:
@@ -595,13 +556,12 @@ def lora_config_for(
     it, and `scales` is the rule by which the run chooses scales. Only merge-aware
     adapters depend on them.
     """
-    params = model.base
-    if isinstance(model.config, TorchConfig) and config.target_modules == ALL_LINEAR:
+    params, engine = model.base, model.engine
+    if config.target_modules == ALL_LINEAR:
         # A vision part is only adapted if its modules are named.
-        is_language_leaf = model.config.is_language_leaf
-        params = {path: leaf for path, leaf in params.items() if is_language_leaf(path)}
+        params = engine.language_params(params)
     targets = find_target_paths(
-        config.target_modules, params, model.names, head=model.config.head_module
+        config.target_modules, params, model.names, head=engine.head_module
     )
     settings: dict[str, Any] = {"fmt": None}  # reading the model packs its kernels
     if config.merge_aware:

@@ -9,7 +9,7 @@ from .options import COUNT, Config, option
 from .servers import FMTS_BY_FORMAT, SERVERS
 
 # What computes a model: `Decoder`, or the PyTorch code of transformers.
-Engine = Literal["auto", "jax", "torch"]
+EngineName = Literal["auto", "jax", "torch"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
@@ -101,7 +101,7 @@ class ScoreConfig(Config):
     dtype: Dtype = option("float32", section="computation")
     batch_tokens: int = option(1024, limit=COUNT)
     recode: bool = False
-    engine: Engine | None = None
+    engine: EngineName | None = None
     train_on: TrainOn | None = option(None, section="rows")
     keys: dict[str, str] | None = None
     chat: bool | None = None
@@ -371,7 +371,7 @@ class GenerateConfig(Config):
     scales: Scales | None = None
     dtype: Dtype = option("float32", section="computation")
     recode: bool = False
-    engine: Engine | None = None
+    engine: EngineName | None = None
     template: str | None = option(None, section="chat template")
 
     def __post_init__(self):

@@ -23,7 +23,6 @@ from ..data.kinds import Fields, check_text, find_messages
 from ..data.rows import convert_rows, open_file
 from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
-from ..models.torch_decoder import TorchConfig
 from ..train.answers import generate_answers
 from .base_model import open_model_and_adapters, read_as_trained
 from .configs import GenerateConfig
@@ -120,25 +119,28 @@ def generate(
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     model, adapters, load_options = open_model_and_adapters(config)
     note_packing(model.lora)
-    if isinstance(model.config, TorchConfig):
-        _check_can_generate(model.config)
+    if (problem := model.engine.generation_problem) is not None:
+        raise ValueError(
+            f"`model` must be able to generate tokens in JAX. Got {model.name}: "
+            f"{problem}"
+        )
     tokenizer = open_tokenizer_like_run(config, model)[0]
     conversation = _Conversation(config, tokenizer)
     file_prompts, prompts = [], []
     if config.prompts is not None:
-        file_prompts = _read_prompts(config, conversation, model.config.vocab_size)
+        file_prompts = _read_prompts(config, conversation, model.engine.vocab_size)
     else:
         prompts = _open_prompts(config)
     is_typed = not isinstance(prompts, list)
     if adapters and is_typed:
         raise ValueError("`prompt` must be given with several adapters. Got none.")
     # Prompts of a file are checked already; a placeholder stands for those to be typed.
-    conversation.check(["Hello"] if is_typed else prompts, model.config.vocab_size)
+    conversation.check(["Hello"] if is_typed else prompts, model.engine.vocab_size)
     dtype = jnp.dtype(config.dtype)
     model = read_as_trained(model, load_options, dtype)
     # Streams share the compiled programs, and keep one cache per conversation.
     variables = {"params": model.base, "lora": model.lora}
-    stream = Stream(model.make_model(dtype), variables, sampling)
+    stream = Stream(model.engine.make_model(dtype=dtype), variables, sampling)
     results, write = [], write or (lambda text: None)
     for adapter, lora in (adapters or {None: model.lora}).items():
         adapted = stream.with_lora(lora)
@@ -158,15 +160,6 @@ def generate(
         lines = "".join(map(_to_json_line, results))
         write_text(out, lines) if out else write(lines)
     return Generated(tuple(results))
-
-
-def _check_can_generate(config: TorchConfig) -> None:
-    """Raises ValueError if a model in PyTorch's code cannot generate tokens."""
-    if (problem := config.make_model().cached_model.problem()) is not None:
-        raise ValueError(
-            "`model` must be able to generate tokens in JAX. Got "
-            f"{config.class_name}: {problem}"
-        )
 
 
 def _to_json_line(answer: Answer) -> str:

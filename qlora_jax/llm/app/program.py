@@ -22,20 +22,22 @@ from jaxtyping import PyTree
 import qlora_jax as ql
 
 from ..data.batching import Batch
-from ..models.config import DecoderConfig
-from ..models.decoder import Decoder
-from ..models.sharding import ROW_AXES, place_arguments
-from ..models.torch_decoder import TorchConfig
-from ..models.torch_sharding import place_torch_arguments
+from ..models.constraints import ROW_AXES
 from ..train import optimizer as optimizers
 from ..train.arrays import put_rows
 from ..train.loss_scale import LossScale
 from ..train.objectives import find_objective
 from ..train.step import State, Step, make_step
-from .base_model import BaseModel, init_shapes, lora_config_for, packing_config_for
+from .base_model import (
+    BaseModel,
+    Engine,
+    init_shapes,
+    lora_config_for,
+    packing_config_for,
+)
 from .environment import fastest_dtype
 from .train_config import TrainConfig
-from .train_groups import ModelConfig, OptimizerConfig
+from .train_groups import OptimizerConfig
 
 
 class Program(NamedTuple):
@@ -50,8 +52,8 @@ class Program(NamedTuple):
 
 def make_program(
     config: TrainConfig,
-    model_config: DecoderConfig | TorchConfig,
-    teacher_config: DecoderConfig | TorchConfig | None = None,
+    engine: Engine,
+    teacher: Engine | None = None,
     backend: str | Sequence[str] | None = None,
     learning_rates: Sequence[float] | None = None,
 ) -> Program:
@@ -72,14 +74,19 @@ def make_program(
             offload=config.optimizer.offload_optimizer,
         )
 
-    model_options = {
-        "backend": backend,
-        "has_dropout": config.adapter.dropout > 0,
-        "has_packed_rows": config.training.packing,
-    }
-    model = _make_model(config.model, model_config, **model_options)
+    model_options: dict[str, Any] = dict(
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        attention=config.model.attention,
+        stream_dtype=jnp.dtype(config.model.stream_dtype),
+        mlp_tile=config.model.mlp_tile,
+        has_dropout=config.adapter.dropout > 0,
+        has_packed_rows=config.training.packing,
+        backend=backend,
+    )
+    model = engine.make_model(**model_options)
     # The weight of the loss that balances the load of the experts in training.
-    balance = 0.0 if model_config.experts is None else model_config.experts.balance
+    balance = 0.0 if engine.experts is None else engine.experts.balance
     objective = find_objective(config.training.objective)
     if balance and not objective.balances_experts:
         raise ValueError(
@@ -89,9 +96,8 @@ def make_program(
         )
     options = config.to_settings()
     settings = {name: options[name] for name in objective.settings}
-    if teacher_config is not None:
-        teacher = _make_model(config.model, teacher_config, **model_options)
-        settings["teacher"] = teacher
+    if teacher is not None:
+        settings["teacher"] = teacher.make_model(**model_options)
     eval_loss = loss = objective.loss(model, **settings)
     if balance:
         loss = objective.loss(model, balance=balance, **settings)
@@ -101,34 +107,6 @@ def make_program(
     else:
         step = make_step(loss, make_optimizer, learning_rates)
     return Program(model, eval_loss, optimizer, step)
-
-
-def _make_model(
-    settings: ModelConfig,
-    model_config: DecoderConfig | TorchConfig,
-    *,
-    backend: str | Sequence[str] | None,
-    has_dropout: bool,
-    has_packed_rows: bool,
-) -> Any:
-    """Returns the model, which accepts packed parameters and the collection `lora`."""
-    if isinstance(model_config, TorchConfig):
-        return model_config.make_model(
-            dtype=jnp.dtype(settings.dtype),
-            remat=bool(settings.remat),
-            has_dropout=has_dropout,
-            backend=backend,
-            has_packed_rows=has_packed_rows,
-        )
-    module = Decoder(
-        model_config,
-        dtype=jnp.dtype(settings.dtype),
-        remat=settings.remat,
-        attention=settings.attention,
-        stream_dtype=jnp.dtype(settings.stream_dtype),
-        mlp_tile=settings.mlp_tile,
-    )
-    return ql.linen.wrap(module, scanned=module.scanned, backend=backend)
 
 
 def resolve_dtype(dtype: str, platform: str) -> str:
@@ -175,7 +153,7 @@ def _make_auto_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None) -> 
 
 
 def make_placer(
-    config: DecoderConfig | TorchConfig,
+    engine: Engine,
     mesh: Mesh | None,
     memory: Literal["device", "host"],
     devices: Sequence[Any] | None = None,
@@ -187,10 +165,7 @@ def make_placer(
     target_mesh = mesh or _make_auto_mesh({ROW_AXES[0]: 1}, devices)
 
     def place(base: PyTree, lora: PyTree) -> tuple[PyTree, PyTree]:
-        if isinstance(config, TorchConfig):
-            arguments = place_torch_arguments(config, base, target_mesh)
-        else:
-            arguments = place_arguments(config, base, target_mesh)
+        arguments = engine.place_arguments(base, target_mesh)
         return ql.sharding.place(base, lora, target_mesh, memory=memory, **arguments)
 
     return place
@@ -223,7 +198,7 @@ def lower_step(
     `jax.experimental.topologies`, `backend` must be set.
     """
     mesh = make_mesh(config.devices.mesh_sizes, devices)
-    place = make_placer(model.config, mesh, config.model.base_memory, devices[:1])
+    place = make_placer(model.engine, mesh, config.model.base_memory, devices[:1])
     # The shapes and shardings of the base and the adapters.
     dtype = resolve_dtype(config.model.dtype, devices[0].platform)
     config = config.replace(dtype=dtype)
@@ -243,7 +218,7 @@ def lower_step(
         lambda x: x if x.sharding else x.update(sharding=replicated), (base, lora)
     )
     # The program, and the shapes of its state and of a batch.
-    program = make_program(config, model.config, backend=backend)
+    program = make_program(config, model.engine, backend=backend)
     state = State.shapes(lora, program.optimizer, make_loss_scale(dtype))
     num_sequences = find_objective(config.training.objective).sequences_per_row
     num_rows = config.training.batch_size * num_sequences

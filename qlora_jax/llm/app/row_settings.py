@@ -30,7 +30,7 @@ def read_rows_like_run(
     return read_rows(
         path,
         tokenizer,
-        vocab_size=model.config.vocab_size,
+        vocab_size=model.engine.vocab_size,
         max_length=max_length,
         keys=settings.keys or None,
         train_on=settings.train_on,

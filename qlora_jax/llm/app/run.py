@@ -23,7 +23,7 @@ from ..data.batching import Batch, batches, eval_batches
 from ..data.chat_tokenizer import Tokenizer, open_tokenizer
 from ..data.dataset import Dataset, read_dataset
 from ..data.encode import Row
-from ..models.torch_decoder import TorchConfig
+from ..models.torch_decoder import TorchEngine
 from ..train.arrays import describe_changes
 from ..train.objectives import OBJECTIVES, find_objective
 from .base_model import (
@@ -80,8 +80,8 @@ def make_run(config: TrainConfig, today: str) -> Run:
     model = open_model(
         config.model.path, recode=config.model.recode, engine=config.model.engine
     )
-    if isinstance(model.config, TorchConfig):
-        config = _settings_for_torch(config, model.config)
+    if isinstance(model.engine, TorchEngine):
+        config = _settings_for_torch(config, model.engine)
     fmt = config.model.fmt or model.stored_fmt or "nf4"
     if config.output.push_to_hub is not None:
         check_base(model.name)
@@ -112,7 +112,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
     tokenizer = open_tokenizer(model.path, template=config.data.template, now=now)
     teacher = _open_teacher(config.training, model, packing_config, tokenizer)
     if teacher is not None:  # raises if the mesh cannot split its weights
-        make_placer(teacher.config, mesh, "device")(teacher.base, {})
+        make_placer(teacher.engine, mesh, "device")(teacher.base, {})
     data = _read_data(config, tokenizer, model)
     # The settings that depend on the data or on the model.
     config = config.replace(model=model.name, fmt=fmt, dtype=dtype, date=date)
@@ -128,7 +128,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
         data,
         stamp=_make_stamp(config, model, data, teacher),
         mesh=mesh,
-        place=make_placer(model.config, mesh, config.model.base_memory),
+        place=make_placer(model.engine, mesh, config.model.base_memory),
         folder=folder,
         teacher=teacher,
         initial_lora=initial_lora,
@@ -139,7 +139,7 @@ def _read_data(config: TrainConfig, tokenizer: Tokenizer, model: BaseModel) -> D
     data = read_dataset(
         config.data.path,
         tokenizer,
-        vocab_size=model.config.vocab_size,
+        vocab_size=model.engine.vocab_size,
         max_length=config.training.max_length,
         keys=config.data.keys or None,
         train_on=config.data.train_on,
@@ -180,7 +180,7 @@ def _open_teacher(
             )
         return model
     teacher = open_model(name)
-    size, vocab_size = teacher.config.vocab_size, model.config.vocab_size
+    size, vocab_size = teacher.engine.vocab_size, model.engine.vocab_size
     if size != vocab_size:
         difference = f"{size:,} tokens instead of {vocab_size:,}"
     else:
@@ -245,18 +245,18 @@ def has_flash_attention(capability: str) -> bool:
     return capability.replace(".", "").isdecimal() and float(capability) >= 8
 
 
-def _settings_for_torch(config: TrainConfig, torch_config: TorchConfig) -> TrainConfig:
+def _settings_for_torch(config: TrainConfig, engine: TorchEngine) -> TrainConfig:
     """Checks the settings of a run in PyTorch's code, and adapts them to the model."""
-    _check_torch_settings(config, torch_config)
+    _check_torch_settings(config, engine)
     if config.evaluation.eval_examples:
-        problem = torch_config.make_model().cached_model.problem()
+        problem = engine.generation_problem
         if problem is not None:
             log(f"note: no answers to validation rows are generated. {problem}")
             config = config.replace(eval_examples=0)
     return config.replace(engine="torch")
 
 
-def _check_torch_settings(config: TrainConfig, torch_config: TorchConfig) -> None:
+def _check_torch_settings(config: TrainConfig, engine: TorchEngine) -> None:
     """Raises ValueError if PyTorch's code does not support the value of an option."""
     settings = config.to_settings()
     objectives = [x.name for x in OBJECTIVES.values() if not x.uses_teacher]
@@ -277,10 +277,10 @@ def _check_torch_settings(config: TrainConfig, torch_config: TorchConfig) -> Non
         if settings[name] not in allowed
     ]:
         raise ValueError(f"with the model in PyTorch's code, {' '.join(problems)}")
-    problem = torch_config.packing_problem() if config.training.packing else None
+    problem = engine.packing_problem() if config.training.packing else None
     if problem is not None:
         raise ValueError(
-            f"`packing` must be false for {torch_config.class_name}, because "
+            f"`packing` must be false for {engine.class_name}, because "
             f"{problem}. Got true."
         )
 
@@ -313,7 +313,7 @@ def _check_model_fits(
         ql.io.peft_config(base, lora, model.names)
     if packing_config is not None:
         base, _ = init_shapes(model.base, packing_config)
-    make_placer(model.config, mesh, "device")(base, {})
+    make_placer(model.engine, mesh, "device")(base, {})
 
 
 def make_batches(
@@ -442,7 +442,7 @@ def _make_stamp(
     if objective.name == TrainingConfig.objective:
         del stamp["objective"]
     stamp["model's files"] = _hash_files(model.path)
-    if isinstance(model.config, TorchConfig):
+    if isinstance(model.engine, TorchEngine):
         stamp["engine"] = "torch"
     if teacher is not None:
         stamp["teacher's files"] = _hash_files(teacher.path)

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from ..data.batching import Batch, eval_batches
 from ..data.encode import Row
-from ..models.torch_decoder import TorchConfig
 from ..train.means import make_mean_loss
 from ..train.objectives.sft import decoder_loss
 from ..train.outputs import plural
@@ -110,19 +109,12 @@ def make_scorer(
     num_targets = sum(row.num_trained for row in rows)
     if not num_targets:
         raise ValueError("the rows must have at least one target token. Got none.")
-    wrapped = model.make_model(jnp.dtype(dtype))
-    if isinstance(model.config, TorchConfig):
-        # This model takes one sequence per row, and `chunked_loss` adapts its head too.
-        head, can_pack = None, False
-    else:
-        # A tied head uses the embedding table.
-        head = "embed_tokens" if model.config.tie_embeddings else "lm_head"
-        can_pack = True
+    wrapped = model.engine.make_model(dtype=jnp.dtype(dtype))
     # Rows of up to `batch_tokens` tokens share batches; a longer row is a batch alone.
     short = [row for row in rows if len(row.ids) <= batch_tokens]
     long = [row for row in rows if len(row.ids) > batch_tokens]
     batches = []
-    for group, packing in ((short, can_pack), (long, False)):
+    for group, packing in ((short, model.engine.can_pack_rows), (long, False)):
         if group:
             # All batches of a group have one width, so that one program is compiled.
             width = max([batch_tokens, *(len(row.ids) for row in group)])
@@ -135,7 +127,8 @@ def make_scorer(
     def score(base: PyTree, lora: PyTree) -> Score:
         bar = tqdm(batches, "scoring", unit=" batches", disable=None)
         # The chunked loss saves memory, but does not support an adapter of the head.
-        loss = (logits_loss if head in lora else chunked_loss)(base, lora, bar)
+        has_adapted_head = model.engine.head_leaf in lora
+        loss = (logits_loss if has_adapted_head else chunked_loss)(base, lora, bar)
         if not math.isfinite(loss):
             raise ValueError(f"the loss must be finite. Got {loss}.")
         return Score(loss, num_targets, len(rows))

@@ -7,7 +7,7 @@ from typing import Literal
 from ..data.encode import TrainOn
 from ..models.sharding import MESH_AXES
 from ..train.objectives import find_objective
-from .configs import Dtype, Engine, Fmt, Scales, TargetFmt
+from .configs import Dtype, EngineName, Fmt, Scales, TargetFmt
 from .options import (
     COUNT,
     FRACTION,
@@ -89,7 +89,7 @@ class ModelConfig(Config):
     stream_dtype: Literal["bfloat16", "float32"] = "float32"
     mlp_tile: int | None = option(None, limit=COUNT)
     base_memory: Literal["device", "host"] = option("device", may_change=True)
-    engine: Engine = option("auto", may_change=True)
+    engine: EngineName = option("auto", may_change=True)
 
 
 @dataclass(frozen=True)

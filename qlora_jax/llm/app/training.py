@@ -162,7 +162,7 @@ def _read_teacher(run: Run) -> PyTree | None:
     """Returns the teacher's weights, in float unless its file has 4 bits."""
     if run.teacher is None:
         return None
-    place = make_placer(run.teacher.config, run.mesh, "device")
+    place = make_placer(run.teacher.engine, run.mesh, "device")
     dtype = jnp.dtype(run.config.model.dtype)
     teacher = run.teacher.read(
         dtype=dtype, place=lambda base: place(base, {})[0], progress=is_first()
@@ -373,8 +373,8 @@ def _fit(
     schedules = [make_schedule(optimizer, steps, rate) for rate in rates]
     program = make_program(
         first.config,
-        first.model.config,
-        first.teacher and first.teacher.config,
+        first.model.engine,
+        first.teacher and first.teacher.engine,
         learning_rates=rates if is_sweep else None,
     )
     # The second argument of a loss, which gets no gradient.

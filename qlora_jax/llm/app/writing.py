@@ -325,7 +325,7 @@ class _Writer:
 
     def _make_plain_lora(self) -> ql.io.PlainLoRA:
         model = self._read_plain()
-        return ql.io.PlainLoRA.of(model.base, model.lora, model.exported_names)
+        return ql.io.PlainLoRA.of(model.base, model.lora, model.engine.exported_names)
 
     def _read_plain(self) -> BaseModel:
         """Returns the model with its adapter.
@@ -346,10 +346,10 @@ class _Writer:
     def write_merged(self) -> None:
         # If neither values nor names change, tensors are copied from file to file, and
         # `weights` is a folder. Otherwise, it is a tree.
-        model, names = self.model, self.model.exported_names
+        model, names = self.model, self.model.engine.exported_names
         is_merge_aware = target_packing_of(model.lora) is not None
         is_changed = self.options or is_merge_aware or model.replaces_weights
-        is_copied = model.path.is_dir() and not (is_changed or model.has_vision)
+        is_copied = model.path.is_dir() and not (is_changed or model.engine.has_vision)
         model = model.read_adapter() if is_copied else model.read(**self.options)
         weights, lora, dtype = model.path, model.lora, self.config.dtype
         if not is_copied:
@@ -372,7 +372,7 @@ class _Writer:
         fmt = config.fmt or default
         base, cost = self._read_packed(fmt, config.block_size, config.double_quant)
         with model.files.open_description() as folder:
-            arguments = self.out, base, model.exported_names, folder
+            arguments = self.out, base, model.engine.exported_names, folder
             if export_format == "bitsandbytes":
                 ql.io.save_bitsandbytes(*arguments)
             elif export_format == "awq":

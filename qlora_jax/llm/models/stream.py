@@ -25,7 +25,7 @@ from .generation import (
     power_of_two,
 )
 from .sampling import GREEDY, Sampling
-from .torch_decoder import TorchConfig
+from .torch_decoder import TorchEngine
 
 _MIN_CACHE_LENGTH = 256  # positions
 # Tokenizers decode bytes that are not valid UTF-8, such as a part of a character, to
@@ -131,7 +131,7 @@ class Stream:
 
     def _reserve(self, length: int, max_length: int) -> None:
         """Makes room for `length` positions. Later calls need at most `max_length`."""
-        config: DecoderConfig | TorchConfig = self.model.config
+        config: DecoderConfig | TorchEngine = self.model.config
         # In LongRoPE, keys depend on the size of the cache. It therefore gets its final
         # size at once, and is cleared if that size changes.
         ropes = [rope for rope in config.ropes if rope and rope.long_divisors]

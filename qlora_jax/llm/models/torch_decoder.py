@@ -15,20 +15,24 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 import qlora_jax as ql
 
 from .folder import ModelFolder, check_tied
+from .torch_sharding import Contract, place_torch_arguments
 
-Contract = dict[str | re.Pattern[str], str]
 TOKENS_PER_CHUNK = 1024  # number of tokens whose logits are in memory at the same time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TorchConfig:
+class TorchEngine:
     """Everything that the application needs to know about a model in PyTorch.
+
+    `JaxEngine` has the same attributes and methods, except for those that `Decoder`
+    does not need: `model_type`, `class_name`, `scan_problem` and `packing_problem`.
 
     Attributes:
         path: The folder of the model.
@@ -43,6 +47,9 @@ class TorchConfig:
             reads only text.
         language_model: The model without the settings of `make_model`.
         experts: None, because there is no loss that balances the load of experts.
+        head_leaf: None, because the chunked loss supports an adapter of the head.
+        has_vision: False, because a vision part is read with the language model.
+        can_pack_rows: Whether a row may have several sequences in any model.
         ropes: Empty, because the keys in a cache do not depend on the size of the
             cache.
     """
@@ -58,6 +65,9 @@ class TorchConfig:
     image_token_id: int | None
     language_model: "ql.torch.LanguageModel"
     experts: ClassVar[None] = None
+    head_leaf: ClassVar[None] = None
+    has_vision: ClassVar[bool] = False
+    can_pack_rows: ClassVar[bool] = False
     ropes: ClassVar[tuple[()]] = ()
 
     @functools.cached_property
@@ -71,21 +81,36 @@ class TorchConfig:
                 contract[re.escape(path)] = f"b{roles}" if has_experts else roles
         return contract
 
-    def is_language_leaf(self, path: str) -> bool:
-        """Whether a leaf belongs to the language model, and not to a vision tower."""
+    def language_params(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Returns the parameters of the language model, without a vision tower."""
+        if self.image_token_id is None:
+            return params
         prefix = f"{self.language_model.decoder_name}."
-        return self.image_token_id is None or path.startswith(prefix)
+        return {path: x for path, x in params.items() if path.startswith(prefix)}
 
     @property
     def layers(self) -> tuple[str | re.Pattern[str], ...]:
         """The patterns of the kernels to pack. Vision towers stay in float."""
-        paths = {re.escape(path) for path in self.shapes if self.is_language_leaf(path)}
+        paths = {*map(re.escape, self.language_params(self.shapes))}
         return tuple(pattern for pattern in self.contract if pattern in paths)
+
+    @property
+    def exported_names(self) -> ql.io.Names:
+        """The names in an exported model, which has all parts of this model."""
+        return self.names
 
     @functools.cached_property
     def files(self) -> "TorchFolder":
         """The files of the model."""
         return TorchFolder(self.path, self)
+
+    def load(
+        self, dtype: DTypeLike, qlora: ql.QLoRAConfig | None, **options: Any
+    ) -> PyTree:
+        """Returns the parameters. The arguments are those of `ql.io.load`."""
+        tensors = self.files.open_tensors()
+        arguments = tensors, self.names, self.shapes, qlora
+        return ql.io.load(*arguments, dtype=dtype, **options)
 
     def make_model(
         self,
@@ -95,6 +120,7 @@ class TorchConfig:
         has_dropout: bool = False,
         has_packed_rows: bool = False,
         backend: str | Sequence[str] | None = None,
+        **options: Any,
     ) -> "TorchDecoder":
         """Returns the model.
 
@@ -102,8 +128,10 @@ class TorchConfig:
         the keys and values in caches. With `remat`, stacked layers are computed again
         in the backward pass; otherwise, all of their values are kept. `has_dropout`
         must be true if adapters have dropout, and `has_packed_rows` if rows have
-        several sequences. `backend` is as in `ql.matmul`.
+        several sequences. `backend` is as in `ql.matmul`. Other `options` of `Decoder`
+        have no effect.
         """
+        del options
         policy = None if remat else jax.checkpoint_policies.everything_saveable
         language_model = ql.torch.open_language_model(
             self.path, has_dropout=has_dropout, policy=policy, backend=backend
@@ -113,12 +141,23 @@ class TorchConfig:
             self, language_model, cached_model, has_dropout, has_packed_rows
         )
 
+    def place_arguments(
+        self, base: PyTree, mesh: Mesh | AbstractMesh
+    ) -> dict[str, Any]:
+        """Returns the arguments `rules` and `rows` of `ql.sharding.place`."""
+        return place_torch_arguments(self.contract, base, mesh)
+
+    @property
+    def generation_problem(self) -> str | None:
+        """Why the model cannot generate tokens in JAX; None if it can."""
+        return self.make_model().cached_model.problem()
+
     def packing_problem(self) -> str | None:
         """Returns why rows cannot have several sequences; None if they can."""
         return ql.torch.packing_problem(ql.torch.open_language_model(self.path))
 
 
-def open_torch_config(path: pathlib.Path) -> TorchConfig:
+def open_torch_engine(path: pathlib.Path) -> TorchEngine:
     """Returns the model that a folder's `config.json` describes.
 
     Raises ImportError if the extra `torch` is not installed. Raises ValueError if
@@ -144,7 +183,7 @@ def open_torch_config(path: pathlib.Path) -> TorchConfig:
     modules = {inner: name for name, inner in module.named_modules()}
     problem = language_model.scan_problem(language_model.shapes(stacked=True))
     is_stacked = problem is None
-    return TorchConfig(
+    return TorchEngine(
         path=path,
         model_type=module.config.model_type,
         class_name=type(module).__name__,
@@ -162,7 +201,7 @@ def open_torch_config(path: pathlib.Path) -> TorchConfig:
 class TorchFolder(ModelFolder):
     """The files of a model that runs in PyTorch's code."""
 
-    torch_config: TorchConfig
+    engine: TorchEngine
 
     def open_tensors(self) -> ql.io.Tensors:
         """Returns the tensors by their names in the module.
@@ -172,7 +211,7 @@ class TorchFolder(ModelFolder):
         expects them. Matrices that files store in several tensors are joined while they
         are read.
         """
-        stored, model = self.stored_tensors, self.torch_config.language_model
+        stored, model = self.stored_tensors, self.engine.language_model
         views: Any = {}
         for name, sources in model.find_sources(stored).items():
             parts = [stored[source] for source in sources]
@@ -248,7 +287,7 @@ class TorchDecoder:
         mlp_tile: None, because the MLPs process all tokens at once.
     """
 
-    config: TorchConfig
+    config: TorchEngine
     language_model: "ql.torch.LanguageModel"
     cached_model: "ql.torch.CachedModel"
     has_dropout: bool
@@ -347,16 +386,3 @@ class TorchDecoder:
         chunks = split_targets(hidden), split_targets(jnp.asarray(targets))
         losses = jnp.moveaxis(jax.lax.map(chunk_losses, chunks), 0, 1)
         return losses.reshape(num_rows, -1)[:, :num_targets]
-
-
-def load_torch(
-    config: TorchConfig,
-    dtype: DTypeLike | None,
-    qlora: ql.QLoRAConfig | None,
-    **options: Any,
-) -> dict[str, PyTree]:
-    """Returns the parameters of a model; `options` are those of `ql.io.load`."""
-    tensors = config.files.open_tensors()
-    return ql.io.load(
-        tensors, config.names, config.shapes, qlora, dtype=dtype, **options
-    )

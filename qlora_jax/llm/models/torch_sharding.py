@@ -11,11 +11,12 @@ import qlora_jax as ql
 
 from .constraints import MESH_AXES, ROW_AXES, select_axes
 from .sharding import divides
-from .torch_decoder import TorchConfig
+
+Contract = dict[str | re.Pattern[str], str]
 
 
 def place_torch_arguments(
-    config: TorchConfig, base: PyTree, mesh: Mesh | AbstractMesh
+    contract: Contract, base: PyTree, mesh: Mesh | AbstractMesh
 ) -> dict[str, Any]:
     """Returns the arguments `rules` and `rows` of `ql.sharding.place` for a model.
 
@@ -26,7 +27,7 @@ def place_torch_arguments(
     parameters, the embedding and the head are replicated.
 
     Args:
-        config: The model.
+        contract: The roles of the axes of kernels, as in `QLoRAConfig`.
         base: Its parameters, in float or packed, or their shapes.
         mesh: A mesh with axes among `data`, `fsdp` and `tensor`.
 
@@ -38,7 +39,7 @@ def place_torch_arguments(
         raise ValueError(f"`mesh` must have axes among {MESH_AXES}. Got {unknown}.")
     rules = {}
     for path, leaf in ql.leaves_by_path(base).items():
-        roles = config.contract.get(re.escape(path))
+        roles = contract.get(re.escape(path))
         if roles is None:
             continue
         for axes in _candidate_axes(sizes):

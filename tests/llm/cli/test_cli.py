@@ -40,6 +40,7 @@ from qlora_jax.llm.models.checkpoint import (
     read_config,
 )
 from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.jax_engine import JaxEngine
 from qlora_jax.llm.models.tiny import save_tiny
 
 GOLDEN = ROOT / "tests" / "data" / "models" / "llama_tied"
@@ -375,7 +376,8 @@ def test_a_negative_share_of_a_change_is_none():
     settings = {"fmt": None, "targets": "kernel", "rank": 1, "alpha": 1}
     _, lora = ql.init(jax.random.key(0), base, ql.QLoRAConfig(**settings))
     small = dataclasses.replace(lora["kernel"], a=u[:, :1], b=-0.01 * s[0] * v[:1])
-    model = BaseModel(GOLDEN, read_config(GOLDEN), base, {"kernel": small})
+    engine = JaxEngine(GOLDEN, read_config(GOLDEN))
+    model = BaseModel(engine, base, {"kernel": small})
     with pytest.warns(UserWarning, match="keeps none of what the adapter changed"):
         _, cost = repack(model, packing)
     assert cost.kept < -1 and str(cost).endswith("%, of which none is left")

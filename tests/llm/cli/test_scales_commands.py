@@ -50,7 +50,7 @@ def searched(folder):
 def tokens_of(model, data):
     """Returns the rows of a file as tokens."""
     tokenizer = open_tokenizer(model.path)
-    return read_rows(str(data), tokenizer, vocab_size=model.config.vocab_size)
+    return read_rows(str(data), tokenizer, vocab_size=model.engine.vocab_size)
 
 
 def packed_leaves(tree):

@@ -36,6 +36,7 @@ from qlora_jax.llm.data import open_tokenizer, read_dataset
 from qlora_jax.llm.models.checkpoint import abstract_params
 from qlora_jax.llm.models.config import DecoderConfig, Experts
 from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.jax_engine import JaxEngine
 from qlora_jax.llm.models.tiny import save_tiny
 from qlora_jax.llm.train import find_target_paths, read_metrics
 
@@ -117,7 +118,7 @@ def test_preferences_do_not_drop_the_loss_that_balances_experts():
     decoder = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2, experts=experts)
     config = settings("model", "data", "out", objective="dpo")
     with pytest.raises(ValueError, match="must be false for preferences, .*'dpo'"):
-        make_program(config, decoder)
+        make_program(config, JaxEngine(pathlib.Path("model"), decoder))
 
 
 @pytest.mark.slow

@@ -15,9 +15,9 @@ from qlora_jax.llm import data, train
 from qlora_jax.llm.app.base_model import BaseModel
 from qlora_jax.llm.app.program import lower_step
 from qlora_jax.llm.app.train_config import TrainConfig
-from qlora_jax.llm.models.checkpoint import abstract_params
 from qlora_jax.llm.models.config import DecoderConfig
 from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.jax_engine import JaxEngine
 from qlora_jax.llm.train.means import make_means
 
 CONFIG = DecoderConfig(64, 32, 64, 1, num_heads=4, num_kv_heads=2)
@@ -122,7 +122,8 @@ def test_metrics_without_values_are_nan_without_a_warning():
 @pytest.mark.slow
 def test_there_is_no_second_model_in_memory():
     decoder = DecoderConfig(512, 256, 512, 4, num_heads=4, num_kv_heads=2)
-    model = BaseModel(pathlib.Path("model"), decoder, abstract_params(decoder))
+    engine = JaxEngine(pathlib.Path("model"), decoder)
+    model = BaseModel(engine, engine.shapes)
 
     def memory_of(objective):
         options = dict(objective=objective, batch_size=1, max_length=32, lora_r=4)
