@@ -19,7 +19,7 @@ from tpu_helpers import (
 
 from qlora_jax.llm.models.config import LayerKind
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.newest
 
 SHORT, LONG = 2048, 8192
 SPLASH = {"attention": "splash", "remat": True}
