@@ -91,7 +91,7 @@ class QLoRAConfig:
             `base`. If it differs from the kernel's format, blocks and scales are the
             defaults of `target_fmt`, or those of `block_size` and `double_quant` where
             `fmt` is None. If the base is in a finer format than `target_fmt`, or in
-            float, smaller changes by an adapter can move a weight to another value.
+            float, smaller changes are enough to round a weight to another value.
         contract: Which axes of the kernels are contracted, by pattern, or one value for
             all targets; -2 by default. Either the axes, as negative integers: -3 for
             attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`, -1 for `[out, in]`. Or
@@ -148,15 +148,15 @@ class QLoRAConfig:
         def set_field(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        # 1. Convert patterns to tuples, and check the settings by pattern.
+        # 1. Convert patterns to tuples, and check and convert the settings by pattern.
         for name in ("targets", "exclude", "trainable", "shared"):
             set_field(name, _as_patterns(name, getattr(self, name)))
         if not isinstance(self.contract, Mapping):
             set_field("contract", {".*": self.contract})
-        checks = {"contract": check_contract, "rank_pattern": _as_ranks}
-        checks |= {"trainable_rows": _as_rows, "alpha_pattern": _as_alpha}
-        for name, check in checks.items():
-            set_field(name, _by_pattern(name, getattr(self, name), check))
+        converters = {"contract": check_contract, "rank_pattern": _as_ranks}
+        converters |= {"trainable_rows": _as_rows, "alpha_pattern": _as_alpha}
+        for name, convert in converters.items():
+            set_field(name, _by_pattern(name, getattr(self, name), convert))
         # 2. Check and convert numbers.
         set_field("rank", as_rank(self.rank))
         if self.alpha is not None:
@@ -393,7 +393,7 @@ def _as_alpha(alpha: Any) -> float:
     is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
     if not is_number or not 0 < float(alpha) < math.inf:
         raise ValueError(f"`alpha` must be a positive, finite number. Got {alpha!r}.")
-    return alpha if isinstance(alpha, int) else float(alpha)  # files store 16 as 16
+    return alpha if isinstance(alpha, int) else float(alpha)  # 16 is not saved as 16.0
 
 
 def _as_patterns(argument: str, value: object) -> tuple[Pattern, ...]:
@@ -420,13 +420,13 @@ def _as_patterns(argument: str, value: object) -> tuple[Pattern, ...]:
 
 
 def _by_pattern(
-    argument: str, value: object, check: Callable[[object], T]
+    argument: str, value: object, convert: Callable[[object], T]
 ) -> dict[Pattern, T]:
     if not isinstance(value, Mapping):
         raise TypeError(f"`{argument}` must be a dict of patterns. Got {value!r}.")
     patterns = _as_patterns(argument, value.keys())
     try:
-        settings = [check(setting) for setting in value.values()]
+        settings = [convert(setting) for setting in value.values()]
     except ValueError as error:
         raise ValueError(f"`{argument}`: {error}") from error
     return dict(zip(patterns, settings, strict=True))
