@@ -141,8 +141,8 @@ def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
         return jnp.sum(jnp.square(q.dequantize_matrix(jnp.float32)), -2)
     # XLA on CPUs does not fuse decoding with the sum, so a few columns are decoded at a
     # time. The last tile overlaps the previous one if the width does not divide N.
-    *batch, k, n = q.matrix_shape
-    num_tiles = max(-(-4 * math.prod(batch) * k * n // TILE_BYTES), 1)
+    *batch, _, n = q.matrix_shape
+    num_tiles = max(math.ceil(4 * q.size / TILE_BYTES), 1)
     width = -(-n // num_tiles)
     plain = q.with_float_scales()
 
@@ -166,7 +166,7 @@ def _norms_by_rows(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
     if isinstance(kernel, QTensor):
         kernel = kernel.with_float_scales()
     size, width = kernel.shape
-    num_tiles = max(-(-4 * size * width // TILE_BYTES), 1)
+    num_tiles = max(math.ceil(4 * kernel.size / TILE_BYTES), 1)
     tile_rows = -(-size // num_tiles)
 
     def add_tile(i: Array, squares: Array) -> Array:
@@ -182,9 +182,9 @@ def _norms_by_rows(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
 
 
 def _without_row_axes(kernel: Kernel) -> Kernel:
-    """Returns the kernel for products with an input that every device has: A^T."""
     # If a placement has mesh axes of rows (FSDP), products gather the weights over
-    # these axes, which this input does not need.
+    # these axes, because they split the rows of x as well. A product with A^T, whose
+    # rows are not split, needs no gather.
     if kernel.placement is None:
         return kernel
     placement = replace(kernel.placement, rows=())

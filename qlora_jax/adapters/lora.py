@@ -134,8 +134,8 @@ class LowRank(Adapter):
             row_axis = self.roles[name].find(row_role)
             if row_axis < 0:
                 return take(x)
-            # The axis of rows follows that of the bank, if there is one.
-            x = jnp.moveaxis(x, row_axis + len(index) - 1, len(index) - 1)
+            front = len(index) - 1  # after the axis of the bank, if there is one
+            x = jnp.moveaxis(x, front + row_axis, front)
             return x.at[index].get(mode="fill", fill_value=jnp.nan)
 
         return replace_arrays(self, take_entries)
@@ -245,7 +245,7 @@ class SharedLoRA(LowRank):
         scaling = self.scaling
         if isinstance(scaling, tuple):
             scaling = tuple(s for s in scaling for _ in range(num_experts))
-        elif self.untrained_leaves:
+        elif self.untrained_leaves:  # the scaling is an array, [*batch, 1]
             scaling = jnp.repeat(jnp.asarray(scaling), num_experts, axis=-1)
         a, b = repeat_experts(self.a), repeat_experts(self.b)
         settings = scaling, self.dropout, self.geometry
