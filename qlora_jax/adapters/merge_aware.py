@@ -91,11 +91,11 @@ class MergeAware(LowRank):
     can_be_ragged = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
-        # `multiply` must not contain the offsets, because it is a static argument of
-        # `_packed_product`. They are passed as an operand of it.
+        # The call is a static argument of `_packed_product`, so it must not contain the
+        # offsets. They are passed as an operand.
         multiply = functools.partial(call.multiply, offsets=None)
-        frozen_call = ProductCall(multiply, precision=call.precision)
-        return _packed_product(frozen_call, x, self, kernel, call.offsets)
+        static_call = ProductCall(multiply, precision=call.precision)
+        return _packed_product(static_call, x, self, kernel, call.offsets)
 
     def _settings_misfit(self, batch: Sequence[int], k: int) -> str | None:
         try:
@@ -128,14 +128,14 @@ class MergeAware(LowRank):
             kernel: The frozen kernel.
         """
         kernel, packing = kernel.take().to_device(), self.packing
-        # Most formats do not have the argument `largest`.
-        tiles, largest = _Tiles.of(kernel, self), ()
+        tiles = _Tiles.of(kernel, self)
+        largest = ()  # the largest scale, in formats that use it
         if packing.scheme.uses_largest:
             # The code of a weight depends on the largest scale of its kernel, so all
-            # scales are computed before the first code. They do not depend on the
-            # largest scale, for which ones are passed. It is rounded up to a power of
-            # two. `merge` can then give a common divisor to the kernels that a server
-            # fuses, without changing values.
+            # scales are computed before the first code, by "absmax" even if `scales` is
+            # "search". They do not depend on the largest scale, for which ones are
+            # passed. It is rounded up to a power of two. `merge` can then give a common
+            # divisor to the kernels that a server fuses, without changing values.
             ones = jnp.ones(kernel.matrix_shape[:-2], jnp.float32)
             (scales,) = tiles.map(
                 lambda w, largest: quantize_blocks(w, packing, largest)[1:], ones
@@ -286,10 +286,10 @@ class _Tiles:
         )(*operands)
 
     def _map_on_device(
-        self, fn: Callable[..., tuple[Array, ...]], weights: tuple, *operands: Array
+        self, fn: Callable, weights: tuple, a: Array, b: Array, *numbers: Array
     ) -> tuple[Array, ...]:
-        *batch, k, _ = operands[0].shape
-        tile_rows = rows_of_tile(k, operands[1].shape[-1], self.block_rows)
+        *batch, k, _ = a.shape
+        tile_rows = rows_of_tile(k, b.shape[-1], self.block_rows)
         num_tiles = k // tile_rows
 
         def map_matrix(operands: tuple) -> tuple[Array, ...]:
@@ -337,7 +337,7 @@ class _Tiles:
         map_stack = map_matrix
         for _ in batch:
             map_stack = functools.partial(lax.map, map_stack)
-        return map_stack((weights, *operands))
+        return map_stack((weights, a, b, *numbers))
 
     def _decode(self, weights: list[Array], last_rows: int | None = None) -> Array:
         """Returns float32 rows from their codes and scales, or from float weights.
@@ -364,8 +364,8 @@ def rows_of_tile(k: int, n: int, block_rows: int) -> int:
     # Use at least two tiles, if there are two blocks. With a single tile, there is no
     # loop. XLA on CPUs then fuses packing with the decoding in the product that
     # follows, which gives slow scalar code.
-    most = max(1, min(TILE_BYTES // block_bytes, num_blocks // 2))
-    return block_rows * next(i for i in range(most, 0, -1) if num_blocks % i == 0)
+    limit = max(1, min(TILE_BYTES // block_bytes, num_blocks // 2))  # in blocks
+    return block_rows * next(i for i in range(limit, 0, -1) if num_blocks % i == 0)
 
 
 def _matrix_axes(kernel: Kernel) -> tuple[AnyMesh | None, list[Axes]]:
