@@ -64,8 +64,7 @@ def adapters_by_path(lora: Tree) -> dict[str, Adapter]:
     leaves = leaves_by_path(lora)
     for kind in KINDS.values():  # LoRA has arrays a and b, DoRA m too
         check_structure(leaves, frozenset(kind.roles))
-    wrong = [path for path, leaf in leaves.items() if not is_adapter(leaf)]
-    if wrong:
+    if wrong := [path for path, leaf in leaves.items() if not is_adapter(leaf)]:
         raise ValueError(
             f"every leaf of `lora` must be an adapter. Got other leaves at {wrong}."
         )
@@ -240,15 +239,15 @@ def value_and_grad(
         mask = lora_mask(tree)
         trained = jax.tree.map(lambda x, keep: x if keep else None, tree, mask)
 
-        def fill(trained: Tree, value_of: Callable[[Any], Any]) -> Tree:
+        def fill_frozen(trained: Tree, frozen_value: Callable[[Any], Any]) -> Tree:
             return jax.tree.map(
-                lambda x, new: value_of(x) if new is None else new, tree, trained
+                lambda x, new: frozen_value(x) if new is None else new, tree, trained
             )
 
         def fun_of_trained(trained: Tree) -> Tree:
-            return fun(fill(trained, lambda x: x), *args, **kwargs)
+            return fun(fill_frozen(trained, lambda x: x), *args, **kwargs)
 
         value, grads = jax.value_and_grad(fun_of_trained, has_aux=has_aux)(trained)
-        return value, fill(grads, jnp.zeros_like)
+        return value, fill_frozen(grads, jnp.zeros_like)
 
     return wrapped

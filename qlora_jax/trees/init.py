@@ -20,7 +20,7 @@ from .paths import (
     nested_by_keys,
     path_string,
 )
-from .quantize import as_base_leaf, largest_by_path
+from .quantize import as_base_leaf, largest_weights_of
 from .targets import check_adapter_sizes, find_targets
 
 
@@ -107,7 +107,7 @@ def init_targets(
     keys = iter(jax.random.split(key, len(geometries)))
     adapters: dict[KeyPath, Adapter] = {}
     leaves = leaves_by_path(params)
-    largest = largest_by_path(leaves, geometries, config.packing)
+    largest = largest_weights_of(leaves, geometries, config.packing)
 
     def init_leaf(key_path: KeyPath, leaf: Leaf) -> Leaf:
         path = path_string(key_path)

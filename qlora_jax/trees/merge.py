@@ -164,8 +164,8 @@ def _with_common_divisors(tree: Tree, paths: Sequence[str]) -> Tree:
         if path not in kernels:
             return leaf
         fused = [kernels[p].scale_scales for p in fused_with(path) if p in kernels]
-        # Kernels that are stacked in different ways cannot be fused. The one with the
-        # largest weight has the smallest divisor.
+        # Kernels that are stacked in different ways cannot be fused. Share the smallest
+        # divisor, which is that of the largest weight.
         divisors = [x[..., 1] for x in fused if x.shape == leaf.scale_scales.shape]
         return _with_divisor(leaf, functools.reduce(jnp.minimum, divisors))
 

@@ -127,10 +127,8 @@ def raise_if_any(
 ) -> None:
     """Raises an error that lists the problems, unless there are none, or only None."""
     if isinstance(problems, Mapping):
-        by_path = sorted(problems.items())
-        problems = [
-            f"{path}: {reason}" for path, reason in by_path if reason is not None
-        ]
+        items = sorted(problems.items())
+        problems = [f"{path}: {reason}" for path, reason in items if reason is not None]
     if problems:
         listing = "\n  ".join(problems)
         raise error(f"{title}:\n  {listing}")

@@ -39,7 +39,7 @@ from .targets import find_targets
 def as_base_leaf(
     kernel: Kernel,
     config: QLoRAConfig,
-    largest: Array | None = None,
+    largest_weight: Array | None = None,
     importance: Array | None = None,
     *,
     donate: bool = False,
@@ -50,15 +50,15 @@ def as_base_leaf(
         return w
     if not config.freeze_base:  # the kernel is trained through its quantizer
         return StraightThrough(jnp.asarray(w), packing, geometry)
-    largest_weights = () if largest is None else (largest,)
+    largest = () if largest_weight is None else (largest_weight,)
     settings = {"scale_rule": config.scales, "importance": importance}
-    q = quantize_unchecked(w, packing, geometry, *largest_weights, **settings)
+    q = quantize_unchecked(w, packing, geometry, *largest, **settings)
     if donate:
         delete(w, q)  # waits for q, and frees the float array
     return q
 
 
-def largest_by_path(
+def largest_weights_of(
     leaves: Mapping[str, Leaf],
     geometries: Mapping[str, Geometry],
     packing: Packing | None,
@@ -70,23 +70,24 @@ def largest_by_path(
     if packing is None or not packing.scheme.uses_largest:
         return {}
     kernels = {path: as_kernel(leaves[path], geometries[path]) for path in geometries}
-    largest = {
-        path: _largest(kernel.value, kernel.geometry)
+    largest_weights = {
+        path: _max_abs(kernel.value, kernel.geometry)
         for path, kernel in kernels.items()
         if not (kernel.is_packed or kernel.is_trained)
     }
 
     def largest_of_fused(path: str) -> Array:
-        fused = [largest[p] for p in fused_with(path) if p in largest]
+        weight = largest_weights[path]
+        fused = [largest_weights[p] for p in fused_with(path) if p in largest_weights]
         # Kernels that are stacked in different ways cannot be fused.
-        same_shape = [x for x in fused if x.shape == largest[path].shape]
-        return functools.reduce(jnp.maximum, same_shape, largest[path])
+        same_shape = [x for x in fused if x.shape == weight.shape]
+        return functools.reduce(jnp.maximum, same_shape, weight)
 
-    return {path: largest_of_fused(path) for path in largest}
+    return {path: largest_of_fused(path) for path in largest_weights}
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _largest(w: Float[Array, "..."], geometry: Geometry) -> Float32[Array, "*batch"]:
+def _max_abs(w: Float[Array, "..."], geometry: Geometry) -> Float32[Array, "*batch"]:
     matrix = to_matrix(geometry, w).astype(jnp.float32)  # [*batch, K, N]
     return jnp.max(jnp.abs(matrix), axis=(-1, -2), initial=0)
 
@@ -105,13 +106,13 @@ def _quantize_tree(
         config = dataclasses.replace(config, freeze_base=True)
     if donate and config.freeze_base and config.packing is not None:
         check_donated(leaves, geometries)
-    largest = largest_by_path(leaves, geometries, config.packing)
+    largest_weights = largest_weights_of(leaves, geometries, config.packing)
 
     def quantize_leaf(path: str, leaf: Leaf) -> Leaf:
         if path not in geometries:
             return leaf
         kernel = as_kernel(leaf, geometries[path])
-        largest_weight, importance = largest.get(path), importances.get(path)
+        largest_weight, importance = largest_weights.get(path), importances.get(path)
         return as_base_leaf(kernel, config, largest_weight, importance, donate=donate)
 
     return map_by_path(quantize_leaf, params)
@@ -261,6 +262,7 @@ def quantize(
         geometry = Geometry.contracting(contract, params.shape)
         if importance is not None:
             importance = jnp.asarray(importance)
+            # Check the array as a tree of one leaf.
             trees = {"array": importance}, {"array": params}, {"array": geometry}
             _check_importance(*trees, scales)
         w = params
