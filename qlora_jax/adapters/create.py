@@ -25,7 +25,13 @@ def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> A
     for a target.
     """
     if rows := config.rows_of(path):
-        values = lax.stop_gradient(take_rows(kernel, jnp.array(rows)))
+
+        def take(table: Kernel) -> Array:
+            return take_rows(table, jnp.array(rows))
+
+        for _ in kernel.shape[:-2]:  # a stack of tables
+            take = jax.vmap(take)
+        values = lax.stop_gradient(take(kernel))
         dtype = jnp.promote_types(values.dtype, config.lora_dtype)
         return TrainedRows(values.astype(dtype), rows)
     if config.is_trained(path):

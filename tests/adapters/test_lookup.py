@@ -55,6 +55,28 @@ def test_a_lookup_adds_the_rows_of_a_b(contract):
         ql.lookup(base["embedding"], lora, np.float32(IDS))
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_rows_of_a_stack_of_tables_are_trained(is_packed):
+    base = {"embedding": normal(0, (2, 64, 48))}
+    if is_packed:
+        base = ql.quantize(base, ql.QLoRAConfig(block_size=16, targets="embedding"))
+    config = ql.QLoRAConfig(targets=(), trainable_rows={"embedding": (5, 62)})
+    base, lora = ql.init(jax.random.key(0), base, config)
+    tables = np.array(dequantize(base["embedding"]) if is_packed else base["embedding"])
+    rows = lora["embedding"].arrays["rows"]
+    np.testing.assert_array_equal(rows, tables[:, [5, 62]])
+    lora = jax.tree.map(lambda x: x + 1, lora)
+    tables[:, [5, 62]] += 1
+    np.testing.assert_array_equal(ql.merge(base, lora)["embedding"], tables)
+
+    def look_up(carry, layer):
+        base, lora = layer
+        return carry, ql.lookup(base["embedding"], lora["embedding"], IDS)
+
+    _, found = jax.lax.scan(look_up, None, (base, lora))
+    np.testing.assert_array_equal(found, tables[:, IDS])
+
+
 NUM_ROWS = 300  # more rows than 8-bit ids can address
 TABLES = {
     "LoRA": {},
