@@ -86,6 +86,7 @@ def register(
     """
 
     def tree_fields(node: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of the leaves and of the static fields."""
         return (*leaves, *node.untrained_leaves) if leaf_or_static else leaves, static
 
     def flatten(node: Any) -> tuple[tuple, tuple]:
