@@ -319,8 +319,9 @@ def _open_engine(path: pathlib.Path, name: EngineName) -> Engine:
         raise ValueError(
             f"`model` must be a folder with config.json for engine torch. Got {path}."
         )
-    is_known_type = name == "auto" and is_known(ql.io.read_config_json(path))
-    if name == "jax" or not is_folder or is_known_type:
+    if name == "jax" or not is_folder:  # a .gguf file has no config.json
+        return JaxEngine(path, files.config)
+    if name == "auto" and is_known(ql.io.read_config_json(path)):
         return JaxEngine(path, files.config)
     engine = open_torch_engine(path)
     log(
