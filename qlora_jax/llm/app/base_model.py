@@ -45,7 +45,7 @@ from .run_folder import CONFIG, STATE, quiet_orbax, read_run_config
 from .train_config import TrainConfig
 from .train_groups import AdapterConfig, ModelConfig
 
-# What runs a model.
+# A model in `Decoder` or in PyTorch's code. Both classes have the same attributes.
 Engine = JaxEngine | TorchEngine
 
 MLX_ADAPTER = "adapters.safetensors"
@@ -413,7 +413,7 @@ def open_run(
     """Returns a run's model with the adapter of a saved state, and the state's step.
 
     By default, the state is the newest. The run may be unfinished, and is not changed.
-    By default, the model is that in the run's settings.
+    `base_model` replaces the model in the run's settings.
     """
     folder = pathlib.Path(run)
     if not (folder / CONFIG).is_file() or not (folder / STATE).is_dir():

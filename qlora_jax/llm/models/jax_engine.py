@@ -1,4 +1,4 @@
-"""Language models that `Decoder` runs, the decoder of this package in JAX."""
+"""Language models that run in `Decoder`, the decoder of this package."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ LAYERS = r"layers(_\d+)?/(?!.*/(router|shared_expert_gate)/).*/kernel"
 class JaxEngine:
     """Everything that the application needs to know about a model in `Decoder`.
 
-    `TorchEngine` has the same attributes and methods.
+    `TorchEngine` has the same attributes and methods, except for `decoder`.
 
     Attributes:
         path: A folder, or a `.gguf` file.
@@ -40,7 +40,7 @@ class JaxEngine:
         contract: Empty, because the paths of all kernels say the roles of their axes.
         image_token_id: None, because the decoder reads only text.
         generation_problem: None, because all models can generate tokens.
-        can_pack_rows: Whether a row may have several sequences in any model.
+        can_pack_rows: True, because rows of all models may have several sequences.
     """
 
     path: pathlib.Path
@@ -73,7 +73,7 @@ class JaxEngine:
 
     @property
     def head_leaf(self) -> str:
-        """The name of the parameters of the head. A tied head uses the embedding."""
+        """The name of the head's parameters: if it is tied, those of the embedding."""
         return "embed_tokens" if self.decoder.tie_embeddings else "lm_head"
 
     @property

@@ -79,7 +79,7 @@ def _layer_types(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _mlp_width(raw: Mapping[str, Any]) -> int:
-    """By default, two thirds of `intermediate_size`, scaled and rounded up."""
+    """Returns two thirds of `intermediate_size`, scaled and rounded up, by default."""
     width = raw["intermediate_size"]
     if not raw.get("block_auto_adjust_ff_dim", True):
         return width

@@ -31,8 +31,8 @@ TOKENS_PER_CHUNK = 1024  # number of tokens whose logits are in memory at the sa
 class TorchEngine:
     """Everything that the application needs to know about a model in PyTorch.
 
-    `JaxEngine` has the same attributes and methods, except for those that `Decoder`
-    does not need: `model_type`, `class_name`, `scan_problem` and `packing_problem`.
+    `JaxEngine` has the same attributes and methods, except for `model_type`,
+    `class_name`, `scan_problem`, `packing_problem`, `language_model` and `ropes`.
 
     Attributes:
         path: The folder of the model.
@@ -47,11 +47,12 @@ class TorchEngine:
             reads only text.
         language_model: The model without the settings of `make_model`.
         experts: None, because there is no loss that balances the load of experts.
-        head_leaf: None, because the chunked loss supports an adapter of the head.
+        head_leaf: None, because an adapter of the head needs no loss of its own.
         has_vision: False, because a vision part is read with the language model.
-        can_pack_rows: Whether a row may have several sequences in any model.
+        can_pack_rows: False, because only some models (see `packing_problem`) allow
+            several sequences in a row.
         ropes: Empty, because the keys in a cache do not depend on the size of the
-            cache.
+            cache. `Stream` reads this attribute, as it does that of `DecoderConfig`.
     """
 
     path: pathlib.Path
