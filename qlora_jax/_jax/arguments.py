@@ -69,7 +69,7 @@ def unwrap_operands(operands: PyTree, frozen: PyTree, message: str) -> PyTree:
     """Returns the arrays that a `custom_vjp` with `symbolic_zeros` gets as operands.
 
     JAX wraps each array together with a flag that says whether it is differentiated.
-    Raises ValueError with `message` if the operand `frozen` is differentiated.
+    Raises ValueError with `message` if `frozen`, an operand, is differentiated.
     """
 
     def is_wrapped(leaf: object) -> bool:

@@ -93,7 +93,8 @@ def is_local() -> bool:
 def varying_with(x: Array, *trees: PyTree) -> Array:
     """Marks `x` as varying over each `shard_map` axis that a leaf varies over."""
     # A custom gradient must have the type of its operand. If x is the same on all
-    # devices but other operands differ, this cast makes JAX sum the gradient over them.
+    # devices and other operands are not, this cast makes JAX sum the gradient of x over
+    # the devices.
     x_type, *types = map(jax.typeof, jax.tree.leaves((x, trees)))
     axes = set().union(*(leaf_type.manual_axis_type.varying for leaf_type in types))
     missing = tuple(sorted(axes - x_type.manual_axis_type.varying))

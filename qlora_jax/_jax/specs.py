@@ -37,8 +37,8 @@ def num_parts(sizes: Mapping[str, int], axes: Axes) -> int:
 
 def free_prefix(axes: Axes, used: set[str]) -> Axes:
     """Returns the axes before the first one in `used`."""
-    # Leading axes split an array into contiguous parts. Without one of them, the parts
-    # would be interleaved.
+    # The first axes split an array into contiguous parts. If one of them were left out
+    # and a later one kept, each device would hold pieces from all over the array.
     for i, axis in enumerate(axes):
         if axis in used:
             return axes[:i]

@@ -22,6 +22,7 @@ from ..quant.qtensor import QTensor
 from ..quant.views import LayerOfStack
 from ..trees.paths import Leaf, Tree, leaves_by_path, path_string
 
+# `KernelBox`, or the box by which the trace in `init_model` recognizes targets.
 B = TypeVar("B", bound=meta.AxisMetadata)
 Backend = str | tuple[str, ...] | None
 
@@ -140,7 +141,7 @@ class KernelBox(meta.AxisMetadata):
         return kernel, lora, key
 
     def needs_fetch(self, x: Array) -> bool:
-        """Whether a product with `x` would move or gather the kernel."""
+        """Whether a product with `x` gathers the kernel or moves it from the host."""
         return needs_fetch(self.parts()[0], x)
 
     def fetch(self, x: Array) -> None:
@@ -198,8 +199,8 @@ def _with_experts(
     # `pack` takes the variables and rngs out of the module's scope, so that
     # `call_with_experts` can trace the call as a function of the float weights.
     def lift(run_in_scope: Callable) -> Callable:
-        def run_packed(make_scope: Callable, repack: Callable, *groups: Tree) -> Tree:
-            variables, rngs, *args = groups
+        def run_packed(make_scope: Callable, repack: Callable, *inputs: Tree) -> Tree:
+            variables, rngs, *args = inputs
 
             def call_on_weights(weights: list[Array]) -> tuple:
                 pairs = zip(boxes, weights, strict=True)
@@ -223,7 +224,7 @@ def run_in_float(
     method: str,
     args: tuple,
     kwargs: dict,
-    cls: type[meta.AxisMetadata],  # of the boxes in `NORMS`; not used otherwise
+    cls: type[meta.AxisMetadata],  # the type of boxes; used only if `module` is a norm
     backend: Backend = None,
 ) -> Tree:
     """Runs a method on float arrays, which exist only during the call."""

@@ -35,7 +35,7 @@ def _einsum(
     module: nn.Einsum, inputs: Array, einsum_str: str | None = None
 ) -> ModuleCall:
     equation = nn.merge_param("einsum_str", module.einsum_str, einsum_str)
-    # A packed product rounds its sums to the dtype of x, and cannot replace any other.
+    # A packed product has the dtype of x, so it cannot replace one of another dtype.
     is_complete = module.preferred_element_type is None
     return module_call(module, "kernel", equation, inputs, is_complete)
 

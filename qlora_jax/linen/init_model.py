@@ -140,8 +140,8 @@ class _Recorder:
         self.read_in_float: set[str] = set()  # parameters that a module reads in float
         self.unfit: dict[str, str] = {}  # why a parameter cannot be a target
         self.stacked: dict[str, int] = {}  # the axis of a stack, if it is not 0
-        # Paths of modules whose current call a rule describes. The packed product
-        # replaces the call, so the methods that it calls will read nothing.
+        # Paths of modules whose current call a rule describes. In a wrapped model, a
+        # packed product replaces the call, so calls inside it are not recorded.
         self.described: list[tuple] = []
 
     def __call__(
@@ -216,6 +216,7 @@ class _Recorder:
 
     def problems(self, config: QLoRAConfig) -> dict[str, str]:
         # One reason for each target: the first of these, or else the one in `unfit`.
+        # Adapters of tables never have dropout, so a table may be read in float.
         problems = {}
         for path, kinds in self.kinds.items():
             if path not in self.owned:

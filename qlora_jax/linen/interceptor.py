@@ -50,8 +50,8 @@ class Interceptor:
         if method is None:
             return next_fun(*args, **kwargs)
         self._refuse_mapped(module, boxes.values())
-        # 2. `setup` may read kernels, and store results that later methods use. Modules
-        #    without a rule, and tables, have no later product that can apply dropout.
+        # 2. Run `setup` as it is: later methods may use what it computes from kernels.
+        #    In modules without a rule and in tables, no later product applies dropout.
         if method == "setup":
             if isinstance(module, nn.Embed) or RULES.find(type(module)) is None:
                 _refuse_dropout(boxes.values())
@@ -72,7 +72,8 @@ class Interceptor:
             self.in_float.pop()
 
     def _refuse_mapped(self, module: nn.Module, boxes: Iterable[KernelBox]) -> None:
-        # Kernels of a wrapped model inside are not in `self.kernels`, and always pass.
+        # The model may call another wrapped model, whose kernels are not in
+        # `self.kernels`. They always pass.
         pairs = [(box, self.kernels.get(str(box.path), box.kernel)) for box in boxes]
         mapped = [b for b, original in pairs if is_mapped(module, b.kernel, original)]
         raise_if_any(
