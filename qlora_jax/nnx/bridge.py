@@ -39,6 +39,7 @@ def packed_linen(cls: type) -> type:
 
 def _bridge_subclass(cls: type, wrap_linen: Callable, recipe: tuple) -> type:
     """Returns a subclass of a bridge class that runs `wrap_linen(its linen module)`."""
+    # The `recipe` is for pickle, as in `subclass`.
 
     # Makes a bridge of the original class around the new module, gives it the variables
     # of this bridge, with adapters added to the kernels, and calls it.

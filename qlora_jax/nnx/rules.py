@@ -31,7 +31,7 @@ class Rule:
     # calls determine them.
     kinds: Callable[[Any], str | None]
     call: Callable[..., ModuleCall | Lookup]  # of `(module, *args, **kwargs)`
-    # Whether the rule applies to a module: `call` must be all that it computes.
+    # Whether the rule applies to a module: `call` must describe all that it computes.
     supports: Callable[[Any], bool]
     has_float_methods: bool = False  # whether other methods read the kernel in float
 

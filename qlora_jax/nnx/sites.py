@@ -117,7 +117,7 @@ def why_no_adapter(site: Site) -> str | None:
 
 
 def _kinds(site: Site, target_names: list[str], config: QLoRAConfig) -> str | None:
-    """Returns the roles of a target's axes, or None if they are not known yet.
+    """Returns the roles of a target's axes, or None if its module does not show them.
 
     `target_names` are all targets of its module. Raises ValueError for an unfit leaf.
     """
@@ -132,7 +132,7 @@ def _kinds(site: Site, target_names: list[str], config: QLoRAConfig) -> str | No
                 "single kernel (in nnx.vmap: out_axes=0; in MaxText: "
                 f"param_scan_axis=0). Got shape {shape}."
             )
-    # The roles come from a rule, or else from the config, or else from a guess.
+    # The roles come from a rule, or else from the config (None here), or else a guess.
     if (rule := packed_rule(module, target_names)) is not None:
         return rule.kinds(module)
     cls = type(module).__name__
@@ -147,6 +147,7 @@ def _kinds(site: Site, target_names: list[str], config: QLoRAConfig) -> str | No
         raise ValueError(
             f"no method of its module, {cls}, reads it. Use ql.nnx.register."
         )
+    # Adapters of tables never have dropout.
     if config.dropout and not is_table(name):
         raise ValueError(
             f"{cls} reads it itself, so that no dropout can act on the adapter's input."

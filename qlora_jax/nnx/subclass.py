@@ -52,7 +52,7 @@ def _picklable(metaclass: type) -> type:
 
 
 def _reduce(cls: Any) -> str | tuple[Any, ...]:
-    # Subclasses that users define are found by name, as any class is.
+    # A user's subclass of such a class has no recipe, and is found by name.
     return vars(cls).get("qlora_recipe", cls.__qualname__)
 
 
@@ -174,10 +174,10 @@ def _with_experts(
 
         def call_on_weights(weights: list[Array]) -> tuple:
             expert_weights[:] = weights
-            modules = nnx.merge(graph, state, copy=True)
-            outputs = run(*modules)
+            copies = nnx.merge(graph, state, copy=True)
+            outputs = run(*copies)
             # Unchanged variables may belong to an outer trace, and are not results.
-            new = nnx.to_flat_state(nnx.state(modules))
+            new = nnx.to_flat_state(nnx.state(copies))
             changed = {path: x for path, x in new if value_of(x) is not old.get(path)}
             return outputs, nnx.from_flat_state(changed)
 

@@ -82,7 +82,7 @@ class AdapterModule(nnx.Module):
         self.names = (*adapter.roles,)  # of the arrays
         self.rate = adapter.dropout
         self.set(adapter)
-        self.trained_packing = trained_packing  # None unless the kernel is trained
+        self.trained_packing = trained_packing  # packing of a trained kernel, or None
         self.path = Note(path)  # for errors; all notes are equal in graph definitions
         self.deterministic = False  # set by `model.train()` and `model.eval()`
         self.enabled = True  # set by `disable_adapters`
@@ -125,7 +125,7 @@ class AdapterModule(nnx.Module):
 
     @property
     def sliced(self) -> Adapter | None:
-        """The adapter of a call, perhaps of one layer; None if disabled."""
+        """The adapter for a call: inside a scan, that of a layer. None if disabled."""
         return self._build(self.sliceable_structure) if self.enabled else None
 
     def _build(self, structure: Any) -> Adapter:

@@ -99,7 +99,7 @@ def wrap(
     targets = {path: s for path, s in sites.items() if config.is_target(path)}
     rows = {path: s for path, s in sites.items() if config.rows_of(path)}
     trained = {path: s for path, s in sites.items() if config.is_trained(path)} | rows
-    if not targets:
+    if not targets:  # adapted kernels are not sites, so the model may be wrapped
         _refuse_wrapped(model, config)
     # 2. Check them, and find the contracted axes of the targets.
     kinds, problems = check_targets(targets, config)

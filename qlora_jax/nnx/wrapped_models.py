@@ -76,7 +76,8 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
     """
     base = {path: x.get_value() for path, x in _base_variables(model).items()}
     kernels = {join_path(path): (x, name) for path, x, name in adapted_kernels(model)}
-    # Kernels trained through their quantizer, and frozen leaves, replace the variables.
+    # Adds the frozen arrays of leaves that are trained in full, and replaces the floats
+    # of kernels that are trained through their quantizer by `StraightThrough`s.
     base |= {path: base_of(*kernel) for path, kernel in kernels.items()}
     lora = {path: adapter_of(*kernel).adapter for path, kernel in kernels.items()}
     return nested(base), nested(lora)
