@@ -37,15 +37,15 @@ def register_attention() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    # Always make a mask. If transformers left out those that are simple, `attention`
-    # could not tell whether a model is causal or bidirectional. PyTorch's `vmap`, which
-    # transformers uses for the masks of images, does not work in torchax. Broadcasting
-    # gives the same masks.
-    always = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    always |= {"use_vmap": False}
+    # 1. Always make a mask. By default, transformers makes none if a mask is causal or
+    # all True. `attention` could not tell these two cases apart.
+    options = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    # 2. Use broadcasting, which gives the same masks. PyTorch's `vmap`, which
+    # transformers uses for the masks of images, does not work in torchax.
+    options |= {"use_vmap": False}
 
     def make_mask(**kwargs: Any) -> Any:
-        return sdpa_mask(**{**kwargs, **always})
+        return sdpa_mask(**{**kwargs, **options})
 
     AttentionMaskInterface.register(ATTENTION_NAME, make_mask)
     AttentionInterface.register(ATTENTION_NAME, attention)

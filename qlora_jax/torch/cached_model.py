@@ -50,7 +50,7 @@ Cache = dict[str, LayerCache]  # by the number of the layer
 
 
 class _Row(NamedTuple):
-    """The tokens that are added to the cache of one row."""
+    """The tokens that are added to the cache of one row. Arrays have no batch axis."""
 
     tokens: Int[Array, " T"]  # padded on the right
     cache: Cache

@@ -92,18 +92,18 @@ def kernel_roles(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
 
     These are the roles of its axes, as in `QLoRAConfig.contract`.
     """
-    for prefix, inner in module.named_modules():
-        dot = f"{prefix}." if prefix else ""
+    for module_name, inner in module.named_modules():
+        prefix = f"{module_name}." if module_name else ""
         if isinstance(inner, torch.nn.Linear):
-            yield f"{dot}weight", "nk"
+            yield f"{prefix}weight", "nk"
         elif isinstance(inner, torch.nn.Embedding) or is_conv1d(inner):
-            yield f"{dot}weight", "kn"
+            yield f"{prefix}weight", "kn"
         elif isinstance(getattr(inner, "is_transposed", None), bool):
             # In transformers, modules with the weights of experts have this attribute.
             axis_roles = "bkn" if inner.is_transposed else "bnk"
             for name, tensor in inner.named_parameters(recurse=False):
                 if tensor.ndim == 3:
-                    yield f"{dot}{name}", axis_roles
+                    yield f"{prefix}{name}", axis_roles
 
 
 def is_conv1d(module: torch.nn.Module) -> bool:

@@ -84,14 +84,14 @@ class LanguageModel:
         size = getattr(module.config.get_text_config(), "max_position_embeddings", None)
         if size is None:
             return None
-        embeddings = {
+        table_sizes = {
             inner.num_embeddings
             for inner in module.modules()
             if isinstance(inner, torch.nn.Embedding)
             and inner is not module.get_input_embeddings()
         }
         # Some tables have up to two further rows for padding, as in OPT.
-        return size if embeddings & {size, size + 1, size + 2} else None
+        return size if table_sizes & {size, size + 1, size + 2} else None
 
     def shapes(self, *, stacked: bool) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of the leaves that are read from files.
@@ -139,10 +139,10 @@ class LanguageModel:
 
     @property
     def tied_names(self) -> dict[str, str]:
-        """The leaf of each tied weight, by the other names of the weight."""
-        leaf_names = {x: name for name, x in self.module.named_parameters()}
-        every_name = self.module.named_parameters(remove_duplicate=False)
-        return {n: leaf_names[x] for n, x in every_name if n != leaf_names[x]}
+        """Maps the other names of a tied weight to its first one, that of its leaf."""
+        leaf_names = {w: name for name, w in self.module.named_parameters()}
+        all_weights = self.module.named_parameters(remove_duplicate=False)
+        return {n: leaf_names[w] for n, w in all_weights if n != leaf_names[w]}
 
     @property
     def decoder_name(self) -> str:
@@ -194,13 +194,14 @@ class LanguageModel:
             else:
                 parts.setdefault(target, {}).setdefault(pattern, []).append(name)
         for target, names_by_pattern in parts.items():
+            # The converter has the patterns of all parts, such as gate and up, in the
+            # order in which it joins them.
             patterns = next(
                 x.source_patterns
                 for x in converters
                 if names_by_pattern.keys() <= {*x.source_patterns}
             )
-            # One list for each part, such as gate and up. The parts of experts have a
-            # name for each expert in their list.
+            # A list of names for each part. For experts, it has one name per expert.
             names = [names_by_pattern.get(pattern, []) for pattern in patterns]
             if len({*map(len, names)}) > 1:  # some tensors are missing
                 sources |= {name: [name] for name in itertools.chain(*names)}
@@ -295,7 +296,8 @@ class LanguageModel:
         # The model's own `forward` runs, but its decoder returns `hidden` instead of
         # running the layers. Only the head and the code around it compute anything.
         decoder, run_model = _decoder_of(self.module), self.module.forward
-        decoder_output: Any = None  # `hidden` as a tensor, which `run_head` gets
+        # `apply` passes `hidden` to `run_head` as a tensor, to be kept here.
+        decoder_output: Any = None
         is_decoder_called = False
 
         def run_head(hidden: torch.Tensor, **kwargs: Any) -> Any:
@@ -346,7 +348,8 @@ class LanguageModel:
         """
         decoder = _decoder_of(self.module)
         run_layers, run_model = decoder.forward, self.module.forward
-        selected: Any = None  # `index` as a tensor, which `run_model_on_token` gets
+        # `apply` passes `index` to `run_model_on_token` as a tensor, to be kept here.
+        selected: Any = None
 
         def run_model_on_token(index: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal selected

@@ -43,6 +43,7 @@ class LayerRun:
         A stack has one layer of each period. `position` is the index of this layer in
         the period, and `tensor_name` is the name of the stacked tensor in the layer.
         """
+        # The slice stops right after the last layer at this position.
         start, stop = self.start + position, self.stop - self.period + position + 1
         return f"{self.list_name}.{start}:{stop}:{self.period}.{tensor_name}"
 

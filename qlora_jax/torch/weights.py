@@ -153,8 +153,8 @@ class KernelFunctions(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = self._call(func, args, kwargs)
-        # torchax ignores `torch.no_grad`, so gradients are stopped here. If a function
-        # such as `contiguous` returns its argument, PyTorch keeps the gradient too.
+        # torchax ignores `torch.no_grad`, so gradients are stopped here. As in PyTorch,
+        # they are not stopped if a function such as `contiguous` returns its argument.
         if torch.is_grad_enabled() or any(result is value for value in args):
             return result
         return jax.tree.map(_stop_gradient, result)
@@ -213,7 +213,7 @@ class KernelFunctions(TorchFunctionMode):
     def _decode(self, weight: Any) -> Any:
         if not isinstance(weight, KernelTensor):
             return weight
-        # Dropout acts on the input of A, which does not exist for merged weights.
+        # Dropout acts on the input of A. Merged weights have no such input.
         if self.has_dropout and getattr(weight.lora, "dropout", 0):
             raise ValueError(
                 "adapters of weights that a module reads itself must not have dropout. "

@@ -98,19 +98,20 @@ class WrappedModule:
             )
         scans, leaves = self._scans(leaves)
         tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
+        # Step 3 compares these buffers with those after the call.
         names = [name for name, _ in self.module.named_buffers() if name in leaves]
         buffers = {name: as_array(tensors[name]) for name in names}
         args, kwargs = jax.tree.map(_to_tensor, (args, kwargs))
         # 2. Run the module. Without a `dropout_key`, use a constant key, which shows
         #    afterwards whether the module drew random numbers.
         key = jax.random.key(0) if dropout_key is None else dropout_key
-        functions = KernelFunctions(dropout_key is not None, self.backend)
-        with self._environment(key, functions, scans) as env:
+        kernel_functions = KernelFunctions(dropout_key is not None, self.backend)
+        with self._environment(key, kernel_functions, scans) as env:
             # `tensors` has only the first name of each tied weight. `functional_call`
             # also replaces the weight under its other names.
             output = torch.func.functional_call(self.module, tensors, args, kwargs)
             drew_numbers = env.prng_key is not key
-            output = functions.with_checks(_to_arrays(output))
+            output = kernel_functions.with_checks(_to_arrays(output))
         # 3. Refuse results that would be wrong or lost.
         if drew_numbers and dropout_key is None:
             raise ValueError(
@@ -128,7 +129,7 @@ class WrappedModule:
 
     @contextlib.contextmanager
     def _environment(
-        self, key: jax.Array, functions: KernelFunctions, scans: list[LayerScan]
+        self, key: jax.Array, kernel_functions: KernelFunctions, scans: list[LayerScan]
     ) -> Iterator[torchax.tensor.Environment]:
         """Prepares PyTorch's and JAX's settings for one call of the module."""
         env = torchax.default_env()
@@ -139,15 +140,16 @@ class WrappedModule:
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "Explicitly requested dtype .?int64")
             stack.enter_context(jax.numpy_rank_promotion("allow"))
-            # Only a `torch.no_grad` in the module's code stops gradients.
+            # Gradients are only stopped by a `torch.no_grad` in the module's own code,
+            # and not by one around the call of `apply`.
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(autograd_functions.in_jax(functions))
+            stack.enter_context(autograd_functions.in_jax(kernel_functions))
             stack.enter_context(self._modes())
             for scan in scans:
                 stack.enter_context(scan.active())
             stack.enter_context(env.override_property(prng=key))
             stack.enter_context(env)
-            stack.enter_context(functions)
+            stack.enter_context(kernel_functions)
             yield env
 
     def _checked_leaves(self, variables: Mapping[str, PyTree]) -> dict[str, Any]:
