@@ -196,6 +196,7 @@ def _name_tensors(
     # rejects its shape.
     for name, data in zip(names, parts, strict=False):
         rows = stored_rows(name, shape, config, architecture)
+        # For Q4_0, `io/formats/gguf.py` expects such names.
         is_q4_0 = fmt == "Q4_0" and name.endswith(".weight")
         if len(shape) == 2 and (is_q4_0 or fmt == "MXFP4"):
             yield f"{name}_{fmt.lower()}", GGUFTensor(data.shape, data, None, rows)
@@ -245,7 +246,7 @@ def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
 def row_order(
     name: str, num_rows: int, config: DecoderConfig, architecture: str
 ) -> np.ndarray | None:
-    """Returns the rows of a tensor in llama.cpp's order; None if it is the same."""
+    """Returns the indices by which llama.cpp orders rows; None if it is the same."""
     if architecture in QWEN3_5:
         return value_row_order(name, num_rows, config)
     heads = {".q_proj.": config.num_heads, ".k_proj.": config.num_kv_heads}
@@ -281,8 +282,9 @@ def permute(x: np.ndarray, heads: int) -> np.ndarray:
 def read_gguf_lora(path: str | pathlib.Path, config: DecoderConfig) -> ql.io.PlainLoRA:
     """Reads a file with adapters for llama.cpp; `ql.io.load_peft` accepts the result.
 
-    `config` is the model's config. Modules have the names of a text-only model. Raises
-    a CheckpointError if the file is broken, not a LoRA, or for another architecture.
+    `config` is the model's config. The result names modules as in a text-only model,
+    such as "model.layers.0.mlp.up_proj". Raises a CheckpointError if the file is
+    broken, not a LoRA, or for another architecture.
     """
     # 1. Check the metadata.
     file, architecture = open_gguf(path), nearest_architecture(config)

@@ -63,7 +63,8 @@ def save_gguf(
       remaining tensor is F16 if this represents its values exactly, and F32 if not.
     - "Q4_K_M": Each tensor has the format that `llama-quantize` chooses: most matrices
       are Q4_K, and the head and some matrices are Q6_K. A tensor whose number of inputs
-      is not a multiple of 256 is Q5_0 or Q8_0. The exception for mxfp4 holds here too.
+      is not a multiple of 256 is Q5_0, Q5_1 or Q8_0, or F16 if it is not one of 32
+      either. The exception for mxfp4 holds here too.
 
     Args:
         path: The file.
@@ -157,6 +158,7 @@ def check_gguf_source(
     source: ModelSource, *, tokenizer: bool
 ) -> tuple[DecoderConfig, str]:
     """Returns the config and llama.cpp's architecture; reads no weights."""
+    # Without a vision part, which GGUF files lack, the decoder's path is `model`.
     config = dataclasses.replace(source.config, module="model")
     architecture = check_gguf_config(config, source.context_length)
     if tokenizer:
@@ -221,7 +223,8 @@ def _plan_tensors(
             hf_names, batch_axes = hf_names[:, 0], 1
         # 2. The shape. Convolutions have an axis of size 1, which is removed.
         # Alternating columns of gate and up become two tensors: `parts` has the columns
-        # of each, by the text that replaces "_gate_" in the name of the gate.
+        # of each, by the text that replaces "_gate_" in the name of the gate. Any other
+        # leaf is one part with all columns, whose name does not change.
         shape, parts = tuple(leaf.shape[batch_axes:]), {"_gate_": slice(None)}
         if is_convolution := path.endswith("/conv1d"):
             shape = (shape[0], shape[2])

@@ -19,7 +19,7 @@ _QKV_ROWS = ("in_proj_qkv.weight", "conv1d.weight")
 def value_row_order(
     name: str, num_rows: int, config: DecoderConfig
 ) -> np.ndarray | None:
-    """Returns the rows of a tensor in llama.cpp's order; None if it is the same."""
+    """Returns the indices by which llama.cpp orders rows; None if it is the same."""
     rule = config.delta_rule
     assert rule is not None
     part = name.rpartition("linear_attn.")[2]
@@ -35,7 +35,7 @@ def value_row_order(
 
 
 def value_column_order(name: str, config: DecoderConfig) -> np.ndarray | None:
-    """Returns the columns of a tensor in llama.cpp's order; None if it is the same."""
+    """Returns the indices by which llama.cpp orders columns, like `value_row_order`."""
     if not name.endswith("linear_attn.out_proj.weight"):
         return None
     rule = config.delta_rule
@@ -44,7 +44,7 @@ def value_column_order(name: str, config: DecoderConfig) -> np.ndarray | None:
 
 
 def _order_values(rule: DeltaRule, size: int) -> np.ndarray:
-    """Returns the order of all values, with `size` of them in each head."""
+    """Returns the indices that order all values, of which each head has `size`."""
     shape = rule.num_key_heads, -1, size
     values = np.arange(rule.num_value_heads * size).reshape(shape)
     return values.swapaxes(0, 1).reshape(-1)

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class GGUFModel:
-    """A `ModelSource` in a file of llama.cpp."""
+    """The model in a file of llama.cpp: a `ModelSource` (see `models/source.py`)."""
 
     path: pathlib.Path
-    # The option `recode` of `ql.io.load`: tensors in block formats that this package
-    # lacks are decoded to floats, exactly.
+    # Whether the file is always read with the option `recode` of `ql.io.load`. Tensors
+    # in block formats that this package lacks are decoded to floats, exactly.
     is_recoded: ClassVar[bool] = True
 
     @cached_property
@@ -64,7 +64,7 @@ class GGUFModel:
         return self._contents[1]
 
     def open_tensors(self) -> Mapping[str, Any]:
-        """Returns `stored_tensors`, which have no tensors of a vision part."""
+        """Returns `stored_tensors`: a GGUF file has no vision part to leave out."""
         return self.stored_tensors
 
     def build_tokenizer(self) -> "Tokenizer":

@@ -101,7 +101,8 @@ def _hf_config(
     if architecture == "llama" and is_mixture:
         model_type = "mixtral"
     elif architecture == "llama" and biases["qkv_bias"] != biases["o_bias"]:
-        model_type = "seed_oss"  # a Llama with a key for each of these biases
+        # A Llama whose config has separate keys for these two biases.
+        model_type = "seed_oss"
     family = FAMILIES[model_type]
     # Here and below, missing values get llama.cpp's defaults.
     width, heads = values["embedding_length"], values["attention.head_count"]
@@ -202,7 +203,7 @@ def _rope_keys(
     get = values.get
     theta = to_float(get("rope.freq_base", 10_000.0))
     keys: dict[str, Any] = {"rope_theta": theta}
-    section: dict[str, Any] = dict(keys)
+    parameters: dict[str, Any] = dict(keys)
     original = get("rope.scaling.original_context_length", get("context_length"))
     factor, kind = _rope_factor(values), "default"
     if architecture in PARTLY_ROTATED:
@@ -210,30 +211,30 @@ def _rope_keys(
         fraction = rotary_dim / head_dim
         if int(head_dim * fraction) < rotary_dim:  # readers round this product down
             fraction = math.nextafter(fraction, 1.0)
-        keys["partial_rotary_factor"] = section["partial_rotary_factor"] = fraction
+        keys["partial_rotary_factor"] = parameters["partial_rotary_factor"] = fraction
     if architecture == "phi3":
         if LONG in divisors:
             keys["original_max_position_embeddings"] = int(original)
         if divisors:
             kind = "longrope"
-            section |= {
+            parameters |= {
                 "short_factor": list(divisors.get(SHORT, ())),
                 "long_factor": list(divisors.get(LONG, ())),
                 "attention_factor": to_float(get("rope.scaling.attn_factor", 1.0)),
             }
     elif get("rope.scaling.type") == "yarn":
         kind = "yarn"
-        section |= {"original_max_position_embeddings": original, "truncate": False}
-        section["factor"] = factor
+        parameters |= {"original_max_position_embeddings": original, "truncate": False}
+        parameters["factor"] = factor
     elif factor != 1:
-        kind, section["factor"] = "linear", factor
-    section["rope_type"] = kind
+        kind, parameters["factor"] = "linear", factor
+    parameters["rope_type"] = kind
     if architecture == "gemma3":
         local = to_float(get("rope.freq_base_swa", 10_000.0))
         keys["rope_local_base_freq"] = local
         sliding = {"rope_theta": local, "rope_type": "default"}
-        section = {"full_attention": section, "sliding_attention": sliding}
-    return keys | {"rope_parameters": section}
+        parameters = {"full_attention": parameters, "sliding_attention": sliding}
+    return keys | {"rope_parameters": parameters}
 
 
 def _rope_factor(values: Values) -> float:
