@@ -31,8 +31,8 @@ def quantize_blocks(
     """Returns the codes and the scale of each block.
 
     With 4-bit codes, an odd K is padded with the code of zero. `largest` is empty, or
-    the second argument of `ScaleScheme.encode`. Formats whose scheme uses it have no
-    partial blocks, and a search requires it. `importance` is an argument of
+    the second argument of `ScaleScheme.encode`. If the scheme uses it, a search cannot
+    do without it, and there are no partial blocks. `importance` is an argument of
     `search_scales`.
     """
     k, block_size = w.shape[-2], packing.block_size
@@ -85,7 +85,7 @@ def _quantize_rows(
     used_scales = scales
     if scheme.uses_stored_scales:
         used_scales = scheme.decode(scheme.encode(scales, *largest))
-    # `divide` is bitsandbytes' rule for partial blocks. The peak of its formats is 1.
+    # `divide` applies only to the formats of bitsandbytes, nf4 and fp4, with peak 1.
     if fmt.ties == "even" or (divide and fmt.peak == 1):
         # No weight is larger than 16 times its scale, so `divisor` equals the scale.
         # The maximum hides from XLA that the scale is broadcast: XLA would replace the

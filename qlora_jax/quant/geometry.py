@@ -60,7 +60,7 @@ class Geometry:
     kinds: str = "kn"
     # The size of each axis, or -1 for batch axes, the first k and the first n. Sizes
     # of -1 are derived from the stored arrays, so that slicing and sharding cannot make
-    # them stale. If an axis has size 0, only those of batch axes can be derived.
+    # them stale. If an axis of the kernel has size 0, only batch axes have -1.
     sizes: tuple[int, ...] = (-1, -1)
 
     @classmethod
@@ -184,7 +184,7 @@ class Geometry:
 def roles_fit(stored: str, required: str) -> bool:
     """Whether stored roles equal the required ones, except that b may replace n."""
     pairs = zip(stored, required, strict=False)
-    is_allowed = all(a == b or (a, b) == ("b", "n") for a, b in pairs)
+    is_allowed = all(s == r or (s, r) == ("b", "n") for s, r in pairs)
     return is_allowed and len(stored) == len(required)
 
 

@@ -301,7 +301,10 @@ def with_scales(q: QTensor, stored: StoredScales) -> QTensor:
 def axes_of_array(
     matrix_axes: Sequence[Entry], ndim: int, unsplit_entry: Entry
 ) -> tuple[Entry, ...]:
-    """Returns the mesh axes of a stored array, from those of its kernel's matrix."""
+    """Returns the mesh axes of a stored array, from those of its kernel's matrix.
+
+    An axis that is not split gets `unsplit_entry`: None in a spec, () in `Axes`.
+    """
     # Codes and block scales are split like the matrix form. The other arrays are tiny,
     # so only their batch axes are split.
     batch = tuple(matrix_axes[:-2])

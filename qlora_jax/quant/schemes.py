@@ -103,8 +103,9 @@ def quotient(
     """
     # The maximum equals `divisor`. It hides from XLA that the divisor is a constant or
     # broadcast: XLA would replace the division by a product with the reciprocal, which
-    # rounds twice. JAX would move a select between constants out of a scan, which would
-    # then fail in Hessian-vector products (see `_product` in product/multiply.py).
+    # rounds twice. A select instead of the maximum would not do: if it were between
+    # constants, JAX would move it out of a scan, which would then fail in
+    # Hessian-vector products (see `_product` in product/multiply.py).
     return x / jnp.maximum(divisor, jnp.minimum(x, 0))
 
 

@@ -153,6 +153,7 @@ def _search_part(
         # The weights are divided by the scale before they are squared, and the errors
         # of different scales are compared after division by the squares of `scales`.
         # Very large weights then do not overflow, and very small ones do not vanish.
+        # Decoded scales are `scale / factor`.
         error_sum, slope, curvature = _sum_errors(
             blocks, factor / scale, fmt, sqrt_importance
         )
