@@ -105,17 +105,17 @@ def run(spec: ProductSpec, operands: Operands, *, is_device: bool = False) -> Ar
     num_rows = math.prod(x.shape[spec.batch : -1])
     shape = *x.shape[: spec.batch], num_rows, x.shape[-1]
     operands = operands._replace(left=x.reshape(shape))
-    product = spec, shape, x.dtype, operands.right.shape[-1]
+    check_args = spec, shape, x.dtype, operands.right.shape[-1]  # of `Backend.check`
 
     # Choose one back end, or one for each platform: a jitted function may be lowered
     # for the CPU of a machine that has a TPU.
     if spec.backend is not None:
         backends = (spec.backend,) if isinstance(spec.backend, str) else spec.backend
-        default, chosen = choose(backends, *product)[0], {}
+        default, chosen = choose(backends, *check_args)[0], {}
     else:
         is_local = is_device or modes.is_local()
         chosen = {
-            platform: choose(default_backends(platform, is_local), *product)[0]
+            platform: choose(default_backends(platform, is_local), *check_args)[0]
             for platform in PREFERRED
         }
         default = chosen["default"]

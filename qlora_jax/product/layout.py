@@ -129,7 +129,7 @@ def lay_out(
         used.update(batch[-1])
 
     # 2. The stored weights. All devices store and multiply the same number of complete
-    #    blocks.
+    #    blocks, so K is not split (`k_parts` is 1) if the last block is partial.
     *_, num_blocks, n = scales_shape
     k_parts = num_blocks if spec.k == num_blocks * spec.block_size else 1
     stored_experts: Axes = ()

@@ -49,7 +49,7 @@ def multiply(
     else:
         spec = ProductSpec(None, x.dtype.name, k, placement=placement)
     is_ragged = offsets is not None
-    batch = batch[: len(batch) - is_ragged]
+    batch = batch[: len(batch) - is_ragged]  # without the axis of experts
     has_batch = x.ndim > len(batch) and x.shape[: len(batch)] == (*batch,)
     if not has_batch or x.shape[-1] != k:
         expected = ", ".join(map(str, [*batch, "...", k]))

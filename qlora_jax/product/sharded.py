@@ -133,10 +133,11 @@ def compute(spec: ProductSpec, operands: Operands) -> Array:
     left_axes, weight_axes = (), ()
     if spec.is_explicit:
         left_axes = mesh_axes(left)
-        weight_axes = mesh_axes(right)[layer is not None :]
+        weight_axes = mesh_axes(right)[layer is not None :]  # skips the layers
         if spec.weight_axes is not None:
             weight_axes = [*weight_axes[: spec.batch], *spec.weight_axes]
-    # Each row of float weights counts as a block, so their own shape is used.
+    # Each row of float weights counts as a block, so their own shape is used. For their
+    # gradient, `right` is the gradient of y, so their shape is put together.
     scales_shape = (right if scales is None else scales).shape
     if spec.output == "w":
         experts = () if offsets is None else (offsets.shape[0] - 1,)

@@ -31,7 +31,7 @@ class Operands(NamedTuple):
     # `[*batch, *rows, .]`. A back end gets a single axis of rows, `[*batch, M, .]`.
     left: Array
     # uint8 codes `[*batch, ., N]`, or `[L, *batch, ., N]` with a layer index. Or float
-    # weights `[*batch, K, N]`; or, if weights are computed, `[*batch, *rows, N]`.
+    # weights `[*batch, K, N]`. For their gradient, that of y, `[*batch, *rows, N]`.
     right: Array
     scales: Array | None = None  # float32 `[*batch, blocks, N]` of a single layer
     layer: Array | None = None
@@ -48,7 +48,9 @@ class ProductSpec:
     It is a pytree without leaves, so transformations accept it as an argument.
     """
 
-    packed_as: Packing | None  # with float32 scales; None for float weights
+    # The format and block size of packed weights; None for float weights. Scales are
+    # decoded before the product, so `double_quant` is False.
+    packed_as: Packing | None
     dtype_name: str  # the logical dtype; decoded weights are rounded to it
     k: int  # the number of rows of the weights
     batch: int = 0  # the number of batch axes, not counting experts

@@ -231,7 +231,9 @@ def _shuffle_mixed(codes: Array, scales: list[Array], table: Array) -> Array:
 
 
 def _sublane(codes: Array, scales: list[Array], table: Array, emulate: bool) -> Array:
-    """Returns bfloat16 weights: gathers entries c and c + 8, and shifts to pick one."""
+    """Returns bfloat16 weights: gathers pairs of entries, and shifts to pick one."""
+    # Word i of a table holds the entries i and i + 8. The low three bits of a code
+    # select the word, and the highest bit selects the entry.
     pack = pack_emulated if emulate else _pack
     tables = [pack(table[:8] * scale, table[8:] * scale) for scale in scales]
 

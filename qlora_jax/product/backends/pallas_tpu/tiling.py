@@ -64,8 +64,8 @@ BLOCKS = (
     (128, 256),
     (128, 128),
     (128, 64),
-    # In transposed products, these blocks need only the scales of their own rows
-    # (`all_scales` is False).
+    # In transposed products with a `block_size` of 64, narrower blocks hold the scales
+    # of all rows (`all_scales`), and these two only those of their own rows.
     (512, 128),
     (512, 64),
 )
