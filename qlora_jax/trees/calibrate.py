@@ -74,7 +74,7 @@ def calibrate(
         if is_low_rank(adapter):
             kernel = as_kernel(kernels[path_string(keys)], adapter.geometry)
             by_keys[keys] = InputMoments.of(kernel)
-    total = nested_by_keys(by_keys)
+    total = nested_by_keys(by_keys)  # a lora tree of zeros
 
     # The gradient of an `InputMoments` is the measurement itself, whatever function of
     # the outputs is differentiated. Here, that is their sum.

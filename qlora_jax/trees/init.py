@@ -118,9 +118,9 @@ def init_targets(
         if is_target and not kernel.is_packed:
             leaf = as_base_leaf(kernel, config, largest.get(path), donate=donate)
         # DoRA's magnitudes are the norms of the packed weights.
-        frozen = as_kernel(leaf, geometry)
+        base_kernel = as_kernel(leaf, geometry)
         adapter_key = next(keys) if is_target else key  # only targets use the key
-        adapters[key_path] = new_adapter(adapter_key, frozen, config, path)
+        adapters[key_path] = new_adapter(adapter_key, base_kernel, config, path)
         return leaf
 
     return map_by_keys(init_leaf, params), nested_by_keys(adapters)

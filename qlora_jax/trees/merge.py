@@ -78,12 +78,12 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         base: The base tree, or one kernel.
         lora: The lora tree, or one adapter.
         requantize: Pack the merged kernels again, each in its own format, or in the
-            format that its `MergeAware` adapter was trained for. Other kernels without
-            a format stay in float; kernels that are trained through their quantization
-            are packed too. Unless an adapter is `MergeAware`, changes of less than half
-            a step are rounded away, and most of the adapter is lost. To merge such an
-            adapter into 4 bits, merge into the original float weights instead, and
-            `quantize` the result.
+            format that its `MergeAware` adapter was trained for. Float kernels without
+            a `MergeAware` adapter stay in float; kernels that are trained through their
+            quantization are packed too. Unless an adapter is `MergeAware`, changes of
+            less than half a step are rounded away, and most of the adapter is lost. To
+            merge such an adapter into 4 bits, merge into the original float weights
+            instead, and `quantize` the result.
 
     Raises:
         TypeError: If `base` is a combined tree.
@@ -154,8 +154,9 @@ def _with_common_divisors(tree: Tree, paths: Sequence[str]) -> Tree:
     """Gives one NVFP4 divisor to kernels at `paths` that servers fuse.
 
     `quantize` shares divisors too, but a merge-aware adapter is trained without the
-    other kernels, and its divisors differ from theirs by powers of two. A kernel of
-    which values would change keeps its divisor (see `with_e4m3_divisor`).
+    other kernels. Its divisors are therefore computed from powers of two, so that they
+    can be shared afterwards (`MergeAware.packed`). A kernel of which values would
+    change keeps its divisor (see `with_e4m3_divisor`).
     """
     leaves = leaves_by_path(tree)
     kernels = {p: leaves[p] for p in paths if leaves[p].packing.scheme.uses_largest}

@@ -17,6 +17,8 @@ KeyPath = tuple[Any, ...]  # as in `jax.tree_util`
 
 
 def _is_leaf(node: object) -> bool:
+    # `is_tree_leaf` is true of kernels and adapters, which JAX would flatten. It is
+    # false of arrays.
     return is_tree_leaf(node) or is_box(node)
 
 

@@ -46,8 +46,8 @@ def place(
 
     Codes and scales are split as the float kernel would be. Packed kernels also get a
     static `placement`: over Auto mesh axes, their products run as a `shard_map`, which
-    gathers weights in packed form. A is split along K and B along N, over all mesh axes
-    of the kernel, and so is the optimizer's state.
+    gathers weights in packed form. A is split along K, and B along N, each over all the
+    mesh axes that split K or N of the kernel, and so is the optimizer's state.
 
     It uses `jax.device_put` for arrays, and a sharding constraint inside `jit`. It sets
     the `sharding` of a `jax.ShapeDtypeStruct`, for `jit(...).lower` and checkpoints.

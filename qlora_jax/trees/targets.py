@@ -103,7 +103,7 @@ def _check_experts(path: str, shape: tuple[int, ...], config: QLoRAConfig) -> No
 
 
 def _check_merged(kernel: Kernel, k: int, config: QLoRAConfig) -> None:
-    """Raises ValueError if a merged kernel could not be packed in its target format."""
+    """Raises ValueError if `merge_aware` needs a packing that does not fit K."""
     packing = config.merged_packing(kernel.packing or config.packing)
     if packing is not None:
         try:
