@@ -183,10 +183,15 @@ def place(
     """
     specs = None  # a tree like the base tree
     if rules is None:
+        variables = _base_variables(model)
+        for path, holder, name in adapted_kernels(model):
+            # A leaf that is trained in full is in the base tree, too.
+            if (frozen := adapter_of(holder, name).frozen) is not None:
+                variables[join_path(path)] = frozen
         specs = nested(
             {
                 path: spec_of_names(_axis_names(variable), logical_axes or {})
-                for path, variable in _base_variables(model).items()
+                for path, variable in variables.items()
             }
         )
     trees = split(model)
@@ -195,7 +200,8 @@ def place(
     # Replicate the variables that are in neither tree, such as batch statistics.
     placed = {id(variable) for variable in _base_variables(model).values()}
     for _, holder, name in adapted_kernels(model):
-        placed.update(map(id, adapter_of(holder, name).variables.values()))
+        adapter = adapter_of(holder, name)
+        placed.update(map(id, (adapter.frozen, *adapter.variables.values())))
     replicated = NamedSharding(mesh, PartitionSpec())
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Variable) and id(node) not in placed:
