@@ -234,13 +234,13 @@ class ExportConfig(Config):
                     f"`{name}` must be left out unless the format is one of "
                     f"{', '.join(formats)}. Got {getattr(self, name)!r} for {target}."
                 )
-        packing = [name for name in PACKING_OPTIONS if name in set_options]
-        if self.gguf_type == "Q4_0" and "scales" in packing:
-            packing.remove("scales")  # Q4_0 does not say how scales are chosen
-        if self.gguf_type in GGUF_4_BIT_TYPES and packing:
+        options = [name for name in PACKING_OPTIONS if name in set_options]
+        if self.gguf_type == "Q4_0" and "scales" in options:
+            options.remove("scales")  # Q4_0 leaves open how scales are chosen
+        if self.gguf_type in GGUF_4_BIT_TYPES and options:
             raise ValueError(
-                f"`{packing[0]}` must be left out with `gguf_type` {self.gguf_type}, "
-                f"which sets the number format. Got {getattr(self, packing[0])!r}."
+                f"`{options[0]}` must be left out with `gguf_type` {self.gguf_type}, "
+                f"which sets the number format. Got {getattr(self, options[0])!r}."
             )
         if self.calibrate is not None and self.scales != "search":
             raise ValueError(

@@ -235,8 +235,8 @@ def _flatten(
     for key, value in settings.items():
         if key in groups_of(config_type) and isinstance(value, Mapping):
             nested = {f"{key}.{field}": x for field, x in value.items()}
-            # A mapping may also be the value of an option with the name of the group,
-            # such as `data`. It is the group if all its keys are fields of the group.
+            # `data` is a group, and also an option whose value may be a mapping, from
+            # files to weights. It is the group if all its keys are fields of the group.
             option = options_of(config_type).get(main_names.get(key, ""))
             members = () if option is None else get_args(option.hint)
             can_be_value = dict in [get_origin(member) for member in members]

@@ -74,7 +74,8 @@ class ModelConfig(Config):
         'auto'
     """
 
-    # The model and the data may move, because `_make_stamp` hashes their contents.
+    # The model and the data may move, because `_make_stamp` in `run.py` hashes their
+    # contents.
     path: str = option(
         REQUIRED, name="model", section="model and data", may_change=True
     )
