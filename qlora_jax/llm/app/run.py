@@ -351,7 +351,8 @@ def _complete_settings(
     """
     steps, warmup = config.training.steps, config.optimizer.warmup
     if steps is None:
-        if not config.data.stream:  # counting batches need not load their images
+        if not config.data.stream:  # streamed rows have no images
+            # Batches are only counted, so their images need not be loaded.
             rows = [row._replace(images=None) for row in data.train]
             data = data._replace(train=rows)
         num_batches = sum(1 for _ in make_batches(config.training, data, num_epochs=1))
@@ -443,6 +444,7 @@ def _make_stamp(
         del stamp["objective"]
     stamp["model's files"] = _hash_files(model.path)
     if isinstance(model.engine, TorchEngine):
+        # The option may change, such as from auto to torch, but not the actual engine.
         stamp["engine"] = "torch"
     if teacher is not None:
         stamp["teacher's files"] = _hash_files(teacher.path)

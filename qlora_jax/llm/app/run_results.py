@@ -176,7 +176,8 @@ def _make_result(
 ) -> TrainResult:
     step_rows = [row for row in rows if row["step"]]  # step 0 is only an evaluation
     losses = [row["loss"] for row in step_rows[-20:] if row["loss"] is not None]
-    # Time the steps that compiled no program or, if there are none, all steps.
+    # Time the steps that compiled no program or, if there are none, all steps. Only
+    # rows of steps that compiled one have the key `is_compiled`.
     timed = [row for row in step_rows if "is_compiled" not in row] or step_rows
     seconds = [row["seconds"] for row in timed]
     initial = rows[0] if rows and not rows[0]["step"] else {}

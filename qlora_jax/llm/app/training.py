@@ -66,8 +66,8 @@ from .train_config import TrainConfig
 if TYPE_CHECKING:
     import grain
 
-# The last two arguments of `write_results`: the last state of a run, and {}. With
-# `keep_best`, the state has the best adapter, and the dict has the metrics of its step.
+# The state with the adapter that a run writes, and metrics that replace those of the
+# last step. There are such metrics only if the adapter is the best one (`keep_best`).
 Outcome = tuple[State, Mapping[str, float]]
 
 
@@ -432,7 +432,7 @@ def _make_trainers(
 
 
 def _combine_schedules(schedules: Sequence[Callable[[Any], Any]]) -> Callable:
-    """Returns a function of the steps of all adapters that returns a list of rates."""
+    """Returns a function from the adapters' numbers of updates to learning rates."""
     return lambda num_updates: [
         schedule(n) for schedule, n in zip(schedules, num_updates, strict=True)
     ]
