@@ -38,6 +38,7 @@ def make_calibrator(
         return loss(lora, base, batch, None)[0]
 
     def calibrate(params: PyTree) -> PyTree:
+        # `ql.calibrate` measures the kernels with adapters, but does not apply these.
         config = ql.QLoRAConfig(fmt=None, rank=1, targets=LAYERS)
         base, lora = ql.init(jax.random.key(0), params, config)
         bar = tqdm(batches, "calibrating", unit=" batches", disable=None)

@@ -363,7 +363,8 @@ def _train(steps: int) -> tuple[float, Callable[[], jax.Array], int]:
         kind: getattr(memory, f"{kind}_size_in_bytes", 0)
         for kind in ("argument", "output", "temp", "alias")
     }
-    # Donated arguments are reused as outputs, and must not be counted twice.
+    # `alias` is the size of donated arguments that are reused as outputs. The sum
+    # counts them three times, and must count them once.
     planned_bytes = sum(sizes.values()) - 2 * sizes["alias"]
 
     def run_step() -> jax.Array:

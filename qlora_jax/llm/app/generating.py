@@ -325,7 +325,7 @@ def _encode_messages(
         value = [{"role": "user", "content": check_text("prompt", value)}]
     values = {"messages": value, "system": row.get("system") or system}
     values |= {"tools": row.get("tools")}
-    # The checked messages, in lists by the names that errors use, and "tools".
+    # "tools", and lists of messages by the names that errors use, such as "system".
     parts: Any = find_messages(Fields("messages", values, []), is_chat=True)
     tools, messages = parts.pop("tools"), [*itertools.chain(*parts.values())]
     if messages[-1]["role"] == "assistant":

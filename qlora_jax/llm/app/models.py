@@ -16,8 +16,8 @@ from .configs import ModelsConfig
 _SMALL = {"vocab_size": 262_144, "hidden_size": 256, "intermediate_size": 64}
 _SMALL |= {"num_hidden_layers": 4, "num_attention_heads": 32}
 _SMALL |= {"max_position_embeddings": 64, "num_experts_per_tok": 2}
-# llama.cpp supports some families only with a value that is not the default, as many
-# published models have.
+# A family has GGUF files if llama.cpp supports it with one of these. For some families,
+# it needs a value that is not the default, but that many published models have.
 _GGUF_OPTIONS: tuple[dict[str, object], ...] = (
     {},
     {"norm_topk_prob": True},

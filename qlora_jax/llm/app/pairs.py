@@ -194,6 +194,7 @@ def _find_adapter_problem(
 
 def _find_4_bit_problem(server: Server, model: BaseModel) -> str | None:
     """Returns why a server cannot load a model in 4 bits, or None."""
+    # The other servers load GGUF files, in which experts may have 4 bits.
     if model.decoder.experts is not None and server.floats == "merged":
         return "it is not known to load experts in 4 bits"
     return None

@@ -133,7 +133,8 @@ def _export(config: ExportConfig) -> Written:
         _WRITERS[export_format](_Writer(config, model, {}, path))
         return Written(str(config.out), export_format, _count_bytes(path))
     is_packed = export_format in FMTS_BY_FORMAT or config.gguf_type in GGUF_4_BIT_TYPES
-    # If the result is packed, the packing options describe it, and not the base.
+    # If the result is packed, the packing options describe it, and not the base. A
+    # config without `scales` must not have `calibrate` either.
     unset = dict.fromkeys((*PACKING_OPTIONS, "calibrate")) if is_packed else {}
     training_options = training_load_options(
         dataclasses.replace(config, **unset), model
@@ -277,7 +278,7 @@ def _write_pair(
     if pair.base != AS_IS:
         base = dataclasses.replace(model, lora={}, adapter_path=None)
         paths["base"] = write_part("base", base, options, pair.base)
-    paths["adapter"] = write_part("adapter", model, {}, pair.adapter)  # as it is
+    paths["adapter"] = write_part("adapter", model, {}, pair.adapter)  # no base to read
     return paths
 
 
@@ -344,8 +345,8 @@ class _Writer:
     # Models
 
     def write_merged(self) -> None:
-        # If neither values nor names change, tensors are copied from file to file, and
-        # `weights` is a folder. Otherwise, it is a tree.
+        # If no names change, and adapters are added to the weights as they are stored,
+        # `weights` is the model's folder. Otherwise, it is a tree.
         model, names = self.model, self.model.engine.exported_names
         is_merge_aware = target_packing_of(model.lora) is not None
         is_changed = self.options or is_merge_aware or model.replaces_weights
@@ -365,8 +366,8 @@ class _Writer:
         fmts, stored_fmt = FMTS_BY_FORMAT[export_format], model.stored_fmt
         # By default, weights in a suitable 4-bit format keep their codes.
         default = stored_fmt if stored_fmt in fmts else fmts[0]
-        # A folder in another 4-bit format keeps it (GGUF files are recoded instead), so
-        # `save_bitsandbytes` raises an error that lists the packed kernels.
+        # GGUF files in another 4-bit format are packed again. A folder keeps its
+        # format, so that `save_bitsandbytes` raises an error that lists its kernels.
         if export_format == "bitsandbytes" and not model.files.is_recoded:
             default = stored_fmt or default
         fmt = config.fmt or default
