@@ -37,7 +37,7 @@ class JaxEngine:
         path: A folder, or a `.gguf` file.
         decoder: The config of the decoder.
         layers: The patterns of the kernels to pack.
-        contract: Empty, because the paths of all kernels say the roles of their axes.
+        contract: Empty, because the default of `QLoRAConfig` holds for all kernels.
         image_token_id: None, because the decoder reads only text.
         generation_problem: None, because all models can generate tokens.
         can_pack_rows: True, because rows of all models may have several sequences.
@@ -94,6 +94,7 @@ class JaxEngine:
     @property
     def exported_names(self) -> ql.io.Names:
         """The names in an exported model, which has no vision part."""
+        # In models without a vision part, the decoder's module is called "model".
         return decoder_names(dataclasses.replace(self.decoder, module="model"))
 
     def language_params(self, params: PyTree) -> PyTree:

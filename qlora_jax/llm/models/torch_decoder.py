@@ -77,6 +77,7 @@ class TorchEngine:
         contract: Contract = {}
         for path in self.shapes:
             roles = self.names.roles(path)
+            # Only a kernel with all experts of a layer has a `parameter`.
             has_experts = self.names.entries[path].parameter is not None
             if roles and path != f"{self.head_module}.weight":
                 contract[re.escape(path)] = f"b{roles}" if has_experts else roles
@@ -280,7 +281,8 @@ class TorchDecoder:
     """A model in PyTorch, with those methods of a wrapped `Decoder` that are needed.
 
     Attributes:
-        config: The model.
+        config: The model, from which `Stream` reads `ropes`, as from the
+            `DecoderConfig` of a `Decoder`.
         language_model: The model as two functions, for hidden states and for logits.
         cached_model: The model as a function that continues sequences.
         has_dropout: Whether adapters have dropout. If not, dropout keys are ignored.
