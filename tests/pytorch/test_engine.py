@@ -99,10 +99,18 @@ def test_training_answers_validation_rows(folder, tmp_path):
     assert sorted(answer) == ["after", "before", "prompt", "right"]
 
 
-def test_a_merged_folder_has_the_loss_of_the_adapter(folder, tmp_path):
+@pytest.mark.parametrize("source", ["run", "model and adapter"])
+def test_a_merged_folder_has_the_loss_of_the_adapter(folder, tmp_path, source, capsys):
     out = tmp_path / "merged"
-    run = str(folder / "run")
-    assert main(["export", "--run", run, "--format", "merged", "--out", str(out)]) == 0
+    run, rows = str(folder / "run"), str(folder / "rows.jsonl")
+    command = ["export", "--format", "merged", "--out", str(out), "--data", rows]
+    if source == "run":
+        command += ["--run", run]
+    else:
+        command += ["--model", str(folder / "model"), "--adapter", f"{run}/adapter"]
+    assert main([*command, "--json"]) == 0
+    losses = json.loads(capsys.readouterr().out)["losses"]
+    assert_close(np.asarray(losses["file"]), np.asarray(losses["beside"]))
     merged = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     expected = torch_loss(merged)
     score = app.score(app.ScoreConfig(run=run, data=str(folder / "rows.jsonl")))

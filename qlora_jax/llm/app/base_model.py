@@ -447,7 +447,9 @@ def open_run(
 def open_model_for(config: PairsConfig | ExportConfig) -> tuple[BaseModel, int | None]:
     """Returns a config's model with its adapter, and the step of a run's state."""
     if config.run is None:
-        return open_model(str(config.model), config.adapter), None
+        run_configs = run_configs_of(config.adapter)
+        engine = run_configs[0].model.engine if run_configs else "jax"
+        return open_model(str(config.model), config.adapter, engine=engine), None
     return open_run(config.run, getattr(config, "step", None), config.model)
 
 

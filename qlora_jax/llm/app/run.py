@@ -443,9 +443,10 @@ def _make_stamp(
     if objective.name == TrainingConfig.objective:
         del stamp["objective"]
     stamp["model's files"] = _hash_files(model.path)
-    if isinstance(model.engine, TorchEngine):
+    if model.engine.name != "jax":
         # The option may change, such as from auto to torch, but not the actual engine.
-        stamp["engine"] = "torch"
+        # Stamps of version 0.2 lack the engine, which was always "jax".
+        stamp["engine"] = model.engine.name
     if teacher is not None:
         stamp["teacher's files"] = _hash_files(teacher.path)
     if data.mix:

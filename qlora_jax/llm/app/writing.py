@@ -170,7 +170,8 @@ def _export(config: ExportConfig) -> Written:
     writer = _Writer(config, model, merge_options, path, calibrate)
     cost, losses = _WRITERS[export_format](writer), None
     if score is not None and loss is not None:
-        losses = FileLosses(loss, _score_model(score, open_model(str(path)), {}))
+        written = open_model(str(path), engine=model.engine.name)
+        losses = FileLosses(loss, _score_model(score, written, {}))
     return Written(str(config.out), export_format, _count_bytes(path), cost, losses)
 
 

@@ -5,7 +5,7 @@ import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
@@ -36,6 +36,7 @@ class JaxEngine:
     Attributes:
         path: A folder, or a `.gguf` file.
         decoder: The config of the decoder.
+        name: The value of the option `engine`.
         layers: The patterns of the kernels to pack.
         contract: Empty, because the default of `QLoRAConfig` holds for all kernels.
         image_token_id: None, because the decoder reads only text.
@@ -45,6 +46,7 @@ class JaxEngine:
 
     path: pathlib.Path
     decoder: DecoderConfig
+    name: ClassVar[Literal["jax"]] = "jax"
     layers: ClassVar[str] = LAYERS
     contract: ClassVar[Mapping[Any, str]] = {}
     image_token_id: ClassVar[None] = None

@@ -10,7 +10,7 @@ import functools
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ class TorchEngine:
         image_token_id: The token that stands for parts of images; None for a model that
             reads only text.
         language_model: The model without the settings of `make_model`.
+        name: The value of the option `engine`.
         experts: None, because there is no loss that balances the load of experts.
         head_leaf: None, because an adapter of the head needs no loss of its own.
         has_vision: False, because a vision part is read with the language model.
@@ -65,6 +66,7 @@ class TorchEngine:
     head_module: str
     image_token_id: int | None
     language_model: "ql.torch.LanguageModel"
+    name: ClassVar[Literal["torch"]] = "torch"
     experts: ClassVar[None] = None
     head_leaf: ClassVar[None] = None
     has_vision: ClassVar[bool] = False
