@@ -69,7 +69,7 @@ def fit_to_mesh(
 
 
 def declared_mesh(placement: Placement | None) -> AnyMesh | None:
-    """Returns the mesh of a placement, or None if the context is another mesh."""
+    """Returns a placement's mesh; None if the context differs or has no Auto axes."""
     if placement is None:
         return None
     mesh, context = placement.mesh, get_abstract_mesh()

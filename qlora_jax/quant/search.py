@@ -157,8 +157,8 @@ def _search_part(
         error_sum, slope, curvature = _sum_errors(
             blocks, factor / scale, fmt, sqrt_importance
         )
-        # If the values c stay the same and the scale is multiplied by 1 + t, it is
-        # error_sum - 2 t slope + t^2 curvature. It is least at t = slope / curvature.
+        # If the values c stay the same and the scale is multiplied by 1 + t, the error
+        # is error_sum - 2 t slope + t^2 curvature, least at t = slope / curvature.
         step = jnp.where(curvature > 0, slope / curvature, 0)
         refined = store(scale * (1 + step))
         step = refined / scale - 1

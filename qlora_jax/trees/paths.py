@@ -127,7 +127,7 @@ def raise_if_any(
     problems: Sequence[str] | Mapping[str, str | None],
     error: type[Exception] = ValueError,
 ) -> None:
-    """Raises an error that lists the problems, unless there are none, or only None."""
+    """Raises an error that lists all problems that are not None, if there are any."""
     if isinstance(problems, Mapping):
         items = sorted(problems.items())
         problems = [f"{path}: {reason}" for path, reason in items if reason is not None]

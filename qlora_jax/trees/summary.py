@@ -57,7 +57,7 @@ class Summary:
             size = f"{row.nbytes:,}"
             table.append((row.path, row.shape, row.fmt, bits, size, trained))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        # Text is aligned to the left, numbers to the right: "{:<9}  {:<11}  ... {:>5}".
+        # Text is aligned to the left, numbers to the right: "{:<9}  {:<11}  ... {:<7}".
         columns = zip("<<<>><", widths, strict=True)
         line_format = "  ".join(f"{{:{align}{width}}}" for align, width in columns)
         lines = [line_format.format(*cells).rstrip() for cells in table]

@@ -48,7 +48,7 @@ class Parts(dict[str, Any]):
         return blocks
 
     def check_bits(self, name: str, count: int) -> None:
-        """Raises if a part has rows of `count` codes of 1 to 8 bits, but not of 4."""
+        """Raises if rows of a part have `count` codes of 1, 2, 3, 5, 6 or 8 bits."""
         bits = 8 * self[name].dtype.itemsize * self[name].shape[1] / count
         message = f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits."
         # Other numbers, such as 4.5, mean that a shape is wrong. The caller reports it.
