@@ -166,7 +166,8 @@ class _LayerwiseUpdate:
                 return x
             return OneLayer(interpreter.layer_of(x)) if x_depth == depth else None
 
-        values = list(map(argument_value, arguments, self.argument_depths))
+        pairs = zip(arguments, self.argument_depths, strict=True)
+        values = [argument_value(x, x_depth) for x, x_depth in pairs]
         results = interpreter.run(self.program, *values)
         return {
             j: interpreter.layer_of(x) if depth and x is not None else x
