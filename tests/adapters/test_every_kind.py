@@ -101,7 +101,7 @@ def refusal_of(kind, operation, roles, selection):
     if operation == "ragged" and (
         selection != "alone" or kind not in ("LoRA", "SharedLoRA", "MergeAware")
     ):
-        return "a ragged product supports LoRA, SharedLoRA and MergeAware adapters"
+        return "supports LoRA, SharedLoRA and MergeAware adapters, and none from a bank"
     if selection == "by row" and operation == "merged":
         return "`ids` must be one number where weights are merged"
     if selection == "by row" and roles == "bkn":
