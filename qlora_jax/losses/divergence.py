@@ -84,8 +84,9 @@ def chunked_kl_divergence(
     )
     tokens_shape, vocabulary_size = hidden.shape[:-1], kernel.matrix_shape[-1]
     if teacher_hidden.shape[:-1] != tokens_shape:
+        axes = ", ".join(map(str, tokens_shape))
         raise ValueError(
-            f"`teacher_hidden` must have shape [*{tokens_shape}, E], one row for each "
+            f"`teacher_hidden` must have shape [{axes}, E], one row for each "
             f"token of `hidden`. Got {teacher_hidden.shape}."
         )
     if teacher_kernel.matrix_shape[-1] != vocabulary_size:
