@@ -154,7 +154,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         return self.geometry.matrix_shape(self.shape)
 
     def take(self) -> "Kernel":
-        """Returns the kernel; a `LayerOfStack` copies its layer out of the stack."""
+        """Returns the kernel. One that is a layer of a stack is copied out of it."""
         return self
 
     def dequantize_matrix(self, dtype: DTypeLike | None = None) -> Array:
