@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from cases import inputs, weights
 from jax_peers import contestant, product_functions, temporaries
 from timing import (
-    Worker,
     find_python,
     interleave,
     machine,
     make_parser,
     mib,
+    start_worker,
     table,
     timed,
     versions,
@@ -123,7 +123,7 @@ def quantize_rows(
             return jax.block_until_ready(ql.quantize(w, "nf4"))
 
         samplers = {"ours": timed(quantize)}
-        worker = Worker(python, "bitsandbytes", case) if python else None
+        worker = start_worker(python, "bitsandbytes", case) if python else None
         if worker is not None and "error" not in worker.facts:
             samplers["bitsandbytes"] = worker.sample
         times = interleave(samplers, rounds)

@@ -14,12 +14,12 @@ import sys
 from cases import SMOLLM2_135M, TINY_LLAMA
 from timing import (
     ROUNDS,
-    Worker,
     find_python,
     interleave,
     make_parser,
     mib,
     print_table,
+    start_worker,
 )
 from tqdm import tqdm
 
@@ -37,7 +37,7 @@ def measure(case: dict, pythons: dict[str, str], rounds: int) -> list[list[str]]
     torch = "torch" if case["fmt"] is None else "bitsandbytes"
     peers = {"torch": torch, "llama.cpp": "llama.cpp"}
     workers = {
-        name: Worker(python, peers.get(name, "qlora_jax"), case)
+        name: start_worker(python, peers.get(name, "qlora_jax"), case)
         for name, python in pythons.items()
         if name != "llama.cpp" or (case["fmt"] and not case["rank"])
     }

@@ -19,6 +19,7 @@ from timing import (
     machine,
     make_parser,
     mib,
+    start_worker,
     table,
     write_markdown,
 )
@@ -136,7 +137,7 @@ def run_case(case: dict, peers, pythons: dict, rounds: int) -> tuple[list, dict]
         for peer in peers:
             python = python_of(peer, pythons)
             if python is not None:
-                workers[peer] = Worker(python, peer, case)
+                workers[peer] = start_worker(python, peer, case)
         return measure(workers, rounds)
     finally:
         for worker in workers.values():

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -161,15 +162,18 @@ class Worker:
         facts: What the worker reported when it was ready; it has "error" if it failed.
     """
 
-    def __init__(self, python: str, peer: str, case: dict):
-        command = [python, str(Path(__file__).with_name("worker.py")), peer]
+    def __init__(self, command: list[str], paths: Sequence[Path] = ()):
+        """Starts a command that answers as worker.py does, with `PYTHONPATH` set."""
+        settings = {"JAX_PLATFORMS": "cpu"}
+        if paths:
+            settings["PYTHONPATH"] = os.pathsep.join(map(str, paths))
         self._process = subprocess.Popen(
-            [*command, json.dumps(case)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            env=os.environ | settings,
         )
         self.facts = self._read()
 
@@ -196,6 +200,12 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+
+
+def start_worker(python: str, peer: str, case: dict) -> Worker:
+    """Returns a worker that runs a case (see cases.py) of a peer."""
+    script = str(Path(__file__).with_name("worker.py"))
+    return Worker([python, script, peer, json.dumps(case)])
 
 
 def has_module(python: str | None, module: str) -> bool:

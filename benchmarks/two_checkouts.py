@@ -10,26 +10,25 @@ ratios of medians from one run. A ratio above 1 means that AFTER is slower.
 """
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
 from cases import SMOLLM2_135M, TINY_LLAMA
-from timing import interleave, make_parser, print_table
+from timing import Worker, interleave, make_parser, print_table
 from tqdm import tqdm
 
 ROUNDS = 15
 HEADER = ["case", "after / before", "before ms", "after ms"]
-# Traces and compiles a model of compile_time.py for each line on standard input, each
-# time from another depth of the stack (see compile_time.py for the reason).
+# Answers as worker.py does. Each sample traces and compiles a model of compile_time.py
+# from another depth of the stack (see there for the reason).
 COMPILE = """\
 import functools, json, sys
 import compile_time
-layers, width, rounds = json.loads(sys.argv[1])
-chosen = compile_time.cases(layers, width)
+name, (layers, width, rounds) = sys.argv[1], json.loads(sys.argv[2])
+case = compile_time.cases(layers, width)[name]
+run = functools.partial(compile_time.seconds, *case)
+print("{}", flush=True)
 for i, line in enumerate(sys.stdin):
-    run = functools.partial(compile_time.seconds, *chosen[line.strip()])
     seconds = compile_time.at_depth(i * compile_time.FRAMES // rounds, run)
     print(json.dumps({"seconds": sum(seconds)}), flush=True)
 """
@@ -55,58 +54,15 @@ def cases(quick: bool) -> dict[str, dict]:
     return named
 
 
-class Process:
-    """A process that runs one case in one checkout for each line that it gets."""
-
-    def __init__(self, checkout: pathlib.Path, *arguments: str):
-        benchmarks = checkout / "benchmarks"
-        paths = os.pathsep.join(map(str, (checkout, benchmarks)))
-        self._process = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=benchmarks,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths},
-        )
-
-    def read(self) -> dict:
-        """Returns the next line of JSON."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                answer = json.loads(line)
-                if "error" in answer:
-                    raise RuntimeError(answer["error"])
-                return answer
-        raise RuntimeError(f"The process ended with {self._process.wait()}.")
-
-    def sample(self, request: str) -> float:
-        """Runs the case, and returns its seconds."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(request + "\n")
-        self._process.stdin.flush()
-        return self.read()["seconds"]
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def compare(
-    name: str, checkouts: list, arguments: list[str], request: str, rounds: int
-) -> list[str]:
-    """Returns a row of the table."""
-    processes = [Process(checkout, *arguments) for checkout in checkouts]
-    if request == "time":
-        for process in processes:
-            process.read()  # the facts that worker.py prints once it has warmed up
-    samplers = {p: lambda p=p: p.sample(request) for p in processes}
+def compare(name: str, workers: list[Worker], rounds: int) -> list[str]:
+    """Returns a row of the table; `workers` are those of the two checkouts."""
+    for worker in workers:
+        if "error" in worker.facts:
+            raise RuntimeError(f"{name}: {worker.facts['error']}")
+    samplers = {worker: worker.sample for worker in workers}
     before, after = interleave(samplers, rounds).values()
-    for process in processes:
-        process.close()
+    for worker in workers:
+        worker.close()
     ratio = f"{after.median / before.median:.3f}"
     return [name, ratio, f"{before.median * 1e3:.2f}", f"{after.median * 1e3:.2f}"]
 
@@ -122,17 +78,23 @@ def main() -> None:
     )
     args = parser.parse_args()
     checkouts = [args.before.resolve(), args.after.resolve()]
-    runs = {}
+    commands = {}  # from the folder of a checkout's benchmarks, by the name of the case
     for name, case in cases(args.quick).items():
-        peer = case.pop("peer", "qlora_jax")
-        runs[name] = ["worker.py", peer, json.dumps(case)], "time"
-    settings = [*([2, 64] if args.quick else [32, 256]), args.rounds]
+        arguments = [case.pop("peer", "qlora_jax"), json.dumps(case)]
+        commands[name] = lambda folder, x=arguments: [str(folder / "worker.py"), *x]
+    settings = json.dumps([*([2, 64] if args.quick else [32, 256]), args.rounds])
     for name in ("dense", "LoRA on float", "QLoRA, nf4"):
-        runs[f"compile: {name}"] = ["-c", COMPILE, json.dumps(settings)], name
+        arguments = ["-c", COMPILE, name, settings]
+        commands[f"compile: {name}"] = lambda folder, x=arguments: x
     rows = []
-    runs = {name: run for name, run in runs.items() if args.only in name}
-    for name, run in tqdm(runs.items(), disable=None):
-        rows.append(compare(name, checkouts, *run, args.rounds))
+    chosen = [name for name in commands if args.only in name]
+    for name in tqdm(chosen, disable=None):
+        workers = []
+        for checkout in checkouts:
+            folder = checkout / "benchmarks"
+            command = [sys.executable, *commands[name](folder)]
+            workers.append(Worker(command, [checkout, folder]))
+        rows.append(compare(name, workers, args.rounds))
         tqdm.write(" ".join(rows[-1]))  # a run takes most of an hour
     print_table(HEADER, rows, args.markdown)
 

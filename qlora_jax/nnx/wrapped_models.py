@@ -76,8 +76,7 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
     """
     base = {path: x.get_value() for path, x in _base_variables(model).items()}
     kernels = {join_path(path): (x, name) for path, x, name in adapted_kernels(model)}
-    # Adds the frozen arrays of leaves that are trained in full, and replaces the floats
-    # of kernels that are trained through their quantizer by `StraightThrough`s.
+    # The base of a kernel that is trained through its quantizer is a `StraightThrough`.
     base |= {path: base_of(*kernel) for path, kernel in kernels.items()}
     lora = {path: adapter_of(*kernel).adapter for path, kernel in kernels.items()}
     return nested(base), nested(lora)
@@ -133,15 +132,18 @@ def join(model: M, base: Tree, lora: Tree) -> M:
     for path, holder, name in adapted_kernels(model):
         adapter, path = adapter_of(holder, name), join_path(path)
         adapter.set(adapters[path])
-        # The adapter now has the trained array. The frozen one comes from `base`.
-        if adapter.frozen is not None:
-            adapter.frozen.set_value(leaves[path])
     return model
 
 
 def _base_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
-    nodes = list(nnx.iter_graph(model))
-    return {join_path(path): node for path, node in nodes if is_base(node)}
+    """Returns the variables that hold the leaves of the base tree, by path."""
+    nodes = nnx.iter_graph(model)
+    variables = {join_path(path): node for path, node in nodes if is_base(node)}
+    # The frozen array of a leaf that is trained in full is beside its adapter.
+    for path, holder, name in adapted_kernels(model):
+        if (frozen := adapter_of(holder, name).frozen) is not None:
+            variables[join_path(path)] = frozen
+    return variables
 
 
 def place(
@@ -183,15 +185,10 @@ def place(
     """
     specs = None  # a tree like the base tree
     if rules is None:
-        variables = _base_variables(model)
-        for path, holder, name in adapted_kernels(model):
-            # A leaf that is trained in full is in the base tree, too.
-            if (frozen := adapter_of(holder, name).frozen) is not None:
-                variables[join_path(path)] = frozen
         specs = nested(
             {
                 path: spec_of_names(_axis_names(variable), logical_axes or {})
-                for path, variable in variables.items()
+                for path, variable in _base_variables(model).items()
             }
         )
     trees = split(model)
@@ -200,8 +197,7 @@ def place(
     # Replicate the variables that are in neither tree, such as batch statistics.
     placed = {id(variable) for variable in _base_variables(model).values()}
     for _, holder, name in adapted_kernels(model):
-        adapter = adapter_of(holder, name)
-        placed.update(map(id, (adapter.frozen, *adapter.variables.values())))
+        placed.update(map(id, adapter_of(holder, name).variables.values()))
     replicated = NamedSharding(mesh, PartitionSpec())
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Variable) and id(node) not in placed:

@@ -42,7 +42,7 @@ def test_the_loss_of_packed_rows_is_that_of_separate_rows(kind, tmp_path):
     config_class, changes = PACKED[kind]
     folder = save_model(tmp_path / "model", config_class, **changes)
     model = open_model(str(folder), engine="torch").read(progress=False)
-    assert model.engine.packing_problem() is None
+    assert model.engine.packing_problem is None
     rng, rows = np.random.default_rng(0), []
     for length in (9, 5, 7):
         ids = rng.integers(3, 200, length).astype(np.int32)

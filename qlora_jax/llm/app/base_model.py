@@ -45,7 +45,7 @@ from .run_folder import CONFIG, STATE, quiet_orbax, read_run_config
 from .train_config import TrainConfig
 from .train_groups import AdapterConfig, ModelConfig
 
-# A model in `Decoder` or in PyTorch's code. Both classes have the same attributes.
+# A model in `Decoder` or in PyTorch's code, with the attributes that all commands need.
 Engine = JaxEngine | TorchEngine
 
 MLX_ADAPTER = "adapters.safetensors"
@@ -355,8 +355,7 @@ def open_model_and_adapters(
         return model, {}, training_load_options(config, model)
     adapters = _split_adapters(config.adapter)
     adapter = adapters[0] if len(adapters) == 1 else None
-    run_configs = run_configs_of(adapters)
-    engine = config.engine or (run_configs[0].model.engine if run_configs else "auto")
+    engine = config.engine or _engine_of_runs(adapters, default="auto")
     model = open_model(str(config.model), adapter, config.recode, engine)
     options = training_load_options(config, model)
     if adapter is not None or not adapters:
@@ -407,6 +406,14 @@ def run_configs_of(
     return run_configs
 
 
+def _engine_of_runs(
+    adapters: str | Sequence[str] | None, default: EngineName
+) -> EngineName:
+    """Returns the engine of the run that wrote the first adapter, if there is one."""
+    run_configs = run_configs_of(adapters)
+    return run_configs[0].model.engine if run_configs else default
+
+
 def open_run(
     run: str, step: int | None = None, base_model: str | None = None
 ) -> tuple[BaseModel, int | None]:
@@ -447,8 +454,7 @@ def open_run(
 def open_model_for(config: PairsConfig | ExportConfig) -> tuple[BaseModel, int | None]:
     """Returns a config's model with its adapter, and the step of a run's state."""
     if config.run is None:
-        run_configs = run_configs_of(config.adapter)
-        engine = run_configs[0].model.engine if run_configs else "jax"
+        engine = _engine_of_runs(config.adapter, default="jax")
         return open_model(str(config.model), config.adapter, engine=engine), None
     return open_run(config.run, getattr(config, "step", None), config.model)
 

@@ -277,7 +277,7 @@ def _check_torch_settings(config: TrainConfig, engine: TorchEngine) -> None:
         if settings[name] not in allowed
     ]:
         raise ValueError(f"with the model in PyTorch's code, {' '.join(problems)}")
-    problem = engine.packing_problem() if config.training.packing else None
+    problem = engine.packing_problem if config.training.packing else None
     if problem is not None:
         raise ValueError(
             f"`packing` must be false for {engine.class_name}, because "

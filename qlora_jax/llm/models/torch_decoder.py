@@ -124,7 +124,9 @@ class TorchEngine:
         has_dropout: bool = False,
         has_packed_rows: bool = False,
         backend: str | Sequence[str] | None = None,
-        **options: Any,
+        attention: str = "xla",
+        stream_dtype: DTypeLike = jnp.float32,
+        mlp_tile: int | None = None,
     ) -> "TorchDecoder":
         """Returns the model.
 
@@ -132,10 +134,10 @@ class TorchEngine:
         the keys and values in caches. With `remat`, stacked layers are computed again
         in the backward pass; otherwise, all of their values are kept. `has_dropout`
         must be true if adapters have dropout, and `has_packed_rows` if rows have
-        several sequences. `backend` is as in `ql.matmul`. Other `options` of `Decoder`
-        have no effect.
+        several sequences. `backend` is as in `ql.matmul`. The last three are options of
+        `Decoder` that have no effect here; `train` accepts only their default values.
         """
-        del options
+        del attention, stream_dtype, mlp_tile
         policy = None if remat else jax.checkpoint_policies.everything_saveable
         language_model = ql.torch.open_language_model(
             self.path, has_dropout=has_dropout, policy=policy, backend=backend
@@ -156,8 +158,9 @@ class TorchEngine:
         """Why the model cannot generate tokens in JAX; None if it can."""
         return self.make_model().cached_model.problem()
 
+    @property
     def packing_problem(self) -> str | None:
-        """Returns why rows cannot have several sequences; None if they can."""
+        """Why rows cannot have several sequences; None if they can."""
         return ql.torch.packing_problem(ql.torch.open_language_model(self.path))
 
 
