@@ -14,6 +14,7 @@ class Wrapped(Protocol):
     @property
     def module(self) -> torch.nn.Module:
         """The module."""
+        ...
 
 
 Model = torch.nn.Module | Wrapped
