@@ -13,7 +13,7 @@ import qlora_jax as ql
 
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
-from .delta_rule_order import value_row_order
+from .delta_rule_order import value_column_order, value_row_order
 from .file import GGUFFile, StoredTensor, open_gguf
 from .values_in import (
     FREQUENCIES,
@@ -313,9 +313,14 @@ def read_gguf_lora(path: str | pathlib.Path, config: DecoderConfig) -> ql.io.Pla
             problems.append(f"{tensor.name}: unexpected tensor of shape {shape}")
             continue
         name = hf_names[gguf_name]
+        # B has the rows of the kernel, and A has its columns. A wrong number of columns
+        # is reported by `ql.io.load_peft`.
         is_b = part == "b"
         rows = stored_rows(name, shape, config, architecture) if is_b else None
         x = GGUFTensor(shape, tensor.data, tensor.tensor_type, rows)[:]
+        columns = None if is_b else value_column_order(name, config)
+        if columns is not None and len(columns) == shape[1]:
+            x = x[:, np.argsort(columns)]
         factors.setdefault(name.removesuffix(".weight"), {})[part] = x
     if problems:
         lines = "\n  ".join(sorted(problems))
