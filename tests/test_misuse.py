@@ -89,6 +89,9 @@ def test_an_argument_of_a_wrong_type_is_named(name):
         (lambda: ql.explain_backend(X, X), "`q` must be a QTensor. Got ArrayImpl."),
         (lambda: ql.apply(jnp.ones(64), None, X),
          "the kernel of `base` must have at least 2 axes. Got shape (64,)."),
+        (lambda: ql.apply(ql.combine(BASE, LORA), None, X),
+         "a kernel must be a QTensor, a StraightThrough or a float array. Got "
+         "AdaptedKernel: `split` a combined tree first."),
         (lambda: BANK[0:1], "`place` must be integers. Got slice."),
         (lambda: ql.init(0, {"kernel": jnp.ones((64, 8))}, ql.QLoRAConfig()),
          "`key` must be a PRNG key, such as jax.random.key(0). Got int."),

@@ -15,7 +15,7 @@ from ..product.choose import checked_backend
 from ..product.matmul import as_float, explain_forward_mode_errors
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
 from ..quant.kernel import FloatKernel, Kernel, as_kernel
-from .base import Adapter, check_adapter, misfit_reason
+from .base import AdaptedKernel, Adapter, check_adapter, misfit_reason
 from .call import Lookup
 from .product import product
 
@@ -235,9 +235,12 @@ def _checked_kernel(
 ) -> Kernel:
     """Returns a layer's kernel, after checking that its axes are known."""
     if isinstance(w, Mapping) or not hasattr(w, "shape"):
+        hint = "was the tree restored without its structure?"
+        if isinstance(w, AdaptedKernel):
+            hint = "`split` a combined tree first."
         raise ValueError(
             "a kernel must be a QTensor, a StraightThrough or a float array. Got "
-            f"{type(w).__name__}: was the tree restored without its structure?"
+            f"{type(w).__name__}: {hint}"
         )
     if len(w.shape) < 2:
         raise ValueError(

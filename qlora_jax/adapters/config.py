@@ -88,10 +88,11 @@ class QLoRAConfig:
             Needs `dropout` of 0.
         target_fmt: With `merge_aware`: the number format in which the merged kernels
             will be packed; by default the format, blocks and scales of each kernel in
-            `base`. If it differs from the kernel's format, blocks and scales are the
-            defaults of `target_fmt`, or those of `block_size` and `double_quant` where
-            `fmt` is None. If the base is in a finer format than `target_fmt`, or in
-            float, smaller changes are enough to round a weight to another value.
+            `base`. A kernel that is in another format gets the blocks and scales of
+            `block_size` and `double_quant` where `fmt` is None or equal to
+            `target_fmt`, and the defaults of `target_fmt` elsewhere. If the base is in
+            a finer format than `target_fmt`, or in float, smaller changes are enough to
+            round a weight to another value.
         contract: Which axes of the kernels are contracted, by pattern, or one value for
             all targets; -2 by default. Either the axes, as negative integers: -3 for
             attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`, -1 for `[out, in]`. Or
@@ -233,13 +234,12 @@ class QLoRAConfig:
         """
         if not self.merge_aware:
             return None
-        target_fmt = self.target_fmt or (packing.fmt if packing else self.fmt)
-        if packing is not None and packing.fmt == target_fmt:
+        if packing is not None and self.target_fmt in (None, packing.fmt):
             return packing
-        # The config's blocks and scales are for `fmt`; without it, for `target_fmt`.
-        if self.fmt in (None, target_fmt):
-            return Packing(cast(str, target_fmt), self.block_size, self.double_quant)
-        return Packing(cast(str, target_fmt))
+        target_fmt = cast(str, self.target_fmt or self.fmt)
+        if self.fmt in (None, target_fmt):  # the config's blocks and scales fit
+            return Packing(target_fmt, self.block_size, self.double_quant)
+        return Packing(target_fmt)
 
     def _key(self) -> tuple[object, ...]:
         # The order of patterns matters, because the first one that matches wins.
@@ -374,19 +374,19 @@ def as_rank(rank: object) -> int:
 
 
 def _as_ranks(ranks: int | Sequence[int]) -> int | tuple[int, ...]:
-    if isinstance(ranks, list | tuple) and len(ranks) > 0:
+    if isinstance(ranks, Sequence) and not isinstance(ranks, str) and ranks:
         return tuple(map(as_rank, ranks))
     return as_rank(ranks)
 
 
-def _as_rows(rows: Sequence[int]) -> tuple[int, ...]:
+def _as_rows(rows: Iterable[int]) -> tuple[int, ...]:
     try:
-        indices = tuple(sorted({operator.index(row) for row in rows}))
+        indices = sorted(operator.index(row) for row in rows)
     except TypeError:
-        indices = ()
-    if not indices or indices[0] < 0 or len(indices) < len(rows):
+        indices = []
+    if not indices or indices[0] < 0 or len({*indices}) < len(indices):
         raise ValueError(f"rows must be distinct integers from 0. Got {rows!r}.")
-    return indices
+    return tuple(indices)
 
 
 def _as_alpha(alpha: Any) -> float:

@@ -34,11 +34,8 @@ def adapted_product(
     ragged, and x is `[M, K]`.
     """
     if lora is not None:
-        if offsets is not None and not lora.can_be_ragged:
-            raise NotImplementedError(
-                "a ragged product supports LoRA, SharedLoRA and MergeAware adapters, "
-                f"and none from a bank. Got {type(lora).__name__}."
-            )
+        if offsets is not None:
+            _check_ragged(lora)
         # For the frozen kernel, the adapter calls this function without an adapter.
         multiply_frozen = functools.partial(
             adapted_product,
@@ -59,6 +56,14 @@ def adapted_product(
         # Float experts are resharded to match x. Other weights stay; x is resharded.
         weights_move=offsets is not None,
     )
+
+
+def _check_ragged(lora: Adapter) -> None:
+    if not lora.can_be_ragged:
+        raise NotImplementedError(
+            "a ragged product supports LoRA, SharedLoRA and MergeAware adapters, "
+            f"and none from a bank. Got {type(lora).__name__}."
+        )
 
 
 # Jitted so that layers of the same shape are traced once: in a model that unrolls its
@@ -136,10 +141,15 @@ def ragged_dot(
         )
     if dropout_key is not None:
         check_key("dropout_key", dropout_key)
+    # Float experts get their axes from the adapter. Its kind is checked first, because
+    # a `Trained` does not know the axes.
+    if isinstance(lora, Adapter):
+        _check_ragged(lora)
     x, kernel = as_float(x), as_kernel(experts, getattr(lora, "geometry", None))
     if layer is not None:
         if not isinstance(kernel, QTensor):
-            raise ValueError(f"`layer` needs packed experts. Got {type(experts)}.")
+            kind = type(experts).__name__
+            raise ValueError(f"`layer` needs packed experts. Got {kind}.")
         kernel = layer_of(kernel, layer)
     check_adapter(lora, kernel, "experts")
     *batch, k, _ = kernel.matrix_shape

@@ -142,6 +142,13 @@ def test_numbers_of_numpy_and_compiled_patterns_are_taken():
     assert hash(config) == hash(dataclasses.replace(config))
 
 
+def test_sequences_of_numbers_are_taken():
+    ranks, rows = {"ranges": range(2, 4)}, {"iterators": map(int, "53")}
+    config = ql.QLoRAConfig(rank_pattern=ranks, trainable_rows=rows)
+    assert config.ranks_of("ranges") == (2, 3)
+    assert config.rows_of("iterators") == (3, 5)
+
+
 @pytest.mark.parametrize(
     ("settings", "scaling"),
     [

@@ -200,6 +200,10 @@ def test_adapters_of_other_kinds_and_shapes_are_refused():
     dora = trees(dataclasses.replace(CONFIG, use_dora=True))[1]
     with pytest.raises(NotImplementedError, match="a ragged product supports LoRA"):
         ql.ragged_dot(x, q, SIZES, dora)
+    in_full = ql.QLoRAConfig(targets=(), trainable="kernel")
+    trained = ql.init(jax.random.key(0), {"kernel": KERNEL}, in_full)[1]["kernel"]
+    with pytest.raises(NotImplementedError, match="none from a bank. Got Trained."):
+        ql.ragged_dot(x, KERNEL, SIZES, trained)
     with pytest.raises(TypeError, match=r"Got 2 kernels in \['int4', 'nf4'\]"):
         ql.ragged_dot(x, [ql.quantize(KERNEL[0], fmt) for fmt in ("nf4", "int4")], [1])
     with pytest.raises(ValueError, match="`shared` needs a stack of experts"):
