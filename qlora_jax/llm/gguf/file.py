@@ -108,16 +108,25 @@ class _Cursor:
         if kind == _STRING:
             return self.text(), (kind,)
         if kind != _ARRAY:
-            return self.number(_NUMBERS[kind]), (kind,)
+            return self.number(_number_code(kind)), (kind,)
         item_kind, count = self.number("I"), self.number("Q")
         if item_kind == _STRING:
             return [self.text() for _ in range(count)], (kind, item_kind)
-        dtype = np.dtype(f"<{_NUMBERS[item_kind]}")
+        dtype = np.dtype(f"<{_number_code(item_kind)}")
         if count * dtype.itemsize > len(self.bytes) - self.offset:
             raise ValueError(_TRUNCATED)
         items = np.frombuffer(self.bytes, dtype, count, self.offset).tolist()
         self.offset += count * dtype.itemsize
         return items, (kind, item_kind)
+
+
+def _number_code(kind: int) -> str:
+    if kind not in _NUMBERS:
+        raise ValueError(
+            "Its values must be numbers, strings, or arrays of numbers or strings. Got "
+            f"the type {kind}."
+        )
+    return _NUMBERS[kind]
 
 
 def _read(path: pathlib.Path) -> GGUFFile:
@@ -140,6 +149,10 @@ def _read(path: pathlib.Path) -> GGUFFile:
         values[key], types[key] = cursor.value()
     infos = [_read_info(cursor) for _ in range(num_tensors)]
     alignment = values.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(
+            f"`general.alignment` must be a positive integer. Got {alignment!r:.80}."
+        )
     start = -(-cursor.offset // alignment) * alignment
     tensors = {}
     for name, shape, tensor_type, nbytes, offset in infos:

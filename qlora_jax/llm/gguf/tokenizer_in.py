@@ -78,8 +78,14 @@ def _read_bpe(file: GGUFFile) -> "Tokenizer":
             "with tokenizer.json."
         )
     _, normalizer, ignores_merges = PRE_TOKENIZERS[pre]
+    _check_lengths(tokens, types)
     vocab = {token: index for index, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    if wrong := [merge for merge in merges if " " not in merge]:
+        raise ql.io.CheckpointError(
+            "the merges of a GGUF file must be pairs of tokens with a space between "
+            f"them. Got {wrong[:3]}."
+        )
     bpe = models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignores_merges)
     tokenizer = Tokenizer(bpe)
     if normalizer is not None:
@@ -87,7 +93,7 @@ def _read_bpe(file: GGUFFile) -> "Tokenizer":
     tokenizer.pre_tokenizer = make_pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     _add_tokens(tokenizer, tokens, types)
-    _add_ends(tokenizer, file, adds_bos=pre == "llama-bpe")
+    _add_bos_and_eos(tokenizer, file, adds_bos=pre == "llama-bpe")
     return tokenizer
 
 
@@ -96,12 +102,7 @@ def _read_spm(file: GGUFFile) -> "Tokenizer":
 
     keys = ("tokens", "token_type", "scores")
     tokens, types, scores = (_get(file, key) for key in keys)
-    sizes = [len(x or ()) for x in (tokens, types, scores)]
-    if not sizes[0] or len(set(sizes)) > 1:
-        raise ql.io.CheckpointError(
-            "tokens, token_type and scores must have the same length, and at least one "
-            f"item. Got {sizes}."
-        )
+    _check_lengths(tokens, types, scores)
     # 1. Merges form all tokens except special and added ones.
     unknown = next(iter(_tokens_of_types(tokens, types, UNKNOWN)), None)
     unmerged = _tokens_of_types(tokens, types, SPECIAL, USER_DEFINED, UNUSED, UNKNOWN)
@@ -123,10 +124,22 @@ def _read_spm(file: GGUFFile) -> "Tokenizer":
         tokenizer.decoder = spm_decoder(strips=True)
     else:
         split_as_gemma(tokenizer)
-    # 3. Add the tokens that no merge forms, and set the tokens that surround a text.
+    # 3. Add the tokens that no merge forms, and those before and after a text.
     _add_tokens(tokenizer, tokens, types)
-    _add_ends(tokenizer, file, adds_bos=True)
+    _add_bos_and_eos(tokenizer, file, adds_bos=True)
     return tokenizer
+
+
+def _check_lengths(*arrays: Sequence[object] | None) -> None:
+    """Checks the arrays of tokens, their types and, for SentencePiece, their scores."""
+    sizes = [len(array or ()) for array in arrays]
+    if not sizes[0] or len(set(sizes)) > 1:
+        names = (
+            "tokens, token_type and scores" if sizes[2:] else "tokens and token_type"
+        )
+        raise ql.io.CheckpointError(
+            f"{names} must have the same length, and at least one item. Got {sizes}."
+        )
 
 
 def split_pairs(token: str, vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:
@@ -201,8 +214,8 @@ def _add_tokens(
     )
 
 
-def _add_ends(tokenizer: "Tokenizer", file: GGUFFile, adds_bos: bool) -> None:
-    """Makes a tokenizer add the tokens that llama.cpp adds around a text.
+def _add_bos_and_eos(tokenizer: "Tokenizer", file: GGUFFile, adds_bos: bool) -> None:
+    """Makes a tokenizer add the tokens that llama.cpp adds before and after a text.
 
     `adds_bos` is llama.cpp's default for files without `add_bos_token`.
     """
@@ -211,7 +224,17 @@ def _add_ends(tokenizer: "Tokenizer", file: GGUFFile, adds_bos: bool) -> None:
     adds = {"bos": _get(file, "add_bos_token", adds_bos)}
     adds["eos"] = _get(file, "add_eos_token", False)
     ids = {name: _get(file, f"{name}_token_id") for name in adds if adds[name]}
-    tokens = {n: tokenizer.id_to_token(i) for n, i in ids.items() if i is not None}
+    tokens: dict[str, str] = {}
+    for name, index in ids.items():
+        if index is None:
+            continue
+        is_id = isinstance(index, int) and index >= 0
+        token = tokenizer.id_to_token(index) if is_id else None
+        if token is None:
+            raise ql.io.CheckpointError(
+                f"`{_PREFIX}{name}_token_id` must be the id of a token. Got {index!r}."
+            )
+        tokens[name] = token
     if tokens:
         pieces = [tokens.get("bos"), "$A", tokens.get("eos")]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -228,11 +251,14 @@ def make_pre_tokenizer(name: str, space: bool = False) -> "PreTokenizer":
     from tokenizers import Regex, pre_tokenizers
 
     expression = PRE_TOKENIZERS[name][0]
-    use_regex = not expression  # GPT-2's expression
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=use_regex)
+    # `use_regex` splits by GPT-2's expression.
+    byte_level = pre_tokenizers.ByteLevel(
+        add_prefix_space=space, use_regex=expression in ("", None)
+    )
     if expression == "":
         return byte_level
-    splitter = pre_tokenizers.Digits(individual_digits=True)
-    if expression is not None:
+    if expression is None:
+        splitter = pre_tokenizers.Digits(individual_digits=True)
+    else:
         splitter = pre_tokenizers.Split(Regex(expression), "isolated")
     return pre_tokenizers.Sequence([splitter, byte_level])

@@ -117,7 +117,7 @@ def write_gguf_tokenizer(
         index = ids.get(files.special.get(name, ""))
         if index is not None:
             special.special_token_ids[name.removesuffix("_token")] = index
-    _set_ends(special, source.build_tokenizer())
+    _set_bos_and_eos(special, source.build_tokenizer())
     templates = source.read_chat().templates
     special.chat_template = [{"name": k, "template": x} for k, x in templates.items()]
     special.add_to_gguf(writer, quiet=True)
@@ -133,14 +133,14 @@ def _token_type(
     return BYTE if is_spm and token in BYTE_TOKENS else NORMAL
 
 
-def _set_ends(special: gguf.SpecialVocab, tokenizer: Tokenizer) -> None:
-    """Sets which tokens are added around a text, so that llama.cpp need not guess."""
+def _set_bos_and_eos(special: gguf.SpecialVocab, tokenizer: Tokenizer) -> None:
+    """Sets whether BOS and EOS are added, so that llama.cpp need not guess."""
     ids = tokenizer.encode("a").ids
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     # Find the ids of the text itself; the others were added before and after it.
     start = next(i for i in range(len(ids) + 1) if ids[i : i + len(bare)] == bare)
-    ends = {"bos": ids[:start], "eos": ids[start + len(bare) :]}
-    for name, added in ends.items():
+    added_ids = {"bos": ids[:start], "eos": ids[start + len(bare) :]}
+    for name, added in added_ids.items():
         token_id = special.special_token_ids.get(name)
         if added not in ([], [token_id]):
             raise ValueError(

@@ -16,8 +16,10 @@ from helpers import fast_and_slow, slow_but_every
 from safetensors.numpy import load_file, save_file
 from tolerances import assert_close
 
+import qlora_jax as ql
 from qlora_jax.llm.gguf.decoder_in import GGUFTensor
 from qlora_jax.llm.gguf.file import open_gguf
+from qlora_jax.llm.gguf.tokenizer_in import gguf_tokenizer
 from qlora_jax.llm.models import download
 from qlora_jax.llm.models.checkpoint import load, load_tokenizer, read_config
 from qlora_jax.llm.models.config import DecoderConfig
@@ -211,6 +213,51 @@ def test_unsupported_gguf_fields_are_refused(tmp_path, method, value, message):
     write_header(tmp_path / "model.gguf", (method, value))
     with pytest.raises(ValueError, match=re.escape(f"`llama.{message}")):
         read_config(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value", "message"),
+    [
+        ("add_int32", "general.alignment", -32, "be a positive integer. Got -32"),
+        ("add_uint32", "general.alignment", 0, "be a positive integer. Got 0"),
+        ("add_array", "own.lists", [[1], [2]], "values must be numbers, .* type 9"),
+    ],
+)
+def test_values_that_a_header_cannot_have_are_named(
+    tmp_path, method, key, value, message
+):
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    getattr(writer, method)(key, value)
+    finish(writer)
+    with pytest.raises(ql.io.CheckpointError, match=message):
+        open_gguf(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("gpt2", {"token_types": [2, 1]}, r"token_type must have the .* Got \[3, 2\]"),
+        ("gpt2", {"token_merges": ["ab"]}, r"pairs of tokens .* Got \['ab'\]"),
+        ("gpt2", {"eos_token_id": 3}, "eos_token_id` must be the id of a token. Got 3"),
+        (
+            "llama",
+            {"bos_token_id": 9},
+            "bos_token_id` must be the id of a token. Got 9",
+        ),
+        ("llama", {"token_scores": [0.0]}, r"and scores must have .* Got \[3, 3, 1\]"),
+    ],
+)
+def test_a_damaged_tokenizer_is_described(tmp_path, model, changes, message):
+    fields = {"tokenizer_model": model, "tokenizer_pre": "gpt-2"}
+    fields |= {"token_list": ["a", "b", "ab"], "token_types": [1, 1, 1]}
+    fields |= {"token_merges": ["a b"], "token_scores": [-1.0, -2.0, 0.0]}
+    fields |= {"add_eos_token": True, "bos_token_id": 0, "eos_token_id": 1}
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    for name, value in (fields | changes).items():
+        getattr(writer, f"add_{name}")(value)
+    finish(writer)
+    with pytest.raises(ql.io.CheckpointError, match=message):
+        gguf_tokenizer(open_gguf(tmp_path / "x.gguf"))
 
 
 # Downloads
