@@ -160,7 +160,8 @@ def _named_parts(argument: str, node: PyTree) -> dict[str, PyTree] | None:
         return None
     if isinstance(node, Mapping):
         return {name: unbox(part) for name, part in node.items()}
-    # Key paths of one level have the names, also of a dataclass registered with keys.
+    # Flatten one level: every node below `node` is a leaf. The keys of the paths are
+    # the names of the parts, if a dataclass was registered with keys.
     flat, _ = jax.tree_util.tree_flatten_with_path(node, lambda n: n is not node)
     keys = [path[-1] if path else None for path, _ in flat]
     part_names = [getattr(key, "name", getattr(key, "key", None)) for key in keys]

@@ -38,11 +38,12 @@ def general_equation(
     `ndim` is the input's number of axes, of which `axes` are contracted.
     """
     x, outputs = ascii_letters[:ndim], ascii_letters[ndim:][:num_outputs]
-    contracted, batch = (sorted(a % ndim for a in group) for group in (axes, batch))
+    contracted = sorted(a % ndim for a in axes)
+    batch = sorted(a % ndim for a in batch)
     free = [a for a in range(ndim) if a not in contracted and a not in batch]
 
-    def labels(axes: Iterable[int]) -> str:
-        return "".join(x[a] for a in axes)
+    def labels(input_axes: list[int]) -> str:
+        return "".join(x[a] for a in input_axes)
 
     kernel = labels(batch + contracted) + outputs
     return f"{x},{kernel}->{labels(batch + free)}{outputs}"

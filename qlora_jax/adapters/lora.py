@@ -134,7 +134,9 @@ class LowRank(Adapter):
             row_axis = self.roles[name].find(row_role)
             if row_axis < 0:
                 return take(x)
-            front = len(index) - 1  # after the axis of the bank, if there is one
+            # Move the axis of rows to the front, or behind the axis of a bank, so that
+            # `index` selects along the first axes.
+            front = len(index) - 1
             x = jnp.moveaxis(x, front + row_axis, front)
             return x.at[index].get(mode="fill", fill_value=jnp.nan)
 
@@ -326,7 +328,8 @@ def apply_dropout(x: Array, rate: float, key: Array | None) -> Array:
     if key is None or rate == 0:
         return x
     # `jax.random.PRNGKey` makes raw keys, which are wrapped. A stack has a key for each
-    # matrix; the first key is used for all of `x`.
+    # matrix, which scans slice. If the whole stack is multiplied at once, the first key
+    # is used for all of `x`.
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     keys: Array = key if is_typed else jax.random.wrap_key_data(key)
     first_key = keys.reshape(-1)[0] if keys.ndim else keys

@@ -131,15 +131,16 @@ class MergeAware(LowRank):
         tiles = _Tiles.of(kernel, self)
         largest = ()  # the largest scale, in formats that use it
         if packing.scheme.uses_largest:
-            # The code of a weight depends on the largest scale of its kernel, so all
-            # scales are computed before the first code, by "absmax" even if `scales` is
-            # "search". They do not depend on the largest scale, for which ones are
-            # passed. It is rounded up to a power of two. `merge` can then give a common
-            # divisor to the kernels that a server fuses, without changing values.
+            # The code of a weight depends on the largest scale of its kernel, so a
+            # first pass over the tiles computes all scales, by "absmax" even if
+            # `scales` is "search". The scales themselves do not depend on the largest
+            # scale, so this pass uses ones in its place.
             ones = jnp.ones(kernel.matrix_shape[:-2], jnp.float32)
             (scales,) = tiles.map(
                 lambda w, largest: quantize_blocks(w, packing, largest)[1:], ones
             )
+            # With a power of two, `merge` can give a common divisor to the kernels that
+            # a server fuses, without changing values.
             largest = (next_power_of_two(jnp.max(scales, (-1, -2), initial=0.0)),)
         codes, scales = tiles.map(
             lambda w, *largest: quantize_blocks(
@@ -286,8 +287,9 @@ class _Tiles:
         )(*operands)
 
     def _map_on_device(
-        self, fn: Callable, weights: tuple, a: Array, b: Array, *numbers: Array
+        self, fn: Callable, weights: tuple, a: Array, b: Array, *per_matrix: Array
     ) -> tuple[Array, ...]:
+        # `per_matrix` are the scaling and the `extra` arrays of `map`, all [*batch].
         *batch, k, _ = a.shape
         tile_rows = rows_of_tile(k, b.shape[-1], self.block_rows)
         num_tiles = k // tile_rows
@@ -311,17 +313,20 @@ class _Tiles:
                 w = lax.map(merge, halves)
                 return fn(w.reshape(tile_rows, -1), *extra)
 
-            # 1. Pack the full tiles, to which `num_tiled` rows of each array belong.
+            # 1. Pack the full tiles, which end at row `end` of each array.
             arrays, results = (*weights, a), []
             packed_rows = num_tiles * tile_rows
-            # A row of codes or scales is for several rows of W, a row of A for one.
-            row_counts: tuple[int, ...] = 1, 1
+            # For how many rows of W one row of each array is: of float weights and A,
+            # or of codes, scales and A.
+            rows_per_entry: tuple[int, ...] = 1, 1
             if (packing := self.packing) is not None:
-                row_counts = packing.format.codes_per_byte, packing.block_size, 1
-            num_tiled = [packed_rows // count for count in row_counts]
-            pairs = list(zip(arrays, num_tiled, strict=True))
+                rows_per_entry = packing.format.codes_per_byte, packing.block_size, 1
+            ends = [packed_rows // count for count in rows_per_entry]
+            pairs = list(zip(arrays, ends, strict=True))
             if num_tiles:
-                tiles = [x[:i].reshape(num_tiles, -1, x.shape[-1]) for x, i in pairs]
+                tiles = [
+                    x[:end].reshape(num_tiles, -1, x.shape[-1]) for x, end in pairs
+                ]
                 if packing is not None:
                     # The halves of a tile may split a block. So repeat every scale, to
                     # have one for each half of a block.
@@ -330,14 +335,14 @@ class _Tiles:
                 results.append([x.reshape(-1, x.shape[-1]) for x in packed])
             # 2. Pack the remaining rows, which are fewer than `block_rows`.
             if packed_rows < k:
-                w = merge([x[i:] for x, i in pairs], k - packed_rows)
+                w = merge([x[end:] for x, end in pairs], k - packed_rows)
                 results.append(fn(w, *extra))
             return tuple(map(jnp.concatenate, zip(*results, strict=True)))
 
         map_stack = map_matrix
         for _ in batch:
             map_stack = functools.partial(lax.map, map_stack)
-        return map_stack((weights, a, b, *numbers))
+        return map_stack((weights, a, b, *per_matrix))
 
     def _decode(self, weights: list[Array], last_rows: int | None = None) -> Array:
         """Returns float32 rows from their codes and scales, or from float weights.

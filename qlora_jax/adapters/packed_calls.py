@@ -68,6 +68,7 @@ class _ExpertsView:
     ) -> "_ExpertsView | None":
         """Returns a range of experts, or None for a slice along another axis."""
         q, shape = self.kernel, [self.kernel.shape[axis] for axis in self.axes]
+        # Codes in host memory can only be read for one kernel at a time.
         if not isinstance(q, QTensor) or q.memory == "host" or len(shape) != 3:
             return None
         ranges = [*zip(start_indices, limit_indices, strides or (1,) * 3, strict=True)]
@@ -157,6 +158,7 @@ def call_with_experts(
                 return _multiply(backend, eqn, values)
         return bind(eqn, map(decode, values))
 
+    # Views are passed into jitted functions, which may contain the products.
     def is_entered(eqn: JaxprEqn, values: list) -> bool:
         has_views = any(isinstance(x, _ExpertsView) for x in values)
         return has_views and eqn.primitive is primitives.jit_p

@@ -130,7 +130,8 @@ class Selected(Adapter):
             )
 
         take_by_row = functools.partial(self._take, ids=self.ids)
-        # Ids below -1 return NaN, as in `_take`. For -1, any place will do.
+        # Ids below -1 return NaN, as in `_take`. An id of -1 takes the last place, but
+        # its result is replaced by the frozen rows below.
         places = jnp.where(self.ids < -1, self.adapters.batch_shape[-1], self.ids)
         adapted = self.adapters.lookup_by_row(ids, kernel, places, take_by_row)
         is_off = jnp.expand_dims(self.ids == -1, tuple(range(1, rows.ndim)))

@@ -221,14 +221,13 @@ def _plan_tensors(
         hf_names = names.of(path, leaf.shape[:batch_axes])
         if hf_names.ndim > 1:
             hf_names, batch_axes = hf_names[:, 0], 1
-        # 2. The shape. Convolutions have an axis of size 1, which is removed.
-        # Alternating columns of gate and up become two tensors: `parts` has the columns
-        # of each, by the text that replaces "_gate_" in the name of the gate. Any other
-        # leaf is one part with all columns, whose name does not change.
+        # 2. The shape, and `parts`: the columns of each tensor that the leaf becomes,
+        # by the text that replaces "_gate_" in the name. Most leaves become one tensor
+        # with all columns, and their names do not change.
         shape, parts = tuple(leaf.shape[batch_axes:]), {"_gate_": slice(None)}
         if is_convolution := path.endswith("/conv1d"):
-            shape = (shape[0], shape[2])
-        if "/experts/gate_up_proj/" in path:
+            shape = (shape[0], shape[2])  # without an axis of size 1
+        if "/experts/gate_up_proj/" in path:  # columns of gate and up alternate
             shape = (*shape[:-1], shape[-1] // 2)
             parts = {"_gate_": slice(0, None, 2), "_up_": slice(1, None, 2)}
         shape = (*shape[:-2], shape[-1], shape[-2]) if is_kernel else shape

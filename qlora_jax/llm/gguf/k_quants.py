@@ -27,8 +27,8 @@ _CODE_BITS = {"Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
 K_QUANTS = tuple(_CODE_BITS)
 _LARGEST_SCALE = 63  # the largest value of s and o in Q4_K and Q5_K
 _CHUNK = 4096  # number of blocks that are packed at a time, to save memory
-# The search starts from several scales: a group's range, divided by the sum of the
-# codes' range and one of these numbers. With 0, the codes cover the group exactly.
+# The search tries several scales for each group: the range of its weights, divided by
+# the largest code plus one of these numbers. With 0, the codes cover the range exactly.
 _CODE_SHIFTS = np.linspace(-1, 1, 11, dtype=np.float32)
 _REFITS = 2  # for each start: how often codes are chosen, and a scale fitted to them
 _TINY = 1e-30  # replaces a divisor of 0, for which every numerator is 0

@@ -130,8 +130,8 @@ def _hf_config(
     optional["attention_out_bias"] = biases.get("o_bias", False)
     optional["mlp_bias"] = biases.get("mlp_bias", False)
     if is_mixture:
-        is_local = model_type in ("mixtral", "gpt_oss")
-        key = "num_local_experts" if is_local else "num_experts"
+        has_local_key = model_type in ("mixtral", "gpt_oss")
+        key = "num_local_experts" if has_local_key else "num_experts"
         optional[key] = get("expert_count")
     keys = family.keys.split()
     return raw | {key: value for key, value in optional.items() if key in keys}
@@ -291,8 +291,8 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
     if architecture in WINDOW_PERIODS:
         optional += ["attention.sliding_window_pattern"]
         # Only Gemma 2 has a default for the size of the window.
-        has_default = architecture == "gemma2"
-        (optional if has_default else required).append("attention.sliding_window")
+        keys = optional if architecture == "gemma2" else required
+        keys += ["attention.sliding_window"]
     missing = [key for key in required if not is_count(get(key))]
     missing += [key for key in optional if not is_count(get(key, 1))]
     missing = [f"{architecture}.{key}" for key in missing]
@@ -304,8 +304,8 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
         missing += ["token_embd.weight"]
     if missing:
         raise ValueError(f"a GGUF model must have {', '.join(missing)}.")
-    # 2. Keys for which few values are supported. Without this check, other values would
-    # give a different model without an error.
+    # 2. Keys that may be missing, and for which few values are supported. Without this
+    # check, other values would give a different model without an error.
     default_dim = values["embedding_length"] // values["attention.head_count"]
     head_dim = get("attention.key_length", default_dim)
     supported = {

@@ -130,8 +130,9 @@ def _delta_rule_values(config: DecoderConfig) -> dict[str, Any]:
         "ssm.time_step_rank": rule.num_value_heads,
         "ssm.inner_size": rule.num_value_heads * rule.value_dim,
         "full_attention_interval": 1 + attends.index(True),
-        # How many pairs rotate by the time, the height and the width of a token of an
-        # image: pair i by number i % 3 of them. A token of text has three equal ones.
+        # The position of a token consists of a time, a height and a width, which are
+        # equal in text. Pair i of the rotated pairs uses number i % 3 of the three. The
+        # value is how many pairs use each of them; the fourth count is always 0.
         "rope.dimension_sections": [*(len(range(i, pairs, 3)) for i in range(3)), 0],
     }
     if config.experts is not None:
