@@ -190,6 +190,8 @@ class _BatchSource:
             raise ValueError("`rows` must have a row. Got none.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be positive. Got {batch_size}.")
+        if seed < 0:
+            raise ValueError(f"`seed` must not be negative. Got {seed}.")
         lengths, num_targets = _sizes(rows, packing)
         if long := [rows[i].place for i in np.flatnonzero(lengths > max_length)[:10]]:
             is_joint = packing and rows[0].rejected is not None
@@ -197,9 +199,13 @@ class _BatchSource:
             raise ValueError(
                 f"rows must have at most {max_length} tokens{scope}. Got {long}."
             )
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.max_length, self.packing = max_length, packing
         self.is_preference = rows[0].label is not None
         # Whether rows are single completions with a label, and not pairs.
         self.is_labelled = self.is_preference and rows[0].rejected is None
+        if packing and self.is_labelled:
+            raise ValueError("`packing` must be false for answers with a label.")
         # All rows of a batch have the same number of images. Some of these are blank,
         # and have tokens too. Streamed rows have no images.
         rows_in_memory = [] if isinstance(rows, StreamedRows) else rows
@@ -210,45 +216,58 @@ class _BatchSource:
                 raise ValueError("`packing` must be false for rows with images.")
             self.processor = images[0].processor
             lengths = np.array([self._length(row) for row in rows])
-        if packing and self.is_labelled:
-            raise ValueError("`packing` must be false for answers with a label.")
-        counts, weights = zip(*mix, strict=True) if mix else ((len(rows),), (1.0,))
-        if sum(counts) != len(rows) or min(counts) < 1 or min(weights) <= 0:
+        orders = self._mix_orders(lengths, mix, num_epochs)
+        if packing:
+            self._choose_shape_of_packs(orders)
+        else:
+            self._choose_widths(lengths, num_targets)
+
+    def _mix_orders(
+        self,
+        lengths: np.ndarray,
+        mix: Sequence[tuple[int, float]],
+        num_epochs: int | None,
+    ) -> list[Order]:
+        # Returns the order of the rows, or packs of rows, of each data set, and stores
+        # the mixture of these orders.
+        num_rows = len(self.rows)
+        counts, weights = zip(*mix, strict=True) if mix else ((num_rows,), (1.0,))
+        if sum(counts) != num_rows or min(counts) < 1 or min(weights) <= 0:
             raise ValueError(
-                f"`mix` must have the counts of all {len(rows)} rows, and positive "
+                f"`mix` must have the counts of all {num_rows} rows, and positive "
                 f"weights. Got {mix}."
             )
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.max_length, self.packing = max_length, packing
-        # 1. The order of the rows, or packs of rows, of each data set. It does not
-        # depend on the other data sets.
+        # The order of a data set does not depend on the other data sets.
+        capacity = self.max_length if self.packing else None
         bounds = itertools.pairwise(np.cumsum([0, *counts]).tolist())
         orders = [
-            Order(lengths[first:last], seed + i, first, max_length if packing else None)
+            Order(lengths[first:last], self.seed + i, first, capacity)
             for i, (first, last) in enumerate(bounds)
         ]
-        # 2. The mixture of these orders. `count` is its number of entries in all epochs
-        # together, or None if epochs never end. The data set with the smallest ratio
-        # runs out first. An epoch ends just before this data set would start again.
+        # The data set with the smallest ratio runs out first. An epoch ends just before
+        # this data set would start again. Rounding removes float errors: the weights
+        # 0.7, 0.2 and 0.1 add up to less than 1.
         ratios = [x.epoch_size / w for x, w in zip(orders, weights, strict=True)]
-        self.count = num_epochs and num_epochs * max(1, int(min(ratios) * sum(weights)))
+        epoch_size = max(1, int(round(min(ratios) * sum(weights), 6)))
+        # The number of rows or packs in all epochs, or None if epochs never end.
+        self.count = num_epochs and num_epochs * epoch_size
         self.order: Sequence[Any] = orders[0]
-        self.window_size = max(len(rows) // batch_size, 1)  # in batches; about an epoch
+        # How many batches are sorted by length together (see `_cut_window`): an epoch.
+        self.window_size = max(num_rows // self.batch_size, 1)
         if mix:
             dataset = importlib.import_module("grain").MapDataset
             self.order = dataset.mix([*map(dataset.source, orders)], weights)
             self.window_size = min(self.window_size, _MAX_WINDOW)
         self._window_batches = functools.lru_cache(2)(self._cut_window)
-        # 3. The shapes of batches.
-        if packing:
-            most_rows = max(len(pack) for x in orders for pack in x.packs)
-            self.num_sequences = 2 * most_rows if self.is_preference else 0
-            self.width = int(round_up(max(x.longest for x in orders)))
-            # The number of targets of a batch is rounded up to a multiple of this, so
-            # that batches have few shapes.
-            self.target_multiple = int(round_up(-(-self.width // MAX_WIDTHS)))
-        else:
-            self._choose_widths(lengths, num_targets)
+        return orders
+
+    def _choose_shape_of_packs(self, orders: Sequence[Order]) -> None:
+        most_rows = max(len(pack) for x in orders for pack in x.packs)
+        self.num_sequences = 2 * most_rows if self.is_preference else 0
+        self.width = int(round_up(max(x.longest for x in orders)))
+        # The number of targets of a batch is rounded up to a multiple of this, so that
+        # batches have few shapes.
+        self.target_multiple = int(round_up(-(-self.width // MAX_WIDTHS)))
 
     def _choose_widths(self, lengths: np.ndarray, num_targets: np.ndarray) -> None:
         self.widths = choose_widths(lengths)
@@ -259,6 +278,11 @@ class _BatchSource:
             completion = max(len(row.ids) - row.start for row in self.rows)
             widest = int(round_up(min(prompt + completion, self.max_length)))
             self.widths = np.union1d(self.widths, [max(widest, self.widths[-1])])
+            # After the prompt of another row, the first token of a row without a prompt
+            # is a target, too.
+            labels = [row.labels[row.start :] for row in self.rows]
+            sizes = [np.count_nonzero(x != IGNORED) for x in labels]
+            num_targets = np.maximum(num_targets, sizes)
         self.row_widths = self.widths[np.searchsorted(self.widths, lengths)]
         # One number of targets for each width, so that each width has one shape.
         # Shorter rows can have more targets, and may be in a batch of this width.
@@ -279,23 +303,24 @@ class _BatchSource:
 
     def __getitem__(self, index: int) -> Batch:
         if self.packing:
-            packs = self._entries(index, 1)
+            packs = self._indices(index, 1)
             return self.pack([[self.rows[i] for i in pack] for pack in packs])
         window, position = divmod(index, self.window_size)
         return self.pad([self.rows[i] for i in self._window_batches(window)[position]])
 
-    def _entries(self, first: int, num_batches: int) -> list[Any]:
-        start = first * self.batch_size
+    def _indices(self, first_batch: int, num_batches: int) -> list[Any]:
+        # Returns the index of each row, or the indices of the rows of each pack.
+        start = first_batch * self.batch_size
         stop = min(start + num_batches * self.batch_size, self.count or sys.maxsize)
         return [self.order[i] for i in range(start, stop)]
 
     def _cut_window(self, window: int) -> list[np.ndarray]:
         # Without packing, the order is cut into windows. A window is sorted by length
         # and cut into batches, which are shuffled.
-        rows = np.array(self._entries(window * self.window_size, self.window_size))
-        rows = rows[np.argsort(self.row_widths[rows], kind="stable")]
-        starts = range(0, len(rows), self.batch_size)
-        batches = [rows[i : i + self.batch_size] for i in starts]
+        indices = np.array(self._indices(window * self.window_size, self.window_size))
+        indices = indices[np.argsort(self.row_widths[indices], kind="stable")]
+        starts = range(0, len(indices), self.batch_size)
+        batches = [indices[i : i + self.batch_size] for i in starts]
         generator = np.random.default_rng([self.seed, window, 1])
         return [batches[i] for i in generator.permutation(len(batches))]
 

@@ -77,7 +77,9 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class Order(Sequence[Any]):
-    """An endless sequence of rows, or of packs of rows, in a new order each epoch.
+    """An endless sequence of the indices of rows, in a new order each epoch.
+
+    With a capacity, the rows are packed. Each item is then the indices of a pack.
 
     Attributes:
         packs: The packs of an epoch, as lists of ranks. The longest row has rank 0.
@@ -109,12 +111,12 @@ class Order(Sequence[Any]):
     # Slices are not supported.
     def __getitem__(self, index: Any) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         epoch, position = divmod(index, self.epoch_size)
-        rows, pack_order = self._permutation(epoch)
-        return rows[self.packs[pack_order[position]]] if self.packs else rows[position]
+        indices, pack_order = self._permutation(epoch)
+        return indices[self.packs[pack_order[position]] if self.packs else position]
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         generator = np.random.default_rng([self._seed, epoch])
-        rows = generator.permutation(len(self._lengths))
+        indices = generator.permutation(len(self._lengths))
         if self.packs:  # from long to short, with ties in random order
-            rows = rows[np.argsort(-self._lengths[rows], kind="stable")]
-        return self._first + rows, generator.permutation(len(self.packs))
+            indices = indices[np.argsort(-self._lengths[indices], kind="stable")]
+        return self._first + indices, generator.permutation(len(self.packs))

@@ -93,6 +93,30 @@ def test_data_sets_are_mixed_by_weights(packing):
     assert packing or num_rows == 10
 
 
+@pytest.mark.parametrize("weights", [(0.7, 0.2, 0.1), (0.55, 0.45)])
+def test_data_sets_in_the_ratio_of_their_weights_end_together(weights):
+    counts = [round(100 * weight) for weight in weights]
+    rows = [Row(np.array([i, 1]), np.array([i, 1]), "") for i in range(100)]
+    mix = [*zip(counts, weights, strict=True)]
+    settings = dict(batch_size=5, max_length=8, seed=0, packing=False)
+    epochs = batches(rows, **settings, num_epochs=2, mix=mix)
+    first_ids = np.concatenate([batch.ids[:, 0] for batch in epochs])
+    assert sorted(first_ids) == [*np.repeat(range(100), 2)]
+
+
+def test_a_labelled_answer_without_a_prompt_follows_that_of_another_row():
+    answer, prompt = np.arange(10, 19), np.array([3, 4])
+    other_ids, other_labels = np.array([3, 4, 5]), np.array([-100, -100, 5])
+    rows = [Row(answer, answer, "d:1", start=0, label=True)]
+    rows += [Row(other_ids, other_labels, "d:2", start=2, label=False)]
+    [batch] = eval_batches(rows, batch_size=2, max_length=16)
+    # Rows alternate between a row, and its prompt with the answer of the other one.
+    assert batch.ids[3, :11].tolist() == [*prompt, *answer]
+    is_answer = batch.answers[3, 0] != 0
+    assert batch.targets[3, is_answer].tolist() == answer.tolist()
+    assert batch.select[3, is_answer].tolist() == [*range(1, 10)]
+
+
 def test_evaluation_has_each_row_in_order():
     rows = rows_of([5, 40, 7, 9, 3])
     batches_in_order = eval_batches(rows, batch_size=2, max_length=64)
@@ -150,6 +174,7 @@ def test_widths_are_few_and_the_best_ones(lengths):
         ({"batch_size": 0}, "`batch_size` must be positive"),
         ({"max_length": 8}, r"at most 8 tokens. Got \['d:1'\]"),
         ({"num_epochs": 0}, "`num_epochs` must be positive"),
+        ({"seed": -1}, "`seed` must not be negative. Got -1"),
         ({"mix": [(1, 1.0)]}, "`mix` must have the counts of all 2 rows"),
         ({"mix": [(1, 1.0), (1, 0.0)]}, "`mix` must have .*positive weights"),
     ],
