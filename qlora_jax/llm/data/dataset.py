@@ -127,8 +127,9 @@ def read_dataset(
         raise ValueError(
             f"`too_long` must be refuse, drop, truncate or split. Got {too_long!r}."
         )
-    if max_length < 2:
-        raise ValueError(f"`max_length` must be at least 2. Got {max_length}.")
+    _check_max_length(max_length)
+    if seed < 0:
+        raise ValueError(f"`seed` must not be negative. Got {seed}.")
     if validation_split is not None and not 0 < validation_split < 1:
         raise ValueError(
             f"`validation_split` must be between 0 and 1. Got {validation_split}."
@@ -175,6 +176,12 @@ _NO_ROWS = (
     "`validation_split` must leave rows for training and for validation. Got {}, "
     "which leaves {} without rows to {}."
 )
+
+
+def _check_max_length(max_length: int) -> None:
+    # The pieces of a long text overlap by one token.
+    if max_length < 2:
+        raise ValueError(f"`max_length` must be at least 2. Got {max_length}.")
 
 
 def draw_splits(share: float | None, seed: int) -> Iterator[str]:
@@ -335,7 +342,7 @@ def read_rows(
         images: The processor of the model's images.
 
     Raises:
-        ValueError: If lines are wrong. The message lists them.
+        ValueError: If lines are wrong, which the message lists, or if an argument is.
 
     Example:
         >>> import tempfile
@@ -345,6 +352,8 @@ def read_rows(
         >>> row.ids.tolist(), row.labels.tolist()
         ([3, 1], [3, -100])
     """
+    if max_length is not None:
+        _check_max_length(max_length)
     encoder = Encoder(
         tokenizer,
         vocab_size=vocab_size,

@@ -211,7 +211,8 @@ class Encoder:
                 raise
             except ValueError as error:
                 # Name the key in the user's row: "chosen" or "rejected".
-                raise ValueError(str(error).replace("completion", name)) from error
+                message = str(error).replace("`completion", f"`{name}")
+                raise ValueError(message) from error
             row = encoded.row._replace(label=is_good)
             completions.append(encoded._replace(row=row))
         rejected = completions[1].row if len(completions) > 1 else None

@@ -173,7 +173,10 @@ def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, 
         are_texts = [isinstance(x, str) for x in (prompt, completion)]
         if all(are_texts) and not is_chat:
             if tools or groups:
-                raise ValueError("`tools` and `system` need a chat template.")
+                raise ValueError(
+                    "`tools` and `system` need a chat template, which texts use only "
+                    "if `chat` is true, and pairs of texts only with a `prompt`."
+                )
             return prompt, completion
         if all(are_texts):
             prompt = [{"role": "user", "content": prompt}]

@@ -291,6 +291,8 @@ class StreamedRows(Sequence["Row"]):
         return len(self._numbers) // 6
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
         start = 6 * range(len(self))[index]  # `range` handles negative indices
         file_index, piece_index, offset, number = self._numbers[start : start + 4]
         file = self._files[file_index]

@@ -226,6 +226,8 @@ def test_rows_that_stay_in_their_file_are_those_of_memory(folder, tmp_path, too_
     )
     assert len(in_memory.train) != 10 or too_long == "truncate"
     chex.assert_trees_all_equal([*streamed.train], [*in_memory.train])
+    for part in (slice(1, 3), slice(None, None, -2)):
+        chex.assert_trees_all_equal(streamed.train[part], in_memory.train[part])
     assert streamed[1:] == in_memory[1:]
     for packing in (True, False):
         options = dict(batch_size=3, max_length=24, seed=0, packing=packing)
@@ -435,6 +437,16 @@ def test_a_path_that_is_none(folder, path):
         read(folder, path)
 
 
+def test_errors_in_pairs_name_the_keys_and_values_of_the_row(folder, tmp_path):
+    chosen = [{"role": "completion", "content": "two"}]
+    row = {"prompt": MESSAGES[:2], "chosen": chosen, "rejected": MESSAGES[-1:]}
+    with pytest.raises(ValueError, match=r"Got 'completion' in `chosen\[0\]`"):
+        read_raw(folder, tmp_path, row, rows="pairs")
+    row = {"chosen": "one, two", "rejected": "one, three", "system": "s"}
+    with pytest.raises(ValueError, match="pairs of texts only with a `prompt`"):
+        read_raw(folder, tmp_path, row, rows="pairs")
+
+
 def test_folders_that_are_wrong(folder, tmp_path):
     write_rows(tmp_path / "notes.jsonl", [{"text": "a"}])
     with pytest.raises(
@@ -501,6 +513,7 @@ def test_texts_and_tokens_need_neither_jinja_nor_grain(folder, tmp_path, monkeyp
         ({"train_on": "answers"}, "`train_on` must be"),
         ({"too_long": "cut"}, "`too_long` must be"),
         ({"max_length": 1}, "`max_length` must be"),
+        ({"seed": -1}, "`seed` must not be negative. Got -1"),
         ({"validation_split": 0}, "`validation_split` must be between 0 and 1. Got 0"),
         ({"validation_split": 5}, "`validation_split` must be between 0 and 1. Got 5"),
         ({"keys": {"prompt": "q", "text": "a"}}, "`keys` must belong to a single kind"),

@@ -151,6 +151,11 @@ def test_a_text_is_cut_into_rows_and_all_of_it_is_trained(tokenizer, tmp_path, s
     rows = read_rows(tmp_path / f"d{suffix}", tokenizer, vocab_size=320, max_length=9)
     # The rows have no end token.
     assert sum(row.num_trained for row in rows) == full_row.num_trained - 1
+    for size in (1, 0):  # with 0, there would be no rows
+        with pytest.raises(ValueError, match=f"`max_length` must be .* Got {size}"):
+            read_rows(
+                tmp_path / f"d{suffix}", tokenizer, vocab_size=320, max_length=size
+            )
     with pytest.raises(ValueError, match="or to split, which is for rows of `text`"):
         read(tokenizer, path, max_length=9)
     path = write_rows(tmp_path / "d.jsonl", ROWS["pairs"])
