@@ -138,6 +138,9 @@ def fit(
     Returns:
         The state after the last step.
 
+    Raises:
+        ValueError: If `accumulation` is not positive, or `batches` ends too early.
+
     Example:
         >>> import tempfile, jax.numpy as jnp, numpy as np, optax
         >>> from qlora_jax.llm import data, train
@@ -159,6 +162,8 @@ def fit(
         >>> [row["loss"] for row in train.read_metrics(f"{folder}/metrics.jsonl")]
         [1.0, 0.25]
     """
+    if accumulation < 1:
+        raise ValueError(f"`accumulation` must be positive. Got {accumulation}.")
     # The adapters of a sweep are all at the same step.
     training = Training(steps, batches, state, step=int(np.max(state.step)))
     for callback in callbacks:
@@ -166,7 +171,13 @@ def fit(
     compiled_programs: set[tuple] = set()
     while training.step < steps and not training.is_over:
         # 1. Take the step.
-        step_batches = [next(batches) for _ in range(accumulation)]
+        try:
+            step_batches = [next(batches) for _ in range(accumulation)]
+        except StopIteration:
+            raise ValueError(
+                f"`batches` must not end before step {steps}, and needs {accumulation} "
+                f"for each step. It ended after step {training.step}."
+            ) from None
         # Skipped steps do not advance the schedule.
         num_updates = training.step - np.asarray(training.full_state.skipped)
         start = time.perf_counter()

@@ -86,11 +86,12 @@ class Metrics(Callback):
 
 
 def _to_line(row: dict[str, Any]) -> str:
-    # JSON has no NaN or infinity, so these become null.
-    row = {
-        key: None if isinstance(x, float) and not np.isfinite(x) else x
-        for key, x in row.items()
-    }
+    def without_nan(x):  # JSON has no NaN or infinity, so these become null
+        if isinstance(x, list):  # the values of the adapters of a sweep
+            return [*map(without_nan, x)]
+        return None if isinstance(x, float) and not np.isfinite(x) else x
+
+    row = {name: without_nan(x) for name, x in row.items()}
     return json.dumps(row, allow_nan=False) + "\n"
 
 

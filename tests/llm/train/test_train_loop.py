@@ -435,6 +435,23 @@ def test_steps_that_compile_are_marked(tmp_path):
     assert 3 <= sum(counts > 0) < 6
 
 
+@pytest.mark.parametrize("accumulation", [2, 0])
+def test_batches_that_are_too_few_are_named(accumulation):
+    message = "`accumulation` must be positive. Got 0"
+    if accumulation:
+        message = "must not end before step 3, and needs 2 .* ended after step 1"
+    with pytest.raises(ValueError, match=message):
+        data = iter([make_points(i) for i in range(3)])
+        step, state = train.make_step(loss, OPTIMIZER), start(OPTIMIZER)
+        train.fit(
+            state,
+            lambda state, batches: step(state, {}, batches),
+            data,
+            steps=3,
+            accumulation=accumulation,
+        )
+
+
 def test_times_are_without_the_steps_that_compile(tmp_path):
     row = dict(loss=1.0, tokens=100)
     rows = [row | dict(step=0, seconds=5.0)]
@@ -518,6 +535,12 @@ def test_metrics_end_with_a_complete_line_if_the_disk_is_full(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_text() == '{"step": 1, "loss": null}\n'
+
+
+def test_metrics_of_several_adapters_may_be_nan(tmp_path):
+    with train.Metrics(tmp_path / "metrics.jsonl") as metrics:
+        metrics.write(step=1, loss=[1.5, float("nan")])
+    assert metrics_of(tmp_path, "loss") == [([1.5, None],)]
 
 
 def test_metrics_go_on_after_the_step_of_the_state(tmp_path):
