@@ -63,10 +63,8 @@ class Parser(argparse.ArgumentParser):
 
 def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
     """Returns the parser of the program, and those of its commands by name."""
-    # The formatter keeps the line breaks of the epilog.
-    settings: dict[str, Any] = dict(
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    formatter = argparse.RawDescriptionHelpFormatter  # keeps line breaks in the epilog
+    settings: dict[str, Any] = dict(formatter_class=formatter, allow_abbrev=False)
     parser = Parser(
         prog="qlora-jax",
         description="QLoRA for JAX: train, run, score, export and inspect models.",
@@ -97,12 +95,8 @@ def _add_options(parser: Parser, config_type: type[Config]) -> None:
     is_positional = config_type is configs.InspectConfig  # `qlora-jax inspect PATH`
     usage = [x.upper() if is_positional else f"--{x} {x.upper()}" for x in required]
     parser.usage = " ".join([parser.prog, *usage, "[options]"])
-    parser.add_argument(
-        "--config",
-        action="append",
-        default=[],
-        help="YAML file of settings; flags override it",
-    )
+    config_help = "YAML file of settings; flags override it"
+    parser.add_argument("--config", action="append", default=[], help=config_help)
     parser.add_argument(
         "--print_config", action="store_true", help="print the settings, and exit"
     )
@@ -154,10 +148,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, argparse.Namespace]:
     arguments = [_normalize_flag(x) for x in arguments]
     namespace, unknown = parser.parse_known_args(arguments)
     if (name := namespace.command) is None:
-        names = f"{{{','.join(COMMANDS)}}}"
-        parser.error(
-            f'expected "command" to be one of {names}, but it was not provided.'
-        )
+        parser.error(f"the command must be one of {', '.join(COMMANDS)}. Got none.")
     if unknown:
         commands[name].error(f"unrecognized arguments: {' '.join(unknown)}")
     settings, options = {}, options_of(COMMANDS[name])
@@ -188,14 +179,23 @@ def _normalize_flag(argument: str) -> str:
     return f"{flag}{equals}{value}"
 
 
+class _Loader(yaml.SafeLoader):
+    """A loader that rejects repeated keys, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"Got {repeated[0]!r} more than once.")
+        return super().construct_mapping(node, deep)
+
+
 def _read_settings(file: str, config_type: type[Config]) -> dict[str, object]:
     try:
-        settings = yaml.safe_load(pathlib.Path(file).read_text("utf-8"))
+        settings = yaml.load(pathlib.Path(file).read_text("utf-8"), _Loader)
         if not isinstance(settings, dict):
             raise ValueError(f"Got {settings!r}.")
         return config_type.resolve_names(settings)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        is_missing = isinstance(error, FileNotFoundError)
-        reason = f"It is missing: {file}." if is_missing else error
-        message = f"`config` must be a YAML file of settings. {reason}"
+        reason = "It is missing." if isinstance(error, FileNotFoundError) else error
+        message = f"`config` must be a YAML file of settings. {file}: {reason}"
         raise ValueError(message) from error

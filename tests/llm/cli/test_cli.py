@@ -420,7 +420,7 @@ def test_wrong_input_is_an_error_without_a_traceback(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "qlora-jax: .* but it was not provided"),
+        ([], "qlora-jax: the command must be .*, check. Got none"),
         (["score", "--model", "m"], "score: `data` must be given"),
         (["inspect"], "inspect: `path` must be given"),
         ([*SCORE, "--batch-tokens=0"], "score: `batch_tokens` must be positive. Got 0"),

@@ -39,6 +39,7 @@ def files(tmp_path_factory):
     (folder / "one_line.json").write_text(json.dumps(wrapped))
     (folder / "list.yaml").write_text("- a\n")
     (folder / "wrong.yaml").write_text("fmt: nf5\n")
+    (folder / "twice.yaml").write_text("adapter:\n  rank: 4\n  rank: 8\n")
     (folder / "no_run").mkdir()
     (folder / "no_run" / "notes.txt").write_text("mine")
     return folder
@@ -90,6 +91,7 @@ WRONG = [
     ([*EXPORT, "--for=x"], "`for` must be vllm, sglang, llama.cpp, ollama, mlx or "),
     ([*EXPORT, "--format=x"], "`format` must be peft, peft-portable, gguf-lora, mlx"),
     ([*TRAIN, "--config=wrong.yaml"], "`fmt` must be nf4, fp4"),
+    ([*TRAIN, "--config=twice.yaml"], "twice.yaml: Got 'rank' more than once."),
     ([*TRAIN, "--config=list.yaml"], "`config` must be a YAML file of settings."),
     ([*TRAIN, "--config=base"], "`config` must be a YAML file of settings."),
     (["train", *BASE], "`data` and `out` must be given."),
