@@ -3,6 +3,7 @@
 import functools
 import importlib
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -222,22 +223,17 @@ class _BatchSource:
         else:
             self._choose_widths(lengths, num_targets)
 
-    def _mix_orders(
-        self,
-        lengths: np.ndarray,
-        mix: Sequence[tuple[int, float]],
-        num_epochs: int | None,
-    ) -> list[Order]:
-        # Returns the order of the rows, or packs of rows, of each data set, and stores
-        # the mixture of these orders.
+    def _mix_orders(self, lengths, mix, num_epochs) -> list[Order]:
+        # Returns the order of the rows, or packs of rows, of each data set, which does
+        # not depend on the other data sets. Stores the mixture of these orders.
         num_rows = len(self.rows)
         counts, weights = zip(*mix, strict=True) if mix else ((num_rows,), (1.0,))
-        if sum(counts) != num_rows or min(counts) < 1 or min(weights) <= 0:
+        is_positive = all(0 < weight < math.inf for weight in weights)
+        if sum(counts) != num_rows or min(counts) < 1 or not is_positive:
             raise ValueError(
                 f"`mix` must have the counts of all {num_rows} rows, and positive "
                 f"weights. Got {mix}."
             )
-        # The order of a data set does not depend on the other data sets.
         capacity = self.max_length if self.packing else None
         bounds = itertools.pairwise(np.cumsum([0, *counts]).tolist())
         orders = [
@@ -365,7 +361,7 @@ def collate(
     size: int,
     width: int,
     num_targets: int,
-    num_sequences: int = 0,  # S of `Batch.answers`, or 0 for no answers
+    num_sequences: int,  # S of `Batch.answers`, or 0 for no answers
 ) -> Batch:
     """Returns a batch of `size` rows. Each group of sequences fills one of them."""
     ids, segments, positions = np.zeros((3, size, width), np.int32)  # [B, T]

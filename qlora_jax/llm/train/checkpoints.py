@@ -135,6 +135,7 @@ class Checkpoints:
         Raises:
             ValueError: If there is no state, or if it is damaged. The message lists
                 the damaged files, and names the newest state that is intact.
+            OSError: If the state that was saved last cannot be written.
         """
         step = self._find_intact(step)
         return self._restore(step, about=self._args.JsonRestore())["about"]
@@ -143,13 +144,19 @@ class Checkpoints:
         """Saves a state. It is written in the background.
 
         Args:
-            state: The state, which may be donated as soon as this returns.
+            state: The state of one adapter. It may be donated as soon as this returns.
             metadata: A JSON object to save with it.
 
         Raises:
+            ValueError: If the state is that of a sweep.
             OSError: If this state or the previous one cannot be written. Unfinished
                 files are deleted, and the last complete state stays.
         """
+        if np.ndim(state.step):
+            raise ValueError(
+                "`state` must be that of one adapter. Got that of a sweep: save each "
+                "`state.member(index)`, or pass `SaveStates` to `ForMembers`."
+            )
         step = int(state.step)
         leaves = leaves_by_name(unwrap_key(state))
         items = self._args.Composite(
@@ -174,6 +181,7 @@ class Checkpoints:
         Raises:
             ValueError: If there is no state, if it is damaged (see `metadata`), or if
                 its arrays differ from those of `like`. The message lists them.
+            OSError: As `metadata`.
         """
         step = self._find_intact(step)
         shapes = _expected_shapes(like)
@@ -199,7 +207,7 @@ class Checkpoints:
             step: The step of the state. Defaults to the newest.
 
         Raises:
-            ValueError: As `restore`.
+            ValueError, OSError: As `restore`.
         """
         step = self._find_intact(step)
         expected, saved = leaves_by_name({"lora": like}), self._read_shapes(step)
@@ -260,6 +268,7 @@ class Checkpoints:
 
     def _find_intact(self, step: int | None) -> int:
         # Returns `step`, by default the newest one, after verifying its checksums.
+        self.wait()  # `steps` has a state that is still being written, too
         steps = self.steps
         if not steps:
             raise ValueError(f"no checkpoint exists in {self._folder}.")

@@ -177,6 +177,7 @@ def test_widths_are_few_and_the_best_ones(lengths):
         ({"seed": -1}, "`seed` must not be negative. Got -1"),
         ({"mix": [(1, 1.0)]}, "`mix` must have the counts of all 2 rows"),
         ({"mix": [(1, 1.0), (1, 0.0)]}, "`mix` must have .*positive weights"),
+        ({"mix": [(1, 1.0), (1, np.nan)]}, "`mix` must have .*positive weights"),
     ],
 )
 def test_arguments_are_checked(overrides, message):

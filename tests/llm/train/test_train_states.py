@@ -106,6 +106,16 @@ def test_a_state_of_which_a_part_is_missing_is_named(folder, part):
         assert_intact(states)
 
 
+def test_a_state_is_read_once_it_is_complete(tmp_path):
+    with train.Checkpoints(tmp_path) as states:
+        states.save(make_state(1), ABOUT)
+        assert_intact(states, 1)
+        states.save(make_state(2), ABOUT)
+        assert states.metadata() == ABOUT
+        with pytest.raises(ValueError, match="`state` must be that of one adapter"):
+            states.save(train.State.stack([make_state(3), make_state(3)]), ABOUT)
+
+
 def test_all_damaged_files_are_named(folder):
     for step in (1, 2):
         for file in files_of(folder / str(step) / "about"):
