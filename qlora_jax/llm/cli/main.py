@@ -29,12 +29,12 @@ ERRORS += TypeError, ValueError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs a command, returns its exit status, and keeps this process's settings."""
+    """Returns a command's exit status. Does not change this process's settings."""
     return _run(arguments, lambda config: None)
 
 
 def run_program() -> None:
-    """Changes this process's settings for the command in `sys.argv`, and runs it."""
+    """Runs the command in `sys.argv`, after changing this process's settings for it."""
 
     def prepare(config: object) -> None:
         if isinstance(config, app.TrainConfig) and config.devices.huge_pages:

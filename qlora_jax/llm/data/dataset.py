@@ -271,8 +271,9 @@ class _Reader:
         return kind
 
     def _add(
-        self, piece: Encoded, split: str, file: JsonLines | None, index: int
+        self, piece: Encoded, split: str, file: JsonLines | None, piece_index: int
     ) -> None:
+        # `file` is None unless the training rows stay in their file.
         row, example, straddles, _ = piece
         if file is not None and row.images is not None:
             raise ValueError("`stream` must be false for rows with images. Got true.")
@@ -284,7 +285,7 @@ class _Reader:
             self.num_targets += sum(x.num_trained for x in row.sequences)
             self.num_tokens += sum(len(x.ids) for x in row.sequences)
         if file is not None and split == "train":
-            self.rows[split].add(file, index, row)
+            self.rows[split].add(file, piece_index, row)
         elif self.separates_pairs:
             self.rows[split] += [x._replace(rejected=None) for x in row.sequences]
         else:
@@ -375,13 +376,13 @@ def _encode_rows(
 ) -> Iterator[tuple[str, Encoded]]:
     # Yields the split and the tokens of each row. Only rows for validation or testing
     # have examples. Errors in rows are collected, and raised together at the end.
-    kind = None  # that of the first row, which `encode` requires of all later ones
+    kind = None  # that of the first row, which `encoder` requires of all later ones
 
-    def encode(number, raw):
+    def encode_row(number, raw):
         split, place = next(splits), f"{source.name}:{number}"
         return split, encoder.encode(raw, kind, place, split != "train")
 
-    for split, encoded in convert_rows(source, encode):
+    for split, encoded in convert_rows(source, encode_row):
         kind = encoded.kind
         yield split, encoded
     if kind is None:

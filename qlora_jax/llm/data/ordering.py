@@ -77,9 +77,7 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class Order(Sequence[Any]):
-    """An endless sequence of the indices of rows, in a new order each epoch.
-
-    With a capacity, the rows are packed. Each item is then the indices of a pack.
+    """An endless sequence of indices of rows, or of packs, in a new order each epoch.
 
     Attributes:
         packs: The packs of an epoch, as lists of ranks. The longest row has rank 0.
