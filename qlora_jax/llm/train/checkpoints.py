@@ -207,7 +207,8 @@ class Checkpoints:
             step: The step of the state. Defaults to the newest.
 
         Raises:
-            ValueError, OSError: As `restore`.
+            ValueError: As `restore`.
+            OSError: As `restore`.
         """
         step = self._find_intact(step)
         expected, saved = leaves_by_name({"lora": like}), self._read_shapes(step)

@@ -18,6 +18,9 @@ def make_mean_loss(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], float]:
     Args:
         loss: A loss function, as for `make_step`. Its PRNG key is None.
 
+    Returns:
+        The function. It raises a ValueError if there are no batches.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from qlora_jax.llm import train
@@ -45,6 +48,8 @@ def make_means(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], dict[str, floa
             # The loss may return no metrics: then `dict(*metrics)` is empty.
             for name, pair in {"loss": (total, count), **dict(*metrics)}.items():
                 sums.setdefault(name, []).append(pair)
+        if not sums:  # maybe a generator that has been used before
+            raise ValueError("`batches` must have a batch. Got none.")
         # Add up in float64. `np.asarray` waits for the device, so it is called only
         # after all batches have been sent to it.
         totals = {k: np.asarray(x, np.float64).sum(axis=0) for k, x in sums.items()}

@@ -269,7 +269,12 @@ class Step:
             state: The state, which is donated.
             base: The base tree.
             batches: The batches.
+
+        Raises:
+            ValueError: If there are no batches.
         """
+        if not batches:
+            raise ValueError("`batches` must have a batch. Got none.")
         add_batch, finish = self._programs_for(state)
         sums = None
         for index, batch in enumerate(batches[:-1]):

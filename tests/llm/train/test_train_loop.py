@@ -435,6 +435,15 @@ def test_steps_that_compile_are_marked(tmp_path):
     assert 3 <= sum(counts > 0) < 6
 
 
+def test_at_least_one_batch_is_needed():
+    for call in (
+        lambda: STEP(start(OPTIMIZER), {}, []),
+        lambda: train.make_mean_loss(loss)({}, {}, iter([])),
+    ):
+        with pytest.raises(ValueError, match="`batches` must have a batch. Got none"):
+            call()
+
+
 @pytest.mark.parametrize("accumulation", [2, 0])
 def test_batches_that_are_too_few_are_named(accumulation):
     message = "`accumulation` must be positive. Got 0"
