@@ -120,13 +120,13 @@ def rotary_table(
         (undivided / jnp.asarray(divisors or 1, jnp.float32))[None, None, None]
         for divisors in (rope.divisors, rope.long_divisors)
     )
-    if rope.num_pairs:  # the other pairs are not rotated
-        is_rotated = (jnp.arange(half) < rope.num_pairs)[None, None, None]
-        frequency = jnp.where(is_rotated, frequency, 0)
     if rope.long_divisors:
         is_long = jnp.asarray(lengths) > rope.original_length
         is_long = jnp.broadcast_to(is_long, positions.shape)[:, :, None, None]
         frequency = jnp.where(is_long, long_frequency, frequency)
+    if rope.num_pairs:  # the other pairs are not rotated
+        is_rotated = (jnp.arange(half) < rope.num_pairs)[None, None, None]
+        frequency = jnp.where(is_rotated, frequency, 0)
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency
     table = jnp.stack([jnp.cos(angle), jnp.sin(angle)])
     return table if rope.scale == 1 else table * rope.scale

@@ -4,11 +4,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import assert_equal_but_for_rounding, trees_of
 
 import qlora_jax as ql
-from qlora_jax.llm.models.attention import attend
+from qlora_jax.llm.models.attention import attend, rotary_table
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.config import DecoderConfig, LayerKind, Rope
 from qlora_jax.llm.models.decoder import Decoder, init_cache
@@ -341,6 +342,19 @@ def test_published_configs_are_read_without_a_warning(name):
 def test_configs_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         DecoderConfig(8, 32, 8, 2, **{"num_heads": 4, "num_kv_heads": 2} | change)
+
+
+@pytest.mark.parametrize("length", [4, 8])
+def test_pairs_that_are_not_rotated_stay_so_in_long_sequences(length):
+    rope = Rope(
+        *(1e4, (1.0, 2.0), (4.0, 8.0)),
+        original_length=4,
+        num_pairs=1,
+    )
+    positions = np.arange(length)
+    table = rotary_table(jnp.asarray(positions)[None], rope, 4, length)[:, 0, :, 0]
+    angles = np.stack([positions / (1 if length == 4 else 4), 0 * positions], axis=-1)
+    np.testing.assert_allclose(table, [np.cos(angles), np.sin(angles)], atol=1e-6)
 
 
 @pytest.mark.parametrize(
