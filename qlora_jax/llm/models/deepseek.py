@@ -115,7 +115,7 @@ def _read(
     rope = read_rope(raw, heads.rope_dim)
     width = raw["intermediate_size"]
     if not all(is_dense):
-        fields["intermediate_size"] = raw["moe_intermediate_size"]
+        fields["intermediate_size"] = read_count(raw, "moe_intermediate_size")
         fields["experts"] = _read_experts(raw, scores)
     # The layers for multi-token prediction; older files have the first name.
     mtp_keys = "num_nextn_predict_layers", "num_mtp_layers"

@@ -199,7 +199,8 @@ def _read_sparse(
         kind if has_experts else replace(kind, mlp_width=dense_width)
         for kind, has_experts in zip(kinds, is_sparse, strict=True)
     )
-    fields = fields | {"intermediate_size": raw.get("moe_intermediate_size", width)}
+    width = read_count(raw, "moe_intermediate_size", width)
+    fields = fields | {"intermediate_size": width}
     normalized = bool(raw.get("norm_topk_prob", False))
     experts = read_experts(raw, **settings, normalized=normalized)
     return DecoderConfig(**fields, layers=layers, experts=experts)
@@ -245,7 +246,7 @@ def _read_qwen3_5(raw: Mapping[str, Any], kv_heads: int = 4) -> DecoderConfig:
 
 
 def _read_qwen3_5_moe(raw: Mapping[str, Any]) -> DecoderConfig:
-    width = raw.get("moe_intermediate_size", 512)
+    width = read_count(raw, "moe_intermediate_size", 512)
     config = _read_qwen3_5({**raw, "intermediate_size": width}, kv_heads=2)
     shared_width = raw.get("shared_expert_intermediate_size", 512)
     experts = read_experts(raw, 256, 8, shared_width=shared_width)

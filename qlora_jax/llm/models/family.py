@@ -360,7 +360,12 @@ def read_partial_rope(
     section, key = dict(rope_section(raw)), "partial_rotary_factor"
     if (stored := section.pop(key, None)) is None:
         stored = raw.get(key)
-    dim = int(head_dim * (fraction if stored is None else stored))
+    fraction = fraction if stored is None else to_float(stored)
+    if (dim := int(head_dim * fraction)) < 2:
+        raise ValueError(
+            f"`{key}` must rotate at least one pair of the {head_dim} values of a "
+            f"head. Got {fraction}."
+        )
     return read_rope({**raw, key: None}, dim, section=section), dim
 
 

@@ -463,6 +463,12 @@ def test_pairs_that_are_not_rotated_stay_so_in_long_sequences(length):
         ("qwen3_5_text", {"attn_output_gate": False}, "must be true"),
         ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "at least one"),
         ("qwen3_5_text", {"linear_num_key_heads": 3}, "must divide `num_value_heads`"),
+        (
+            "qwen3_moe",
+            {"moe_intermediate_size": None},
+            "`moe_intermediate_size` must be",
+        ),
+        ("glm4", {"partial_rotary_factor": 0.0}, "must rotate at least one pair"),
     ],
 )
 def test_unsupported_configs_are_refused(kind, change, message):
