@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import Literal
 
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "relu2", "clamped_swiglu")
 _MAX_EXPERTS = 4096  # far above any published model; rejects corrupt files
 
 
@@ -215,6 +214,14 @@ class LayerKind:
     unit_norms: bool = False
     scales_queries: bool = True
 
+    def __post_init__(self):
+        mixers = self.delta_rule, self.convolution_width, self.latent
+        if sum(mixer is not None for mixer in mixers) > 1:
+            raise ValueError(
+                "at most one of `delta_rule`, `convolution_width` and `latent` may be "
+                f"set. Got {self}."
+            )
+
     @property
     def has_attention(self) -> bool:
         """Whether the layer has attention, and not a state of fixed size."""
@@ -299,6 +306,11 @@ class Experts:
     balance: float = dataclasses.field(default=0.0, compare=False)
 
     def __post_init__(self):
+        _check_choices(
+            self,
+            joined=(None, "alternating", "halves"),
+            scores=("softmax", "sigmoid"),
+        )
         sizes = self.count, self.per_token
         is_int = all(type(size) is int for size in sizes)
         if not is_int or not 0 < self.per_token <= self.count <= _MAX_EXPERTS:
@@ -447,14 +459,16 @@ class DecoderConfig:
     experts: Experts | None = None
 
     def __post_init__(self):
+        names = ["vocab_size", "hidden_size", "intermediate_size"]
+        names += ["num_layers", "num_heads", "num_kv_heads"]
+        sizes = {name: getattr(self, name) for name in names}
+        wrong = {name: x for name, x in sizes.items() if not _is_size(x)}
+        if wrong:
+            raise ValueError(f"{[*wrong]} must be positive integers. Got {wrong}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 "`num_kv_heads` must divide `num_heads`. "
                 f"Got {self.num_kv_heads=}, {self.num_heads=}."
-            )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"`activation` must be one of {ACTIVATIONS}. Got {self.activation!r}."
             )
         # Resolve defaults once, so that configs that mean the same compare equal. Some
         # defaults depend on `head_dim`.
@@ -469,10 +483,20 @@ class DecoderConfig:
         for name, value in resolved.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
         self._check_options()
+        self._check_ropes()
         self._check_layers()
+        self._check_latent_layers()
         self._check_numbers()
 
     def _check_options(self):
+        _check_choices(
+            self,
+            activation=("silu", "gelu_pytorch_tanh", "relu2", "clamped_swiglu"),
+            layer_norms=(False, True, "biased"),
+            post_norms=(False, True, "glm"),
+            qk_norms=(False, True, "whole"),
+            fused=(False, True, "mlp"),
+        )
         if not (self.pre_norms or self.post_norms):
             raise ValueError("`post_norms` must be True without `pre_norms`.")
         if self.parallel_mlp and self.post_norms:
@@ -488,19 +512,10 @@ class DecoderConfig:
         if self.fuses_qkv and self.attention_gate:
             raise ValueError("`fused` must not be True with an `attention_gate`.")
 
-    def _check_layers(self):
-        if not any(kind.has_attention for kind in self.layers):
+    def _check_ropes(self):
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
-                "`layers` must have at least one with attention. Got none."
-            )
-        if len(self.layers) != self.num_layers:
-            raise ValueError(
-                "`layers` must have one entry, or one for each layer. "
-                f"Got {len(self.layers)} for {self.num_layers} layers."
-            )
-        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
-            raise ValueError(
-                "`rotary_dim` must be even and at most `head_dim`. "
+                "`rotary_dim` must be even and at most `head_dim`, and not negative. "
                 f"Got {self.rotary_dim=}, {self.head_dim=}."
             )
         for rope in filter(None, self.ropes):
@@ -511,6 +526,36 @@ class DecoderConfig:
                     f"`divisors` and `long_divisors` must be empty or have {num_pairs} "
                     f"values, one for each pair. Got {sizes}."
                 )
+            if rope.num_pairs and not 0 < rope.num_pairs <= num_pairs:
+                raise ValueError(
+                    f"`num_pairs` must be from 0 to {num_pairs}. Got {rope.num_pairs}."
+                )
+        first_layers: dict[LayerKind, int] = {}  # by structure
+        for i, kind in enumerate(self.layers):
+            if not kind.has_attention:
+                continue
+            # Layers of equal structure may be in one stack, whose program rotates the
+            # same number of values in all layers.
+            first = first_layers.setdefault(kind.structure, i)
+            first_dim = self.dim_of(self.layers[first].rope)
+            if (dim := self.dim_of(kind.rope)) != first_dim:
+                raise ValueError(
+                    "the number of rotated values must be the same in layers that "
+                    "differ only in `rope` and `window`. It is `dim` of `rope`, or "
+                    "`rotary_dim` if `dim` is 0 or `rope` is None. Got "
+                    f"{first_dim} in layer {first} and {dim} in layer {i}."
+                )
+
+    def _check_layers(self):
+        if not any(kind.has_attention for kind in self.layers):
+            raise ValueError(
+                "`layers` must have at least one with attention. Got none."
+            )
+        if len(self.layers) != self.num_layers:
+            raise ValueError(
+                "`layers` must have one entry, or one for each layer. "
+                f"Got {len(self.layers)} for {self.num_layers} layers."
+            )
         kv_groups = set()
         for kind in self.layers:
             if not kind.has_kv and kind.kv_group not in kv_groups:
@@ -523,16 +568,37 @@ class DecoderConfig:
             if kind.is_chunked and kind.window is None:
                 raise ValueError("`window` must be set if `is_chunked`. Got None.")
             heads, dim = self.heads_of(kind), self.dim_of(kind.rope)
-            if self.num_heads % heads.num_kv_heads or dim % 2 or dim > heads.head_dim:
+            is_dim = dim % 2 == 0 and 0 < dim <= heads.head_dim
+            if self.num_heads % heads.num_kv_heads or not is_dim:
                 raise ValueError(
                     f"`num_kv_heads` of a layer must divide {self.num_heads}, and its "
-                    "number of rotated values must be even and at most `head_dim`. Got "
-                    f"{heads} with {dim} rotated values."
+                    "number of rotated values must be positive, even and at most "
+                    f"`head_dim`. Got {heads} with {dim} rotated values."
                 )
-        for name in ("window", "mlp_width"):
+        for name in ("window", "mlp_width", "convolution_width"):
             values = {getattr(kind, name) for kind in self.layers} - {None}
             if wrong := sorted(value for value in values if value < 1):
                 raise ValueError(f"`{name}` must be positive or None. Got {wrong}.")
+
+    def _check_latent_layers(self):
+        """Refuses options that `LatentAttention` would ignore."""
+        names = ["qk_norms", "value_norms", "attention_gate", "sinks", "fuses_qkv"]
+        ignored = [name for name in [*names, "query_scaling"] if getattr(self, name)]
+        for i, kind in enumerate(self.layers):
+            if kind.latent is None:
+                continue
+            of_layer = ("heads", "kv_group", "unit_norms")
+            wrong = ignored + [name for name in of_layer if getattr(kind, name)]
+            if wrong:
+                raise ValueError(
+                    f"{wrong} must not be set for layers with `latent`, which do not "
+                    f"support them. Got such a layer, {i}."
+                )
+            if (dim := self.dim_of(kind.rope)) != kind.latent.rope_dim:
+                raise ValueError(
+                    "`rope_dim` of `latent` must be the number of rotated values, "
+                    f"{dim}. Got {kind.latent.rope_dim} in layer {i}."
+                )
 
     def _check_numbers(self):
         names = ["rms_norm_eps", "embedding_scale", "residual_scale", "logit_scale"]
@@ -598,8 +664,18 @@ class DecoderConfig:
         return not all(kind.has_attention for kind in self.layers)
 
 
+def _check_choices(record: object, **choices: tuple[object, ...]) -> None:
+    for name, values in choices.items():
+        if (value := getattr(record, name)) not in values:
+            raise ValueError(f"`{name}` must be one of {values}. Got {value!r}.")
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
 def _check_sizes(record: object, *sizes: object) -> None:
-    if not all(type(size) is int and size > 0 for size in sizes):
+    if not all(map(_is_size, sizes)):
         name = type(record).__name__
         raise ValueError(f"sizes of `{name}` must be positive. Got {record}.")
 

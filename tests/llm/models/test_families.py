@@ -11,7 +11,13 @@ from helpers import assert_equal_but_for_rounding, trees_of
 import qlora_jax as ql
 from qlora_jax.llm.models.attention import attend, rotary_table
 from qlora_jax.llm.models.checkpoint import load
-from qlora_jax.llm.models.config import DecoderConfig, LayerKind, Rope
+from qlora_jax.llm.models.config import (
+    DecoderConfig,
+    Experts,
+    LatentHeads,
+    LayerKind,
+    Rope,
+)
 from qlora_jax.llm.models.decoder import Decoder, init_cache
 from qlora_jax.llm.models.families import config_from_hf
 from qlora_jax.llm.models.tiny import save_tiny
@@ -29,6 +35,7 @@ SIZES |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads
 SIZES |= {"max_position_embeddings": 64}
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32}
 LATENT = {"num_key_value_heads": 4}
+LATENT_LAYER = LayerKind(latent=LatentHeads(None, 8, 4, 4, 4))
 GEMMA4 = {"hidden_size_per_layer_input": 0}
 LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
 SHORT = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
@@ -337,11 +344,51 @@ def test_published_configs_are_read_without_a_warning(name):
         ({"activation": "relu"}, "`activation` must be one of"),
         ({"logit_soft_cap": 0.0}, "'logit_soft_cap'. must be positive and finite"),
         ({"layers": (LayerKind(Rope(float("nan"))),)}, r"'ropes\[0\].theta'. must be"),
+        ({"num_kv_heads": 0}, "'num_kv_heads'. must be positive integers"),
+        ({"intermediate_size": 1.5}, "'intermediate_size'. must be positive integers"),
+        ({"rotary_dim": -2}, "`rotary_dim` must be even and at most `head_dim`, and"),
+        ({"layers": (LayerKind(Rope(dim=-2)),)}, "must be positive, even and at most"),
+        (
+            {"layers": (LayerKind(Rope(num_pairs=5)),)},
+            "`num_pairs` must be from 0 to 4",
+        ),
+        (
+            {"layers": (LayerKind(Rope(dim=8)), LayerKind(Rope(dim=4), window=3))},
+            "Got 8 in layer 0 and 4 in layer 1",
+        ),
+        (
+            {"layers": (LayerKind(None), LayerKind(Rope(dim=4)))},
+            "Got 8 in layer 0 and 4 in layer 1",
+        ),
+        ({"post_norms": "llama"}, "`post_norms` must be one of .False, True, 'glm'."),
+        ({"fused": "qkv"}, "`fused` must be one of"),
+        ({"layers": (LATENT_LAYER,), "qk_norms": True}, "'qk_norms'. must not be set"),
+        (
+            {"layers": (LATENT_LAYER,), "rotary_dim": 2},
+            "must be the number of rotated values",
+        ),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(change, message):
+    sizes = {"intermediate_size": 8, "num_heads": 4, "num_kv_heads": 2}
     with pytest.raises(ValueError, match=message):
-        DecoderConfig(8, 32, 8, 2, **{"num_heads": 4, "num_kv_heads": 2} | change)
+        DecoderConfig(8, 32, num_layers=2, **sizes | change)
+
+
+@pytest.mark.parametrize(
+    ("make_record", "message"),
+    [
+        (lambda: Experts(4, 2, scores="relu"), "`scores` must be one of"),
+        (lambda: Experts(4, 2, joined="interleaved"), "`joined` must be one of"),
+        (
+            lambda: LayerKind(latent=LATENT_LAYER.latent, convolution_width=3),
+            "at most one of `delta_rule`, `convolution_width` and `latent`",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(make_record, message):
+    with pytest.raises(ValueError, match=message):
+        make_record()
 
 
 @pytest.mark.parametrize("length", [4, 8])

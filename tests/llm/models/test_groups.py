@@ -70,6 +70,8 @@ def test_layers_are_divided_into_the_fewest_stacks():
     assert split_into_periods("b" + "aab" * 2 + "aa") == [(3, 3)]
     assert split_into_periods("babaab") == [(2, 2), (2, 1)]
     assert split_into_periods("abcc") == [(2, 1), (1, 2)]
+    # "a" and three times "aab" would have fewer, but "a" could then repeat more often.
+    assert split_into_periods("aaabaabaab") == [(1, 3), (3, 2), (1, 1)]
     stacks = {stack.path: [*stack.layers] for stack in layer_stacks(GROUPED)}
     assert stacks == PATHS
 
