@@ -86,8 +86,9 @@ def generate(
             drawn with `jax.random.fold_in(key, n)`.
 
     Raises:
-        ValueError: If a prompt is empty, if a key is needed but missing, or if an
-            answer may exceed the positions that the model has learned.
+        ValueError: If there are no prompts, a prompt is empty, `max_new_tokens` is not
+            positive, a key is needed but missing, or an answer may exceed the positions
+            that the model has learned.
 
     Example:
         >>> from qlora_jax.llm.models.config import DecoderConfig
@@ -98,6 +99,11 @@ def generate(
         >>> generate(model, variables, prompts, max_new_tokens=3, eos_ids=[2]).shape
         (2, 3)
     """
+    if not len(prompts) or max_new_tokens < 1:
+        raise ValueError(
+            "there must be at least one prompt, and `max_new_tokens` must be positive. "
+            f"Got {len(prompts)} prompts and {max_new_tokens}."
+        )
     check_key(sampling, key)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not lengths.all():

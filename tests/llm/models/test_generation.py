@@ -67,6 +67,11 @@ def test_one_row_in_16_bits_is_multiplied_beside_zeros():
             lambda *x: generate(*x, [[1]], sampling=Sampling(1.0), **ONE),
             "`key` must be given",
         ),
+        (lambda *x: generate(*x, [], **ONE), "there must be at least one prompt"),
+        (
+            lambda *x: generate(*x, [[1]], max_new_tokens=0, eos_ids=[]),
+            "`max_new_tokens` must be positive",
+        ),
         (lambda *x: Stream(*x, Sampling(1.0))([1], **ONE), "`key` must be given"),
         (lambda *x: Stream(*x)([], **ONE), "`prompt` must have at least one token"),
         (lambda *_: Sampling(-1.0), "`temperature` must be at least 0 and finite"),
