@@ -59,7 +59,12 @@ class Sampling:
 
         Args:
             logits: Float32 logits of the model.
+
+        Raises:
+            ValueError: If the temperature is 0.
         """
+        if self.is_greedy:
+            raise ValueError("`temperature` must be positive to filter logits. Got 0.")
         logits = logits / self.temperature
         if self.top_k is None and self.top_p == 1:
             return logits

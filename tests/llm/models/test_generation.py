@@ -83,6 +83,7 @@ def test_one_row_in_16_bits_is_multiplied_beside_zeros():
             "`temperature` must be positive with `top_k` or",
         ),
         (lambda *_: Sampling(top_p=0.5), "`temperature` must be positive with `top_k`"),
+        (lambda *_: Sampling().filtered(jnp.ones(2)), "must be positive to filter"),
     ],
 )
 def test_wrong_calls_are_refused(tiny, call, message):
