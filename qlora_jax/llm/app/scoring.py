@@ -127,7 +127,7 @@ def make_scorer(
     def score(base: PyTree, lora: PyTree) -> Score:
         bar = tqdm(batches, "scoring", unit=" batches", disable=None)
         # The chunked loss saves memory, but does not support an adapter of the head.
-        has_adapted_head = model.engine.head_leaf in lora
+        has_adapted_head = model.engine.head_key in lora
         loss = (logits_loss if has_adapted_head else chunked_loss)(base, lora, bar)
         if not math.isfinite(loss):
             raise ValueError(f"the loss must be finite. Got {loss}.")

@@ -41,7 +41,7 @@ class JaxEngine:
         contract: Empty, because the default of `QLoRAConfig` holds for all kernels.
         image_token_id: None, because the decoder reads only text.
         generation_problem: None, because all models can generate tokens.
-        can_pack_rows: True, because rows of all models may have several sequences.
+        can_pack_rows: Whether rows may have several sequences in all models: True.
     """
 
     path: pathlib.Path
@@ -74,8 +74,8 @@ class JaxEngine:
         return self.decoder.head_module
 
     @property
-    def head_leaf(self) -> str:
-        """The name of the head's parameters: if it is tied, those of the embedding."""
+    def head_key(self) -> str:
+        """The key of the head in trees; if it is tied, the key of the embedding."""
         return "embed_tokens" if self.decoder.tie_embeddings else "lm_head"
 
     @property

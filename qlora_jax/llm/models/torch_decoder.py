@@ -1,7 +1,8 @@
 """Language models that `qlora_jax.torch` runs in the PyTorch code of transformers.
 
 They take the place of `Decoder` for model types that it does not support. Leaves have
-PyTorch's names, such as `model.layers.0:4:1.mlp.up_proj.weight` for a stack of layers.
+PyTorch's names. In the name of a stack of layers, such as
+`model.layers.0:4:1.mlp.up_proj.weight`, a range replaces the number: layers 0 to 3.
 """
 
 import contextlib
@@ -48,10 +49,11 @@ class TorchEngine:
         language_model: The model without the settings of `make_model`.
         name: The value of the option `engine`.
         experts: None, because there is no loss that balances the load of experts.
-        head_leaf: None, because an adapter of the head needs no loss of its own.
+        head_key: None, because the loss of a model in PyTorch supports adapters of the
+            head, so that no code has to look for one.
         has_vision: False, because a vision part is read with the language model.
-        can_pack_rows: False, because only some models (see `packing_problem`) allow
-            several sequences in a row.
+        can_pack_rows: Whether rows may have several sequences in all models: False.
+            `packing_problem` tells whether they may in this model.
         ropes: Empty, because the keys in a cache do not depend on the size of the
             cache. `Stream` reads this attribute, as it does that of `DecoderConfig`.
     """
@@ -68,7 +70,7 @@ class TorchEngine:
     language_model: "ql.torch.LanguageModel"
     name: ClassVar[Literal["torch"]] = "torch"
     experts: ClassVar[None] = None
-    head_leaf: ClassVar[None] = None
+    head_key: ClassVar[None] = None
     has_vision: ClassVar[bool] = False
     can_pack_rows: ClassVar[bool] = False
     ropes: ClassVar[tuple[()]] = ()
