@@ -31,7 +31,8 @@ class TokenData(NamedTuple):
 
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None  # None: each row is one sequence
-    # One for each of `DecoderConfig.ropes`, padded to the longest one.
+    # The cosines and sines of `rotary_table` for each of `DecoderConfig.ropes`, padded
+    # to the longest table. All heads share them: their axis has size 1.
     tables: Float[Array, "R 2 B T 1 half"]
     num_tokens: Int[Array, " B"] | None = None  # in each row; None: no padding
     query_scales: Float[Array, "B T 1 1"] | None = None  # of `QueryScaling`
@@ -236,7 +237,8 @@ class Attention(nn.Module):
         c, rope = self.config, layer_data.rope
         if rope is None:
             rope = c.ropes.index(self.kinds[0].rope)
-        # Cut off the padding. All layers of a stack rotate the same number of values.
+        # Cut off the padding. `DecoderConfig` ensures that all layers of a stack rotate
+        # the same number of values.
         half = c.dim_of(self.kinds[0].rope) // 2
         return tokens.tables[rope][..., :half]
 
@@ -373,7 +375,7 @@ class Attention(nn.Module):
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
-        """Returns the layer's Hugging Face names of these parameters, by path."""
+        """Returns the parameters' names in the Hugging Face layer, by path."""
         c = config
         has_bias = dict.fromkeys(projections_of(c, kind), c.qkv_bias)
         has_bias["o_proj"] = c.o_bias
@@ -495,20 +497,20 @@ def attend(
     if mesh is not None and AxisType.Explicit in mesh.axis_types:
         has_blocks = False
     attend_plain = functools.partial(attend_by_matrices, scale=scale, soft_cap=soft_cap)
-    attend_on_cpu = functools.partial(attend_plain, block=BLOCK if has_blocks else None)
+    block, gpu_block = (BLOCK, GPU_BLOCK) if has_blocks else (None, None)
     operands = query, key, value, visible
     if implementation == "xla" and soft_cap is not None:
-        return attend_on_cpu(*operands)  # JAX's attention has no soft-cap
+        return attend_plain(*operands, block=block)  # JAX's attention has no soft-cap
 
     def attend_off_cpu(query, key, value, visible):
         if implementation == "blocks":
-            block = GPU_BLOCK if has_blocks else None
-            return attend_plain(query, key, value, visible, block=block)
+            return attend_plain(query, key, value, visible, block=gpu_block)
         return jax.nn.dot_product_attention(
             query, key, value, mask=visible[:, None], scale=scale
         )
 
     # Plain products are faster on CPUs than JAX's attention.
+    attend_on_cpu = functools.partial(attend_plain, block=block)
     return jax.lax.platform_dependent(
         *operands, cpu=attend_on_cpu, default=attend_off_cpu
     )

@@ -79,7 +79,8 @@ class Decoder(nn.Module):
             `qlora_jax.memory.offload_layer_inputs`.
         attention: How attention is computed without a cache. "xla" computes all scores
             at once, except that long inputs are processed in blocks on CPUs or with a
-            soft-cap. "blocks" does so on all devices. "cudnn" is the flash attention of
+            soft-cap. "blocks" does so on all devices. On an ambient mesh with Explicit
+            axes, both compute all scores at once. "cudnn" is the flash attention of
             cuDNN, for NVIDIA GPUs from Ampere on and dtypes of 16 bits; it supports
             neither soft-caps nor sinks. "splash" is
             `qlora_jax.memory.splash_attention`, for TPUs; on an ambient mesh with Auto
@@ -155,7 +156,8 @@ class Decoder(nn.Module):
                 in each segment. If `attention` is neither "xla" nor "blocks", or if
                 layers have states, the order of tokens matters too. Rows whose
                 positions do not count up by one in each segment then become NaN.
-            cache: Keys, values and states of earlier calls, from `init_cache`.
+            cache: Keys, values and states of earlier calls, from `init_cache`. It needs
+                room for all positions, since those beyond its length are not stored.
             select: Indices into T; return logits `[B, P, V]` of only these tokens.
             return_hidden: Return the normalized hidden states, times `logit_scale`,
                 instead of logits.
@@ -186,7 +188,8 @@ class Decoder(nn.Module):
         if c.embedding_scale != 1:  # Gemma rounds this factor to its dtype
             x = x * jnp.asarray(c.embedding_scale, self.dtype).astype(jnp.float32)
         x = x.astype(self.stream_dtype)
-        # cuDNN takes a mask, but is also told that attention is causal.
+        # "cudnn" is not in this list: it takes a mask that is made from positions, but
+        # is also told that no query sees a later key of its row.
         needs_order = self.attention not in ("xla", "blocks") or c.has_states
         if positions is not None and cache is None and needs_order:
             in_order = are_in_order(positions, segment_ids)
@@ -279,7 +282,8 @@ class Decoder(nn.Module):
         caches = None if cache is None else tuple(cache[x.path] for x in stacks)
         if len(stacks) == 1:  # a period of one layer needs no module of its own
             layer = scan(layer_class)(c, stacks[0].kinds, *settings, name=group.name)
-            carry, new_entry = layer(carry, tokens, layer_data[0], caches and caches[0])
+            layer_cache = None if caches is None else caches[0]
+            carry, new_entry = layer(carry, tokens, layer_data[0], layer_cache)
             return carry, {stacks[0].path: new_entry}
         period = scan(Period)(layer_class, c, stacks, settings, name=group.name)
         carry, new_entries = period(carry, tokens, layer_data, caches)

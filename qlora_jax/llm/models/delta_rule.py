@@ -114,7 +114,7 @@ class GatedDeltaNet(nn.Module):
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
-        """Returns the Hugging Face name of each parameter in the layer, by path."""
+        """Returns the parameters' names in the Hugging Face layer, by path."""
         kernels = *(f"in_proj_{name}" for name in ("qkv", "z", "b", "a")), "out_proj"
         names = linear_names("linear_attn", dict.fromkeys(kernels, False))
         names |= {name: f"linear_attn.{name}" for name in ("A_log", "dt_bias")}
@@ -211,12 +211,13 @@ def gated_delta_rule(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Returns the outputs of the rule and the last state, computed in float32.
 
-    Queries and keys are normalized first. Each head has a state S. The following steps
-    are done for each token in order, with query q, key k and value v:
+    Queries and keys are normalized first. Each head has a state, a matrix M `[K, V]`.
+    The following steps are done for each token in order, with query q, key k and value
+    v:
 
-    1. S is multiplied by `exp(log_decay)`.
-    2. The outer product of k and v - S^T k, multiplied by `strength`, is added to S.
-    3. The output is S^T q / sqrt(K).
+    1. M is multiplied by `exp(log_decay)`.
+    2. The outer product of k and v - M^T k, multiplied by `strength`, is added to M.
+    3. The output is M^T q / sqrt(K).
 
     The tokens of a chunk are processed at once. They see earlier chunks through the
     state, and each other through the inverse of a triangular matrix. If a chunk has

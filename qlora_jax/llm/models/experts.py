@@ -122,7 +122,7 @@ class MixtureOfExperts(nn.Module):
     def tensor_names(
         config: DecoderConfig, kind: LayerKind
     ) -> dict[str, str | ql.io.Entry]:
-        """Returns the Hugging Face name of each parameter in the layer, by path."""
+        """Returns the parameters' names in the Hugging Face layer, by path."""
         experts = config.experts
         assert experts is not None
         hf_names = experts.names or experts.kernels

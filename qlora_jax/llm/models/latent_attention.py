@@ -79,7 +79,7 @@ class LatentAttention(Attention):
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
-        """Returns the Hugging Face name of each parameter in the layer, by path."""
+        """Returns the parameters' names in the Hugging Face layer, by path."""
         has_bias = {"kv_a_proj_with_mqa": config.qkv_bias, "kv_b_proj": False}
         has_bias |= {"o_proj": config.o_bias}
         norms = ["kv_a_layernorm"]

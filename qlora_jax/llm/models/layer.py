@@ -27,9 +27,10 @@ from .per_layer_input import PerLayerInput
 from .products import make_norm, norm_leaves
 from .short_convolution import ShortConvolution
 
+# The parts in which tokens see other tokens. Latent attention is a kind of attention.
 Mixer = type[Attention] | type[GatedDeltaNet] | type[ShortConvolution]
-MIXERS = Attention, LatentAttention, GatedDeltaNet, ShortConvolution
-PARTS = *MIXERS, DenseMLP, MixtureOfExperts, MLPWithExperts, PerLayerInput
+PARTS = Attention, LatentAttention, GatedDeltaNet, ShortConvolution, DenseMLP
+PARTS += MixtureOfExperts, MLPWithExperts, PerLayerInput
 
 
 class Layer(nn.Module):
@@ -111,7 +112,7 @@ class Layer(nn.Module):
     def tensor_names(
         config: DecoderConfig, kind: LayerKind
     ) -> dict[str, str | ql.io.Entry]:
-        """Returns the Hugging Face name of each parameter in the layer, by path."""
+        """Returns the parameters' names in the Hugging Face layer, by path."""
         norms = [name for name in norm_names(config) if name is not None]
         names: dict[str, str | ql.io.Entry] = {
             f"{norm}/{leaf}": f"{norm}.{hf_leaf}"

@@ -42,7 +42,7 @@ class DenseMLP(nn.Module):
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
-        """Returns the Hugging Face name of each parameter in the layer, by path."""
+        """Returns the parameters' names in the Hugging Face layer, by path."""
         projections = ["gate_proj", "up_proj", "down_proj"]
         if config.fused:
             projections = ["gate_up_proj", "down_proj"]

@@ -77,7 +77,7 @@ class PerLayerInput(nn.Module):
     def tensor_names(
         config: DecoderConfig, kind: LayerKind
     ) -> dict[str, str | ql.io.Entry]:
-        """Returns the Hugging Face name of each parameter in the layer, by path."""
+        """Returns the parameters' names in the Hugging Face layer, by path."""
         return {
             "input_gate/kernel": "per_layer_input_gate.weight",
             "input_projection/kernel": "per_layer_projection.weight",

@@ -53,7 +53,7 @@ class ShortConvolution(nn.Module):
 
     @staticmethod
     def tensor_names(config: DecoderConfig, kind: LayerKind) -> dict[str, str]:
-        """Returns the Hugging Face name of each parameter in the layer, by path."""
+        """Returns the parameters' names in the Hugging Face layer, by path."""
         has_bias = dict.fromkeys(["in_proj", "out_proj"], config.convolution_bias)
         names = linear_names("conv", has_bias) | {"conv": "conv.conv.weight"}
         return names | (
