@@ -87,16 +87,7 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        index = index if isinstance(index, tuple) else (index,)
-        if len(index) == 1 and index[0] is ...:
-            index = ()
-        if not all(isinstance(i, slice) for i in index) or len(index) > len(self.shape):
-            raise TypeError(f"a tensor must be indexed by slices. Got {index}.")
-        index = index + (slice(None),) * (len(self.shape) - len(index))
-        ranges = [range(n)[i] for n, i in zip(self.shape, index, strict=True)]
-        if any(r.step != 1 for r in ranges):
-            raise ValueError(f"slices must have step 1. Got {index}.")
-        return self._read(ranges)
+        return self._read(_ranges_of(index, self.shape))
 
     def reshape(self, *shape: int) -> "LazyTensor":
         """Returns the same bytes as a tensor of another shape, without reading them.
@@ -105,9 +96,10 @@ class LazyTensor:
             *shape: The new shape, with the same number of values; -1 is not inferred.
 
         Raises:
-            ValueError: If the number of values differs.
+            ValueError: If the number of values differs, or a size is negative.
         """
-        if math.prod(shape) != math.prod(self.shape):
+        is_shape = all(n >= 0 for n in shape)
+        if not is_shape or math.prod(shape) != math.prod(self.shape):
             raise ValueError(
                 f"a tensor of shape {self.shape} must keep its number of values. Got "
                 f"shape {shape}."
@@ -140,6 +132,20 @@ class LazyTensor:
         return buffer.view(self.dtype).reshape(shape)
 
 
+def _ranges_of(index: Any, shape: tuple[int, ...]) -> list[range]:
+    """Returns the indices along each axis that slices, or `...`, select."""
+    slices = index if isinstance(index, tuple) else (index,)
+    if len(slices) == 1 and slices[0] is ...:
+        slices = ()
+    if not all(isinstance(i, slice) for i in slices) or len(slices) > len(shape):
+        raise TypeError(f"a tensor must be indexed by slices. Got {slices}.")
+    slices = slices + (slice(None),) * (len(shape) - len(slices))
+    ranges = [range(n)[i] for n, i in zip(shape, slices, strict=True)]
+    if any(r.step != 1 for r in ranges):
+        raise ValueError(f"slices must have step 1. Got {slices}.")
+    return ranges
+
+
 @dataclass(frozen=True, eq=False)
 class DeferredTensor:
     """A tensor whose values `compute` returns when they are needed."""
@@ -163,9 +169,11 @@ class LazyMatrix:
     shape: tuple[int, ...]
     read: Callable[[slice, slice], Any]  # its slices have a start and a stop, no step
 
-    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-        bounds = [part.indices(n) for part, n in zip(index, self.shape, strict=True)]
-        return np.asarray(self.read(*(slice(start, stop) for start, stop, _ in bounds)))
+    def __getitem__(self, index: Any) -> np.ndarray:
+        ranges = _ranges_of(index, self.shape)
+        # An empty range may end before it starts, such as that of `x[3:1]`.
+        slices = (slice(r.start, r.start + len(r)) for r in ranges)
+        return np.asarray(self.read(*slices))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:, :], dtype)
@@ -227,3 +235,20 @@ class Tensors(Mapping[str, LazyTensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def with_tensors(self, tensors: Mapping[str, Any]) -> "Tensors":
+        """Returns other tensors, with the metadata and the folder of these.
+
+        Args:
+            tensors: The tensors by name, such as some of these under other names.
+
+        Example:
+            >>> import tempfile, numpy as np, qlora_jax as ql
+            >>> path = tempfile.mkdtemp() + "/x.safetensors"
+            >>> ql.io.write_safetensors(path, {"x": np.ones(3)}, metadata={"by": "me"})
+            >>> tensors = ql.io.open_safetensors(path)
+            >>> renamed = tensors.with_tensors({"y": tensors["x"]})
+            >>> list(renamed), renamed.metadata
+            (['y'], {'by': 'me'})
+        """
+        return dataclasses.replace(self, _tensors=tensors)

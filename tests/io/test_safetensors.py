@@ -11,6 +11,7 @@ from helpers import assert_same_bits
 
 import qlora_jax as ql
 from qlora_jax.io import CheckpointError, open_safetensors, write_safetensors
+from qlora_jax.io.tensors import transposed
 
 RNG = np.random.default_rng(0)
 TENSORS = {
@@ -65,6 +66,24 @@ def test_slices(tmp_path, index):
         tensor[0]
     with pytest.raises(ValueError, match="must have step 1"):
         tensor[::2]
+
+
+@pytest.mark.parametrize(
+    "index", [np.s_[3:1, :], np.s_[...], np.s_[1:], np.s_[-2:, 1:]]
+)
+def test_slices_of_a_transposed_matrix(index):
+    x = np.arange(24).reshape(6, 4)
+    np.testing.assert_array_equal(transposed(x)[index], x.T[index])
+    for index_with_step in (np.s_[::2, :], np.s_[:, ::-1]):
+        with pytest.raises(ValueError, match="must have step 1"):
+            transposed(x)[index_with_step]
+
+
+def test_negative_sizes_are_refused(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", TENSORS)
+    tensor = open_safetensors(tmp_path / "x.safetensors")["f16"]
+    with pytest.raises(ValueError, match="must keep its number of values"):
+        tensor.reshape(-4, -3)
 
 
 def folder_of(path, files, index=None):

@@ -22,6 +22,7 @@ import qlora_jax as ql
 from qlora_jax.llm import app
 from qlora_jax.llm.cli.main import main
 from qlora_jax.llm.models.tiny import save_tiny
+from qlora_jax.llm.models.torch_decoder import _Joined
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +173,14 @@ def test_weights_that_files_store_transposed(tmp_path):
     expected = torch_loss(module)
     score = app.score(app.ScoreConfig(str(model), write_rows(tmp_path)))
     assert_close(np.asarray(score.loss), np.asarray(expected))
+
+
+@pytest.mark.parametrize("rows", [(2, 2), (5, 1), (1, 4), (0, 6)])
+def test_slices_of_joined_matrices(rows):
+    matrices = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones((4, 3), np.float64)
+    joined, expected = _Joined(matrices), np.concatenate(matrices)
+    part = joined[slice(*rows), 1:]
+    np.testing.assert_array_equal(part, expected[slice(*rows), 1:])
+    assert part.dtype == expected.dtype == joined.dtype
+    with pytest.raises(ValueError, match="must have step 1"):
+        joined[::2, :]

@@ -103,7 +103,7 @@ class ModelFolder:
             new_name = re.sub(decoder, f"{self.config.module}.", name)
             new_name = re.sub(head, f"{self.config.head_module}.", new_name)
             renamed[new_name] = tensors[name]
-        return ql.io.Tensors(renamed, tensors.metadata, tensors.folder)
+        return tensors.with_tensors(renamed)
 
     def build_tokenizer(self) -> "Tokenizer":
         """Returns the tokenizer."""

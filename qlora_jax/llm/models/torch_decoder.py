@@ -225,12 +225,12 @@ class TorchFolder(ModelFolder):
         for name, sources in model.find_sources(stored).items():
             parts = [stored[source] for source in sources]
             views[name] = parts[0] if len(parts) == 1 else _Joined(tuple(parts))
-        tensors = dataclasses.replace(stored, _tensors=views)
+        tensors = stored.with_tensors(views)
         for name, leaf_name in model.tied_names.items():
             check_tied(tensors, name, leaf_name)
         transposed = model.conv1d_names & {*tensors}
         views = {name: _Transposed(tensors[name]) for name in transposed}
-        return dataclasses.replace(tensors, _tensors={**tensors, **views})
+        return tensors.with_tensors({**tensors, **views})
 
     @contextlib.contextmanager
     def open_description(self) -> Iterator[pathlib.Path]:
@@ -272,13 +272,15 @@ class _Joined:
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         rows_index, *columns = index or (slice(None),)
-        start, stop, _ = rows_index.indices(self.shape[0])
+        start, stop, step = rows_index.indices(self.shape[0])
+        if step != 1:
+            raise ValueError(f"slices must have step 1. Got {index}.")
         pieces, first = [], 0  # `first` is the index of the first row of each matrix
         for matrix in self.matrices:
             num_rows = matrix.shape[0]
             rows = slice(max(start - first, 0), min(max(stop - first, 0), num_rows))
-            if rows.start < rows.stop:
-                pieces.append(np.asarray(matrix[rows, *columns]))
+            # If this is empty, nothing is read. `concatenate` needs at least one array.
+            pieces.append(np.asarray(matrix[rows, *columns]))
             first += num_rows
         return np.concatenate(pieces)
 
