@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -223,39 +224,61 @@ def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
     """Splits float stacks of experts into matrices `[N, K]`.
 
     A stack `NAME` becomes `NAME.0`, `NAME.1` and so on. A parameter becomes the tensors
-    that the table names instead.
+    that the table names instead. Raises CheckpointError if these exist already.
     """
     split: dict[str, Any] = {}
+    duplicates = []
+
+    def add_tensor(name: str, x: Any) -> None:
+        if name in split:
+            duplicates.append(name)
+        split[name] = x
+
     for name, x in tensors.items():
         if len(x.shape) != 3:
-            split[name] = x
+            add_tensor(name, x)
             continue
         experts = [matrix_in_stack(x, i) for i in range(x.shape[0])]
         templates = names.parts_of_parameter(name)
         if (roles := names.stack_roles(name)) is not None:
             for i, matrix in enumerate(experts):
-                split[f"{name}.{i}"] = transposed(matrix) if roles == "kn" else matrix
+                add_tensor(
+                    f"{name}.{i}", transposed(matrix) if roles == "kn" else matrix
+                )
         elif templates and x.shape[1] % len(templates) == 0:
             for i, matrix in enumerate(experts):
                 kernels = equal_parts(matrix, len(templates))
                 for template, kernel in zip(templates, kernels, strict=True):
-                    split[template.format(expert=i)] = kernel
+                    add_tensor(template.format(expert=i), kernel)
         else:
-            split[name] = x
+            add_tensor(name, x)
+    refuse_names({"stored alone and also in a stack": duplicates})
     return split
 
 
 def join_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
-    """Stacks `NAME.0`, `NAME.1` ... as `NAME` again; does not restore parameters."""
-    groups: dict[str, list[Any]] = {}
+    """Stacks `NAME.0`, `NAME.1` ... as `NAME` again; does not restore parameters.
+
+    Tensors that do not form a stack, because a number is missing, stay as they are.
+    """
+    positions: dict[str, tuple[str, int]] = {}  # the stack and the number of each part
+    stacks: dict[str, dict[int, Any]] = {}
     for name, x in tensors.items():
-        stem = name.rpartition(".")[0]
-        groups.setdefault(stem if names.is_stack(stem) else name, []).append(x)
-    # Groups with the name of a tensor hold only this tensor; the others are stacks.
-    return {
-        name: x[0] if name in tensors else _stack_experts(x, names.stack_roles(name))
-        for name, x in groups.items()
-    }
+        match = re.fullmatch(r"(.*)\.(0|[1-9][0-9]*)", name)
+        if match and len(x.shape) == 2 and names.is_stack(match[1]):
+            positions[name] = stem, number = match[1], int(match[2])
+            stacks.setdefault(stem, {})[number] = x
+    joined: dict[str, Any] = {}
+    for name, x in tensors.items():
+        stem, _ = positions.get(name, ("", 0))
+        parts = stacks.get(stem, {})
+        if not parts or stem in tensors or {*parts} != {*range(len(parts))}:
+            joined[name] = x
+        elif stem not in joined:
+            # Files list names in alphabetical order, in which 10 comes before 2.
+            experts = [parts[i] for i in range(len(parts))]
+            joined[stem] = _stack_experts(experts, names.stack_roles(stem))
+    return joined
 
 
 def _stack_experts(experts: list[Any], roles: str | None) -> DeferredTensor:

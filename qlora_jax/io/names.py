@@ -49,6 +49,9 @@ class Entry:
         numbers: The numbers that a placeholder stands for along its batch axis, such as
             the layers in a stack; by default 0, 1, 2, ... .
 
+    Raises:
+        ValueError: If roles or placeholders are invalid, or if numbers repeat.
+
     Example:
         >>> import qlora_jax as ql
         >>> key = "model.layers.{layer}.self_attn.k_proj.weight"
@@ -70,6 +73,12 @@ class Entry:
             check_contract(self.roles.replace("w", "k"))
         if not self.names or not all(isinstance(n, str) and n for n in self._templates):
             raise ValueError(f"`names` must be non-empty strings. Got {self.names!r}.")
+        for name in (*self._templates, self.parameter or ""):
+            if "{" in (rest := _PLACEHOLDER.sub("", name)) or "}" in rest:
+                raise ValueError(
+                    "a placeholder must consist of lower-case letters and underscores "
+                    f"in braces, such as {{layer}}. Got {name!r}."
+                )
         if len({frozenset(_PLACEHOLDER.findall(name)) for name in self._templates}) > 1:
             raise ValueError(
                 f"all `names` must have the same placeholders. Got {self.names!r}."
@@ -77,6 +86,22 @@ class Entry:
         if unknown := sorted(self.numbers.keys() - {*self._placeholders}):
             raise ValueError(
                 f"`numbers` must be those of placeholders in `names`. Got {unknown}."
+            )
+        for placeholder, numbers in self.numbers.items():
+            if len({*numbers}) < len(numbers):
+                raise ValueError(
+                    f"`numbers` of a placeholder must differ. Got {[*numbers]} for "
+                    f"{placeholder!r}."
+                )
+        in_parameter = {*_PLACEHOLDER.findall(self.parameter or "")}
+        if unknown := sorted(in_parameter - {*self._placeholders}):
+            raise ValueError(
+                "placeholders of `parameter` must be in `names`. Got "
+                f"{unknown} in {self.parameter!r}."
+            )
+        if self.stack_roles not in ("kn", "nk"):
+            raise ValueError(
+                f"`stack_roles` must be 'kn' or 'nk'. Got {self.stack_roles!r}."
             )
 
     @property
@@ -107,11 +132,12 @@ class Names:
 
     Attributes:
         entries: An `Entry` for each leaf path; or the names, which become an `Entry`.
+            If several paths match a leaf, the first of them is used.
         ignored: Regular expressions of tensors to ignore: `r".*\.inv_freq"`.
 
     Raises:
-        ValueError: If a path has a placeholder that its names lack, or if two leaves
-            have the same name.
+        ValueError: If a path has a placeholder that its names lack, if two leaves have
+            the same name, or if `ignored` is a single string.
 
     Example:
         >>> import qlora_jax as ql
@@ -136,6 +162,10 @@ class Names:
             for path, entry in self.entries.items()
         }
         object.__setattr__(self, "entries", entries)  # the dataclass is frozen
+        if isinstance(self.ignored, str):  # its letters would be taken for expressions
+            raise ValueError(
+                f"`ignored` must be a tuple of expressions. Got {self.ignored!r}."
+            )
         for path, entry in entries.items():
             if unnamed := {*_PLACEHOLDER.findall(path)} - {*entry._placeholders}:
                 raise ValueError(
@@ -256,6 +286,8 @@ class Names:
                 continue
             for path in filter(pattern.fullmatch, batch_shapes):
                 entry, path_numbers, axes = self._find(path)
+                if entry is not self.entries[key]:  # an earlier entry has this path
+                    continue
                 for index in np.ndindex(*batch_shapes[path]):
                     # The parameter of all experts has no {expert}, so all indices of
                     # experts are appended to the same list.

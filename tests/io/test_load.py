@@ -297,3 +297,13 @@ def test_one_tensor_has_the_kernels_of_all_experts(tmp_path, roles):
     written = ql.io.open_safetensors(tmp_path)
     assert [*written] == ["experts.up"]
     np.testing.assert_array_equal(written["experts.up"][...], stored)
+
+
+def test_experts_that_are_also_stored_alone_are_refused():
+    entry, stack = Entry("experts.up.{expert}", "kn"), np.ones((2, 4, 3), np.float32)
+    like = {"up": jax.ShapeDtypeStruct((2, 4, 3), jnp.float32)}
+    alone = np.zeros((3, 4), np.float32)
+    tensors = {"experts.up": stack, "experts.up.1": alone}
+    for source in (tensors, dict(reversed(tensors.items()))):
+        with pytest.raises(CheckpointError, match="in a stack: experts.up.1$"):
+            ql.io.load(source, Names({"up": entry}), like, progress=False)

@@ -48,6 +48,16 @@ def test_experts_may_be_numbered_by_the_entry():
     assert part == "model.layers.2.experts.{expert}.up.weight"
 
 
+def test_the_first_of_two_matching_paths_is_used():
+    first = ql.io.Entry("first.{expert}.weight", parameter="first")
+    layers = "layers.{layer}.{expert}.weight"
+    other = ql.io.Entry(layers, parameter="layers.{layer}")
+    names = ql.io.Names({"layers_3/w": first, "layers_{layer}/w": other})
+    parameters = names.parameters({"layers_1/w": (1,), "layers_3/w": (1,)})
+    expected = {"layers.1": {"layers_1/w": [(0,)]}, "first": {"layers_3/w": [(0,)]}}
+    assert parameters == expected
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -59,6 +69,13 @@ def test_experts_may_be_numbered_by_the_entry():
         (lambda: ql.io.Names({"a": "x.{i}", "b": "x.{j}"}), r"duplicates: \['x.{}'\]"),
         (lambda: ql.io.Entry(("a.{i}", "b")), "must have the same placeholders"),
         (lambda: ql.io.Entry("a", "xy"), "roles"),
+        (lambda: ql.io.Entry("a.{Layer}"), "lower-case .* Got 'a.{Layer}'"),
+        (lambda: ql.io.Entry("a.{}"), "lower-case .* Got 'a.{}'"),
+        (lambda: ql.io.Entry("a.{i"), "lower-case .* Got 'a.{i'"),
+        (lambda: ql.io.Entry("a.{i}", parameter="b.{j}"), r"Got \['j'\] in 'b.{j}'"),
+        (lambda: ql.io.Entry("a", stack_roles="NK"), "`stack_roles` must be 'kn'"),
+        (lambda: ql.io.Entry("a.{i}", numbers={"i": (0, 0)}), "must differ. Got"),
+        (lambda: ql.io.Names({"a": "b"}, ignored="b.c"), "`ignored` must be a tuple"),
     ],
 )
 def test_wrong_tables_are_refused(call, message):

@@ -33,6 +33,14 @@ def test_rows_decode_to_what_was_packed(tmp_path, fmt, double_quant):
     np.testing.assert_array_equal(ql.dequantize(loaded["up"]["kernel"]), want.T)
 
 
+def test_a_weight_that_is_also_stored_in_float_is_refused():
+    blocks, scales = np.zeros((2, 4, 1, 16), np.uint8), np.ones((2, 4, 1), np.uint8)
+    tensors = {"up_blocks": blocks, "up_scales": scales}
+    tensors["up.1"] = np.ones((4, 32), np.float32)
+    with pytest.raises(ql.io.CheckpointError, match="must not also have up.1."):
+        ql.io.packed_tensors(tensors)
+
+
 def test_a_weight_with_two_states_is_refused(tmp_path):
     base = {"up": {"kernel": ql.quantize(weights(Case((64, 8))), "nf4")}}
     names = ql.io.Names({"up/kernel": "up.weight"})

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import qlora_jax as ql
@@ -42,3 +43,35 @@ def test_weights_that_a_dtype_does_not_hold_are_refused(tmp_path, dtype):
     with pytest.raises(ql.io.CheckpointError, match="up.weight must be finite after"):
         save(tmp_path / "out", base, {}, dtype="float16")
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_are_stacked_in_the_order_of_their_numbers(tmp_path):
+    # A file lists 10 and 11 before 2.
+    experts = {f"experts.{i}": np.full((3, 2), i, np.float32) for i in range(12)}
+    experts["experts.router"] = np.ones((3, 2), np.float32)
+    (tmp_path / "base").mkdir()
+    ql.io.write_safetensors(tmp_path / "base" / "model.safetensors", experts)
+    names = ql.io.Names({"experts/kernel": ql.io.Entry("experts.{expert}", "kn")})
+    arguments = tmp_path / "base", {}, names, {"model_type": "mine"}
+    ql.io.save_merged(tmp_path / "new", *arguments, progress=False)
+    tensors = ql.io.open_safetensors(tmp_path / "new")
+    assert {*tensors} == {"experts", "experts.router"}
+    expected = np.broadcast_to(np.arange(12)[:, None, None], (12, 2, 3))
+    np.testing.assert_array_equal(tensors["experts"][...], expected)
+
+
+def test_numbered_vectors_and_incomplete_stacks_stay_separate(tmp_path):
+    names = ql.io.Names(
+        {
+            "scales": "scales.{layer}",
+            "kernel": ql.io.Entry("w.{layer}", "kn", numbers={"layer": (1, 3)}),
+        }
+    )
+    base = {"scales": np.ones((2, 3), np.float32), "kernel": np.ones((2, 4, 5))}
+    base = jax.tree.map(jnp.asarray, base)
+    config = {"model_type": "mine"}
+    ql.io.save_merged(tmp_path / "new", base, {}, names, config, progress=False)
+    tensors = ql.io.open_safetensors(tmp_path / "new")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    expected = {"scales.0": (3,), "scales.1": (3,), "w.1": (5, 4), "w.3": (5, 4)}
+    assert shapes == expected

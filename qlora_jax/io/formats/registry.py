@@ -83,6 +83,11 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
             nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in parts.values())
             for end in ends:
                 del result[prefix + end]
+            if duplicates := [x for end in weights if (x := prefix + end) in result]:
+                problems.append(
+                    f"{prefix.removesuffix('.')}: it is packed, so the file must not "
+                    f"also have {', '.join(duplicates[:5])}."
+                )
             for end, weight in weights.items():
                 changes: Any = {"name": prefix + end, "nbytes": nbytes // len(weights)}
                 result[prefix + end] = dataclasses.replace(weight, **changes)
