@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -69,8 +71,8 @@ def parse_json(data: bytes, source: str) -> Any:
         source: The origin of the JSON, for error messages.
 
     Raises:
-        CheckpointError: If the JSON is not valid UTF-8 JSON, or has duplicate keys, NaN
-            or infinity.
+        CheckpointError: If the JSON is not valid UTF-8 JSON, or has duplicate keys,
+            NaN, infinity, or a number that is too large for a float.
 
     Example:
         >>> import qlora_jax as ql
@@ -83,19 +85,26 @@ def parse_json(data: bytes, source: str) -> Any:
     def dict_of_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            keys = [key for key, _ in pairs]
-            duplicates = sorted({key for key in values if keys.count(key) > 1})[:5]
+            counts = Counter(key for key, _ in pairs)
+            duplicates = sorted(key for key, count in counts.items() if count > 1)[:5]
             raise CheckpointError(f"{source} has duplicate keys: {duplicates}.")
         return values
 
     def refuse_constant(constant: str) -> NoReturn:
         raise CheckpointError(f"{source} must be strict JSON. Got {constant}.")
 
+    def finite_float(text: str) -> float:
+        # Python reads 1e999 as infinity.
+        if math.isinf(value := float(text)):
+            raise CheckpointError(f"{source} must have finite numbers. Got {text:.80}.")
+        return value
+
     try:
         return json.loads(
             data.decode("utf-8"),
             object_pairs_hook=dict_of_unique_keys,
             parse_constant=refuse_constant,
+            parse_float=finite_float,
         )
     except CheckpointError:
         raise

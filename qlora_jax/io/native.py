@@ -8,7 +8,7 @@ import json
 import operator
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -73,13 +73,14 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
     Args:
         path: The file, which is replaced if it exists.
         tree: A base tree, a lora tree, or both as `{"base": base, "lora": lora}`, in
-            dicts and lists; tuples are restored as lists. Boxes such as
-            `nn.Partitioned` are not stored: after `restore`, pass rules or specs to
-            `qlora_jax.sharding.place`.
+            dicts and lists; tuples are restored as lists. Dicts without arrays and None
+            are not stored, nor are boxes such as `nn.Partitioned`: after `restore`,
+            pass rules or specs to `qlora_jax.sharding.place`.
         config: A config to store with the tree.
 
     Raises:
-        TypeError: If the tree has nodes or leaves of other types, which are listed.
+        TypeError: If the tree has nodes or leaves of other types, or lists with items
+            that hold no array. All of them are listed.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, qlora_jax as ql
@@ -91,13 +92,19 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
         >>> ql.io.restore(path).tree["kernel"].a.shape
         (64, 2)
     """
-    entries, arrays, problems = [], {}, []
+    entries, arrays = [], {}
+    problems = [
+        f"{path_string(keys)}: an item of a list must hold an array. Got none."
+        for keys in _empty_items(tree)
+    ]
     for keys, leaf in leaves_by_keys(tree).items():
         try:
             entry, leaf_arrays = describe(keys, leaf)
         except TypeError as error:
             problems.append(f"{path_string(keys)}: {error}")
             continue
+        if "__metadata__" in leaf_arrays:
+            problems.append("__metadata__: the format uses this name for metadata.")
         if leaf_arrays.keys() & arrays.keys():
             problems.append(f"{path_string(keys)}: another leaf has the same path.")
         entries.append(entry)
@@ -172,6 +179,20 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
     return Restored(jax.tree.unflatten(treedef, arrays), config)
 
 
+def _empty_items(node: Tree, keys: tuple = ()) -> Iterator[tuple]:
+    """Yields the keys of lists' items without arrays, which a file could not keep."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _empty_items(value, (*keys, DictKey(key)))
+    elif isinstance(node, list | tuple):
+        for i, item in enumerate(node):
+            item_keys = *keys, SequenceKey(i)
+            if jax.tree.leaves(item):
+                yield from _empty_items(item, item_keys)
+            else:
+                yield item_keys
+
+
 def _check_checksum(path: pathlib.Path, checksum: str) -> None:
     hasher = hashlib.sha256()
     with path.open("rb") as file:
@@ -239,8 +260,17 @@ def _tensor_names(entry: Mapping[str, Any]) -> dict[str, str]:
     elif entry["kind"] == "array":
         attributes = ("",)  # the leaf itself
     else:
-        attributes = (*KINDS[entry["kind"]].roles,)
+        attributes = (*_kind_of(entry).roles,)
     return {name: f"{path}:{name}" if name else path for name in attributes}
+
+
+def _kind_of(entry: Mapping[str, Any]) -> type[Adapter]:
+    if entry["kind"] not in KINDS:
+        raise ValueError(
+            f"The kind of an adapter must be one of {sorted(KINDS)}, or be registered "
+            f"before (`register_adapter`). Got {entry['kind']!r:.80}."
+        )
+    return KINDS[entry["kind"]]
 
 
 def _json_key(key: Any) -> str | int:
@@ -303,7 +333,7 @@ def _leaf_of(entry: LeafJson, structs: list[Any]) -> Tree:
             name: entry[name] for name in ("shape", "fmt", "block_size", "dtype")
         }
         return QTensor.from_parts(*structs, contract=entry["axes"], **settings)
-    kind, scaling = KINDS[entry["kind"]], entry["scaling"]
+    kind, scaling = _kind_of(entry), entry["scaling"]
     has_list = isinstance(scaling, list)  # a scaling for each matrix of a stack
     settings: dict[str, Any] = {
         name: _setting_from_json(entry[name]) for name in _extra_settings(kind)

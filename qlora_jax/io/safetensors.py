@@ -213,7 +213,10 @@ def write_safetensors(
         metadata: Strings to store in the header.
 
     Raises:
-        TypeError: If safetensors does not support a dtype.
+        TypeError: If safetensors does not support a dtype, or if the metadata are not
+            strings.
+        ValueError: If a tensor is called `__metadata__`, which is the format's name for
+            the metadata.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
@@ -232,7 +235,11 @@ def make_header(
     tensors: Mapping[str, TensorLike], metadata: Mapping[str, str] | None
 ) -> tuple[bytes, list[str]]:
     """Returns the bytes before the tensors, and the order of the tensors."""
-    dtypes = {name: _stored_dtype(x) for name, x in tensors.items()}
+    if "__metadata__" in tensors:
+        raise ValueError("a tensor must not be called `__metadata__`.")
+    if others := {k: x for k, x in (metadata or {}).items() if not isinstance(x, str)}:
+        raise TypeError(f"`metadata` must map strings to strings. Got {others}.")
+    dtypes = {name: _stored_dtype(name, x) for name, x in tensors.items()}
     # Wide values come first, so that each tensor is aligned to the size of its values.
     order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -266,15 +273,15 @@ def write_tensors(
                 f"Got {x.shape}, {x.dtype}."
             )
         # Big-endian values are converted to little-endian ones here.
-        x = np.ascontiguousarray(x, _stored_dtype(x))
+        x = np.ascontiguousarray(x, _stored_dtype(name, x))
         write(x.reshape(-1).view(np.uint8).data)
 
 
-def _stored_dtype(x: TensorLike) -> np.dtype:
+def _stored_dtype(name: str, x: TensorLike) -> np.dtype:
     dtype = np.dtype(x.dtype).newbyteorder("<")
     if dtype not in _CODES:
         raise TypeError(
-            f"a tensor must have one of the dtypes {', '.join(map(str, _CODES))}. Got "
+            f"{name} must have one of the dtypes {', '.join(map(str, _CODES))}. Got "
             f"{dtype}."
         )
     return dtype

@@ -299,6 +299,14 @@ def test_one_tensor_has_the_kernels_of_all_experts(tmp_path, roles):
     np.testing.assert_array_equal(written["experts.up"][...], stored)
 
 
+@pytest.mark.parametrize("dtype", ["int8", bool, jnp.float8_e4m3fn])
+def test_other_dtypes_are_refused(dtype):
+    tensors, names = {"up": np.ones((2, 3), np.float32)}, Names({"up": "up"})
+    like = {"up": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+    with pytest.raises(TypeError, match="`dtype` must be a floating dtype"):
+        ql.io.load(tensors, names, like, dtype=dtype, progress=False)
+
+
 def test_experts_that_are_also_stored_alone_are_refused():
     entry, stack = Entry("experts.up.{expert}", "kn"), np.ones((2, 4, 3), np.float32)
     like = {"up": jax.ShapeDtypeStruct((2, 4, 3), jnp.float32)}

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
+from qlora_jax.adapters.base import KINDS
 from qlora_jax.io import CheckpointError, native, restore, save
 
 CONFIG = ql.QLoRAConfig(
@@ -128,6 +129,27 @@ def test_what_is_no_leaf_is_listed(tmp_path):
     ]:
         assert part in text, text
     assert "a/c" not in text and os.listdir(tmp_path) == []
+
+
+def test_trees_that_a_file_cannot_keep_are_refused(tmp_path):
+    x = jnp.ones(2)
+    tree = {"a": [{"b": []}, x], "c": {"d": (x, None)}, "__metadata__": x}
+    with pytest.raises(TypeError) as error:
+        save(tmp_path / "x", tree)
+    for part in [
+        "a/0: an item of a list must hold an array",
+        "c/d/1: an item of a list must hold an array",
+        "__metadata__: the format uses this name",
+    ]:
+        assert part in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_adapter_of_an_unregistered_kind_is_named(tmp_path, monkeypatch):
+    save(tmp_path / "x", make()["lora"])
+    monkeypatch.delitem(KINDS, "LoRA")
+    with pytest.raises(CheckpointError, match="register_adapter.* Got 'LoRA'"):
+        restore(tmp_path / "x")
 
 
 @pytest.fixture(scope="module")

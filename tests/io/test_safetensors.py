@@ -240,8 +240,12 @@ def test_nothing_is_left_half_written(tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(ValueError, match=r"a must have shape \(2,\)"):
         write_safetensors(path, {"a": Fails()})
-    with pytest.raises(TypeError, match="one of the dtypes"):
+    with pytest.raises(TypeError, match="a must have one of the dtypes"):
         write_safetensors(path, {"a": np.ones(2, complex)})
+    with pytest.raises(ValueError, match="must not be called `__metadata__`"):
+        write_safetensors(path, {"__metadata__": np.ones(2)})
+    with pytest.raises(TypeError, match="`metadata` must map strings to strings"):
+        write_safetensors(path, {"a": np.ones(2)}, metadata={"step": 1})
     assert os.listdir(tmp_path) == []
 
 
@@ -250,6 +254,7 @@ def test_nothing_is_left_half_written(tmp_path):
     [
         ('{"vocab_size": 64, "vocab_size": 32}', "has duplicate keys: .'vocab_size'"),
         ('{"rms_norm_eps": NaN}', "must be strict JSON. Got NaN"),
+        ('{"rope_theta": -1e999}', "must have finite numbers. Got -1e999"),
         ("[]", "must hold a JSON object"),
     ],
 )

@@ -75,3 +75,10 @@ def test_numbered_vectors_and_incomplete_stacks_stay_separate(tmp_path):
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     expected = {"scales.0": (3,), "scales.1": (3,), "w.1": (5, 4), "w.3": (5, 4)}
     assert shapes == expected
+
+
+def test_dtypes_of_integers_are_refused(tmp_path):
+    base = {"up": {"kernel": jnp.ones((4, 2))}}
+    with pytest.raises(TypeError, match="`dtype` must be a floating dtype"):
+        save(tmp_path / "out", base, {}, dtype="int8")
+    assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from ..._jax.progress import progress_bar
 from ...adapters.config import QLoRAConfig
-from ...quant.formats import Packing
+from ...quant.formats import Packing, check_dtype
 from ...quant.host_codes import to_host
 from ...quant.kernel import is_packed
 from ...quant.pack import quantize_unchecked
@@ -76,6 +76,7 @@ def load(
         CheckpointError: If a file is broken or contains NaN or infinity; if tensors are
             missing, unexpected, mis-shaped, or packed in a way that needs `recode`. All
             such tensors are listed.
+        TypeError: If `dtype` is not a floating dtype.
         ValueError: If the config does not fit the tree.
 
     Example:
@@ -88,6 +89,8 @@ def load(
         >>> ql.io.load({"up.weight": w}, names, like, ql.QLoRAConfig())["up"]["kernel"]
         QTensor(nf4, float32[64,2], block_size=64, double_quant, 4.625 bits)
     """
+    if dtype is not None:
+        check_dtype("dtype", dtype)
     # 1. Match the tensors with the leaves, and find the form in which to read them.
     opened = source if isinstance(source, Mapping) else open_safetensors(source)
     tensors = split_experts(packed_tensors(opened), names)

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ...adapters.base import Adapter, misfit_reason, replace_arrays
+from ...quant.formats import check_dtype
 from ...quant.geometry import Geometry
 from ...quant.kernel import FloatKernel
 from ...trees.adapters import adapters_by_path, checked_adapters
@@ -53,6 +54,7 @@ def save_merged(
         progress: Whether to show a progress bar.
 
     Raises:
+        TypeError: If `dtype` is not a floating dtype.
         ValueError: If an adapter has no kernel in `base` or does not fit it, if the
             name table lacks a leaf, if `dtype` cannot represent a weight, or if the
             folder is not empty.
@@ -67,6 +69,8 @@ def save_merged(
         >>> ql.io.open_safetensors(path)["up.weight"].shape
         (2, 64)
     """
+    if dtype is not None:
+        check_dtype("dtype", dtype)
     # 1. The float tensors of the base, which are computed when they are written.
     tensors: Mapping[str, Any]
     if isinstance(base, Path):

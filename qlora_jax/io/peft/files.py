@@ -15,7 +15,7 @@ from jaxtyping import Array
 from ...adapters.base import Adapter
 from ...adapters.lora import LowRank, is_low_rank
 from ...adapters.trained import TrainedRows, new_trained
-from ...quant.formats import FLOAT_DTYPES
+from ...quant.formats import check_dtype
 from ...quant.kernel import Kernel, as_kernel, is_kernel
 from ...trees.adapters import unshared_adapters, with_trained
 from ...trees.paths import Tree, map_by_path, nested, raise_if_any
@@ -65,7 +65,7 @@ def load_peft(
             at least this precision.
 
     Raises:
-        TypeError: If `base` is a combined tree.
+        TypeError: If `base` is a combined tree, or `dtype` is not a floating dtype.
         ValueError: If `names` does not fit `base`.
         CheckpointError: A ValueError, if the files are not those of a LoRA adapter for
             this model. It lists all problems.
@@ -81,8 +81,8 @@ def load_peft(
         >>> lora["q_proj"]["kernel"].a.shape, config.target_modules
         ((64, 4), ('q_proj',))
     """
-    if dtype is not None and jnp.dtype(dtype).name not in FLOAT_DTYPES:
-        raise TypeError(f"`dtype` must be one of {FLOAT_DTYPES}. Got {dtype!r}.")
+    if dtype is not None:
+        check_dtype("dtype", dtype)
     # Check the settings and the headers of the files before values are read.
     config, file = path.to_peft() if isinstance(path, PeftSource) else _open(path)
     model = NamedBase.of(base, names)
