@@ -213,11 +213,13 @@ def matrix_of(q: QTensor, index: tuple[int, ...]) -> QTensor:
     return dataclasses.replace(q, **arrays, geometry=Geometry(), placement=None)
 
 
-# Some models store all experts of a layer as one tensor: gpt-oss as `NAME` [E, K, N],
-# Gemma 4 and many PyTorch modules as `NAME` [E, N, K] (see `Entry.stack_roles`). Others
-# store a parameter [E, N, K] of transformers (`Entry.parameter`), which has the rows of
-# several kernels, such as gate and up, one kernel after the other. Here all of them are
-# matrices [N, K], one for each expert and kernel, as in name tables.
+# Some models store all experts of a layer as one tensor, in one of two ways:
+# - A tensor `NAME` has one kernel of each expert. It is [E, K, N] in gpt-oss, and
+#   [E, N, K] in Gemma 4 and many PyTorch modules (`Entry.stack_roles`).
+# - A parameter of transformers (`Entry.parameter`) is [E, N, K] and has several kernels
+#   of each expert. N are first the outputs of gate and then those of up, for example.
+# Name tables have a name for each kernel of each expert, and these functions convert
+# the tensors to such matrices [N, K] and back.
 
 
 def split_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def test_what_cannot_be_fetched(hub, tmp_path):
         get("other/model")
     with pytest.raises(FileNotFoundError, match="could not be fetched"):
         get("some/model", offline=True)
-    for name in ("no/such/path", "/no/path", "../x", "a b/c", "word", "a/b.gguf"):
+    for name in ("no/such/path", "/no/path", "../x", "a b/c", "word", "a/b.gguf", ""):
         with pytest.raises(FileNotFoundError, match="must be a path or a hub id"):
             get(name)
     for file in hub.folder.glob("*.safetensors"):

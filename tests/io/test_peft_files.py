@@ -138,6 +138,7 @@ UNSUPPORTED = [
     ({"use_something_new": 3}, "`use_something_new` is not known. Got 3"),
     ({"r": 0}, "`r` must be a positive integer. Got 0"),
     ({"lora_alpha": "8"}, "`lora_alpha` must be a positive number"),
+    ({"lora_alpha": 1e9}, "`lora_alpha` must be a positive number below 1e9. Got 1"),
     ({"bias": "some"}, "`bias` must be"),
     ({"lora_dropout": 1.0}, r"`lora_dropout` must be in \[0, 1\)"),
     ({"target_modules": "("}, "`target_modules` must be a regular expression"),

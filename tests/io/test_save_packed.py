@@ -169,6 +169,7 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path):
     check_refused("same settings", "compressed-tensors", pack("mxfp4"), pack("nvfp4"))
     check_refused("same settings", "awq", pack("int4_f16"), pack("int4_f16", N, 32))
     check_refused("same settings", "awq", jnp.ones((K, N)), jnp.ones((K, N)))
+    check_refused("`layout` must be one of .*'awq'", "gptq", pack("nf4"), pack("nf4"))
 
 
 def test_nvfp4_has_one_float32_for_what_vllm_keeps_as_one(tmp_path):

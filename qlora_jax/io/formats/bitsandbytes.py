@@ -105,6 +105,7 @@ class BitsAndBytesWeight(StoredWeight):
 
 
 def _read(parts: Parts, _: Settings) -> dict[str, StoredWeight]:
+    # The name of the state, which is the marker, ends in the number format.
     (fmt,) = (x.removeprefix(_STATE) for x in parts if x.startswith(_STATE))
     state = _read_state(parts[_STATE + fmt])
     shape, packing, dtype = _parse_state(state, fmt)

@@ -16,7 +16,11 @@ Kernels = Mapping[str, QTensor]  # `[K, N]`, by the names of their weights
 
 
 class Parts(dict[str, Any]):
-    """The tensors of one weight, by `FileFormat.parts` without `.` or `_` in front."""
+    """The tensors of one weight, by the ends of their names.
+
+    These are `FileFormat.parts` and the end of the name that `FileFormat.marker`
+    matched, all without `.` or `_` in front.
+    """
 
     def tensor(self, name: str, *dtypes: str, axes: int = 2) -> Any:
         """Returns a part, which must have one of the dtypes and no axis of size 0."""

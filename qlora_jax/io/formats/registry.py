@@ -95,7 +95,7 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     if ignored := [name for name in ignored if result.pop(name, None) is not None]:
         warnings.warn(
             "activations and key-value caches stay in float, so their scales are "
-            f"ignored: {ignored[0]} and {len(ignored) - 1} others.",
+            f"ignored: {len(ignored)} tensors, such as {ignored[0]}.",
             stacklevel=2,
         )
     raise_if_any("these 4-bit weights cannot be read", problems, CheckpointError)
@@ -239,8 +239,9 @@ def save_packed(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If the layout cannot hold a packed kernel (all are listed), if no
-            kernel is packed or their settings differ, or if the folder is not empty.
+        ValueError: If `layout` is unknown or cannot hold a packed kernel (all are
+            listed), if no kernel is packed or their settings differ, or if the folder
+            is not empty.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
@@ -252,6 +253,8 @@ def save_packed(
         ['up.qweight', 'up.qzeros', 'up.scales']
     """
     writers = {x.write.name.lower(): x.write for x in FILE_FORMATS if x.write}
+    if layout not in writers:
+        raise ValueError(f"`layout` must be one of {sorted(writers)}. Got {layout!r}.")
     writer = writers[layout]
     leaves = exported_leaves(base, names)
     # 1. Check all kernels before anything is written.

@@ -49,14 +49,14 @@ def fetch(
         >>> str(ql.io.fetch(folder)) == folder
         True
     """
-    path = pathlib.Path(model).expanduser()
-    if path.exists():
+    name, path = str(model), pathlib.Path(model).expanduser()
+    # pathlib takes "" for the current folder.
+    if name and path.exists():
         return path
-    name = str(model)
-    no_path = f"`model` must be a path or a hub id. Got {name!r}. This path is missing"
+    problem = f"`model` must be a path or a hub id. Got {name!r}. This path is missing"
     # "folder/model.gguf" has the form of an id, but is meant as a path.
     if name.count("/") != 1 or path.is_absolute() or path.suffix == ".gguf":
-        raise FileNotFoundError(f"{no_path}.")
+        raise FileNotFoundError(f"{problem}.")
     # Imported here, because the import is slow and local paths do not need it.
     import huggingface_hub
     from huggingface_hub import errors
@@ -71,7 +71,7 @@ def fetch(
             allow_patterns=FILES,
         )
     except errors.HFValidationError as error:
-        raise FileNotFoundError(f"{no_path}.") from error
+        raise FileNotFoundError(f"{problem}.") from error
     except errors.GatedRepoError as error:
         raise FileNotFoundError(
             f"{name} is gated: accept its terms on the hub, and log in (`hf auth "
@@ -79,7 +79,7 @@ def fetch(
         ) from error
     except (OSError, errors.RevisionResolutionError) as error:
         raise FileNotFoundError(
-            f"{no_path}, and {name} could not be fetched: {error} Pass a local path, "
+            f"{problem}, and {name} could not be fetched: {error} Pass a local path, "
             "or log in if the repository is private."
         ) from error
     folder = pathlib.Path(downloaded)

@@ -41,7 +41,7 @@ from ..named_leaves import NamedLeaf
 from ..stored_weight import packing_of
 from ..tensors import SliceableTensor
 
-Tensors = Mapping[str, Any]
+TensorsByName = Mapping[str, Any]
 # The argument `largest` of `quantize_blocks` and `ScaleScheme.encode`: a tuple of the
 # largest weight if the scheme needs it, and otherwise an empty tuple.
 Largest = tuple[np.float32, ...]
@@ -57,7 +57,7 @@ class _KernelLayout(NamedTuple):
 
 
 def read_float_leaf(
-    leaf: NamedLeaf, struct: jax.ShapeDtypeStruct, tensors: Tensors, bar: Any
+    leaf: NamedLeaf, struct: jax.ShapeDtypeStruct, tensors: TensorsByName, bar: Any
 ) -> Array:
     """Returns a leaf as a float array."""
     batch_axes = tuple(leaf.batch_axes)
@@ -160,7 +160,7 @@ def _write_floats(
 
 
 def pack_float_leaf(
-    leaf: NamedLeaf, q: QTensor, tensors: Tensors, bar: Any, scale_rule: ScaleRule
+    leaf: NamedLeaf, q: QTensor, tensors: TensorsByName, bar: Any, scale_rule: ScaleRule
 ) -> Arrays:
     """Returns the arrays of a QTensor, packed from float tensors."""
     packing = q.packing
@@ -208,7 +208,7 @@ def pack_float_leaf(
     return codes, *jax.tree.leaves(_store_scales(leaf, q, scales, largest_argument))
 
 
-def _largest_fused(name: str, tensors: Tensors, dtype: np.dtype) -> np.float32:
+def _largest_fused(name: str, tensors: TensorsByName, dtype: np.dtype) -> np.float32:
     """Returns the largest magnitude in a weight and those that servers fuse with it."""
     largest = np.float32(0)
     for x in (tensors[fused] for fused in fused_with(name) if fused in tensors):
@@ -300,7 +300,9 @@ def _store_matrix_scales(
     return jax.tree.map(lambda x, new: _write_matrix(x, new, start), stored, encoded)
 
 
-def move_packed_leaf(leaf: NamedLeaf, q: QTensor, tensors: Tensors, bar: Any) -> Arrays:
+def move_packed_leaf(
+    leaf: NamedLeaf, q: QTensor, tensors: TensorsByName, bar: Any
+) -> Arrays:
     """Returns the arrays of a QTensor with the same bytes as 4-bit weights in files."""
 
     def move_part(device: Device, parts: Sequence[Index]) -> Arrays:

@@ -356,13 +356,17 @@ def _is_dict_of(check: Callable[[Any], bool], value: object) -> bool:
 # The names of settings, their check, and their requirement for error messages.
 _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("r", _is_integer, "a positive integer"),
-    ("lora_alpha", _is_number, "a positive number"),
+    ("lora_alpha", _is_number, "a positive number below 1e9"),
     ("lora_dropout", lambda x: _is_number(x, 0, 1), "in [0, 1)"),
     ("use_rslora use_dora", lambda x: isinstance(x, bool), "true or false"),
     ("target_parameters modules_to_save", _is_names, "a list of names"),
     ("layers_pattern", _is_names_or_regex, "a name or a list of names"),
     ("rank_pattern", partial(_is_dict_of, _is_integer), "positive integers by name"),
-    ("alpha_pattern", partial(_is_dict_of, _is_number), "positive numbers by name"),
+    (
+        "alpha_pattern",
+        partial(_is_dict_of, _is_number),
+        "positive numbers below 1e9 by name",
+    ),
     (
         "target_modules exclude_modules",
         _is_names_or_regex,

@@ -163,8 +163,9 @@ def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
         num_layers: The number of the model's layers.
 
     Raises:
-        ValueError: If `path` has files, if ranks differ, or if experts have adapters.
-            mlx-lm has one tensor for all experts, and would ignore these adapters.
+        ValueError: If `path` has files, if a module lacks `"a"` or `"b"`, if ranks
+            differ, or if experts have adapters. mlx-lm has one tensor for all experts,
+            and would ignore these adapters.
 
     Example:
         >>> import numpy as np, qlora_jax as ql, tempfile
@@ -180,7 +181,10 @@ def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
             "adapters for mlx-lm must not include adapters of experts: export a merged "
             f"model. Got {len(experts)}, such as {experts[0]}."
         )
-    ranks = {len(arrays["a"]) for arrays in adapter.factors.values()}
+    incomplete = [m for m, arrays in adapter.factors.items() if {*arrays} != {*"ab"}]
+    raise_if_any("`adapter` must have `a` and `b` of these modules", incomplete)
+    factors = adapter.factors.values()
+    ranks = {rank for x in factors for rank in (x["a"].shape[0], x["b"].shape[1])}
     if len(ranks) != 1:
         raise ValueError(f"`adapter` must have one rank. Got {sorted(ranks)}.")
     (rank,) = ranks

@@ -198,6 +198,7 @@ def _adapted_modules(
         chosen = {m for m in linear if last_part(m) != HEAD}
     else:
         chosen = {m for m in modules if is_chosen(m, config.layers)}
+    # Weights of linear layers may be adapted as parameters; see `_named_like_experts`.
     chosen |= {
         m
         for m in _linear_modules(model)
@@ -345,11 +346,12 @@ def peft_config(
             that are `Trained` are added.
         fused: Whether to write the adapters of experts and routers for the parameters
             of transformers 5 (`target_parameters`), instead of for the modules of
-            transformers 4. This is always done if PEFT could not convert the modules
-            to parameters: if the experts have no modules, if only some of their kernels
-            have adapters, or if ranks or scalings differ. The exception is a kernel
-            whose matrices have different scalings: a parameter has only one, so that
-            the adapters are written for the modules, and PEFT raises an error.
+            transformers 4. With False, this is still done if PEFT could not convert the
+            modules to parameters: if the experts have no modules, if only some of their
+            kernels have adapters, or if ranks or scalings differ. An exception are
+            different scalings of the matrices of one kernel. A parameter has only one
+            scaling, so the modules are written, and PEFT raises an error when it
+            converts them.
 
     Raises:
         TypeError: If `base` is a combined tree.

@@ -199,4 +199,12 @@ def test_ranks_that_differ_are_not_for_mlx(tmp_path):
     factors = {m: dict(zip("ab", pair, strict=True)) for m, pair in draw(RANKS).items()}
     with pytest.raises(ValueError, match=r"`adapter` must have one rank. Got \[2, 4\]"):
         ql.io.save_mlx(tmp_path, ql.io.PlainLoRA(8.0, factors), 2)
+    inner_ranks = {"x": {"a": np.ones((2, 8)), "b": np.ones((8, 4))}}
+    with pytest.raises(ValueError, match=r"`adapter` must have one rank. Got \[2, 4\]"):
+        ql.io.save_mlx(tmp_path, ql.io.PlainLoRA(8.0, inner_ranks), 2)
+    without_b = {"x": {"a": np.ones((2, 8))}}
+    with pytest.raises(
+        ValueError, match="must have `a` and `b` of these modules:\n  x"
+    ):
+        ql.io.save_mlx(tmp_path, ql.io.PlainLoRA(8.0, without_b), 2)
     assert not [*pathlib.Path(tmp_path).iterdir()]
