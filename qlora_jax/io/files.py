@@ -160,8 +160,8 @@ def member(folder: Path, name: str) -> pathlib.Path:
 def new_path(path: Path) -> Iterator[pathlib.Path]:
     """Yields a temporary path, and renames it to `path` if the block succeeds.
 
-    A file or folder that exists at `path` is replaced. If the block raises, `path` is
-    unchanged, and the temporary path is deleted.
+    A file at `path` is replaced by a new file, and a folder by a new folder. If the
+    block raises, `path` is unchanged, and the temporary path is deleted.
 
     Args:
         path: The file or the folder. Its parent is created if it does not exist.

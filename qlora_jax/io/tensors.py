@@ -167,13 +167,14 @@ class LazyMatrix:
 
     dtype: np.dtype
     shape: tuple[int, ...]
-    read: Callable[[slice, slice], Any]  # its slices have a start and a stop, no step
+    read: Callable[[slice, slice], Any]  # its slices have a start and a larger stop
 
     def __getitem__(self, index: Any) -> np.ndarray:
         ranges = _ranges_of(index, self.shape)
-        # An empty range may end before it starts, such as that of `x[3:1]`.
-        slices = (slice(r.start, r.start + len(r)) for r in ranges)
-        return np.asarray(self.read(*slices))
+        shape = tuple(map(len, ranges))
+        if 0 in shape:  # `read` need not support empty slices, such as `x[3:1]`
+            return np.empty(shape, self.dtype)
+        return np.asarray(self.read(*(slice(r.start, r.stop) for r in ranges)))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:, :], dtype)

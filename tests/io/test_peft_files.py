@@ -281,6 +281,24 @@ def test_a_half_of_a_parameter_without_adapter_has_zeros(tmp_path):
     assert_same_bits(merged, expected)
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"extra_settings": {"r": 4}}, "`extra_settings` must not have `r`"),
+        ({"extra_settings": {"lora_bias": True}}, "must not have `lora_bias`"),
+        ({"saved_base_weights": "x"}, "`saved_base_weights` must be a list of names"),
+    ],
+)
+def test_settings_in_the_wrong_place_are_refused(settings, message):
+    with pytest.raises(ql.io.CheckpointError, match=message):
+        ql.io.PeftConfig(target_modules=("q_proj",), **settings)
+
+
+def test_a_string_of_modules_to_save_is_refused(base):
+    with pytest.raises(ValueError, match="must be a list of names. Got 'lm_head'"):
+        ql.io.peft_config(base, {}, NAMES, modules_to_save="lm_head")
+
+
 def test_peft_may_swap_the_axes_of_a_parameter(tmp_path):
     """PEFT adds `einsum("ore,eri->eoi", B, A)` to a parameter [E, K, N] of Llama 4."""
     entry = ql.io.Entry("experts.up.{expert}", parameter="experts.up", is_swapped=True)

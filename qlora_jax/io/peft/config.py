@@ -359,7 +359,11 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("lora_alpha", _is_number, "a positive number below 1e9"),
     ("lora_dropout", lambda x: _is_number(x, 0, 1), "in [0, 1)"),
     ("use_rslora use_dora", lambda x: isinstance(x, bool), "true or false"),
-    ("target_parameters modules_to_save", _is_names, "a list of names"),
+    (
+        "target_parameters modules_to_save saved_base_weights",
+        _is_names,
+        "a list of names",
+    ),
     ("layers_pattern", _is_names_or_regex, "a name or a list of names"),
     ("rank_pattern", partial(_is_dict_of, _is_integer), "positive integers by name"),
     (
@@ -393,6 +397,11 @@ def _problems_of(config: PeftConfig) -> list[str]:
         for name in setting_names.split()
         if not is_valid(value := getattr(config, name))
     ]
+    reserved = {setting.name for setting in fields(config)} | {"peft_type"}
+    for name in sorted(config.extra_settings.keys() & (reserved | _UNSUPPORTED.keys())):
+        problems.append(
+            f"`extra_settings` must not have `{name}`, which has an effect."
+        )
     # The checks below need settings of the right types.
     if problems:
         return problems

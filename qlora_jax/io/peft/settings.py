@@ -332,6 +332,8 @@ def peft_config(
 ) -> PeftConfig:
     """Returns PEFT's settings for adapters of this library.
 
+    PEFT has one rate of dropout for all adapters, which is the largest one in `lora`.
+
     Args:
         base: The base tree.
         lora: The lora tree.
@@ -356,7 +358,8 @@ def peft_config(
     Raises:
         TypeError: If `base` is a combined tree.
         ValueError: If there is no adapter, or if one does not fit its kernel, or if its
-            kernel has no name; or if adapters are merge-aware, all of them listed.
+            kernel has no name; or if adapters are merge-aware, all of them listed. Also
+            if `modules_to_save` is a single string.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -368,6 +371,10 @@ def peft_config(
         >>> peft.target_modules, peft.r, peft.lora_alpha
         (('q_proj',), 4, 8)
     """
+    if isinstance(modules_to_save, str):  # its letters would be taken for names
+        raise ValueError(
+            f"`modules_to_save` must be a list of names. Got {modules_to_save!r}."
+        )
     adapters = unshared_adapters(base, lora)
     refuse_merge_aware(adapters)
     model = NamedBase.of(base, names)
