@@ -95,7 +95,7 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     if ignored := [name for name in ignored if result.pop(name, None) is not None]:
         warnings.warn(
             "activations and key-value caches stay in float, so their scales are "
-            f"ignored: {len(ignored)} tensors, such as {ignored[0]}.",
+            f"ignored: {ignored[0]} and {len(ignored) - 1} others.",
             stacklevel=2,
         )
     raise_if_any("these 4-bit weights cannot be read", problems, CheckpointError)
