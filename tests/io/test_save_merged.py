@@ -77,6 +77,26 @@ def test_numbered_vectors_and_incomplete_stacks_stay_separate(tmp_path):
     assert shapes == expected
 
 
+def test_adapters_of_only_the_first_layers_are_refused(tmp_path):
+    names = ql.io.Names({"up/kernel": ql.io.Entry("layers.{layer}.up", "kn")})
+    config = ql.QLoRAConfig(fmt=None, rank=1)
+
+    def save_layers(path, base, lora):
+        settings = {"model_type": "mine"}
+        ql.io.save_merged(path, base, lora, names, settings, progress=False)
+
+    for num_layers in (3, 2):
+        params = {"up": {"kernel": jnp.ones((num_layers, 4, 2))}}
+        base, lora = ql.init(jax.random.key(0), params, config)
+        if num_layers == 3:
+            save_layers(tmp_path / "base", base, {})
+            save_layers(tmp_path / "new", tmp_path / "base", lora)
+            continue
+        with pytest.raises(ValueError, match=r"\[2\], so layers.2.up has none"):
+            save_layers(tmp_path / "out", tmp_path / "base", lora)
+    assert not (tmp_path / "out").exists()
+
+
 def test_dtypes_of_integers_are_refused(tmp_path):
     base = {"up": {"kernel": jnp.ones((4, 2))}}
     with pytest.raises(TypeError, match="`dtype` must be a floating dtype"):

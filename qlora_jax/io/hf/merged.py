@@ -1,5 +1,6 @@
 """Writes merged models: float checkpoints with the adapters added to the weights."""
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -129,10 +130,16 @@ def _merged_tensors(
             # An embedding is a table [V, D] in the tree and in the file. A kernel
             # [K, N] is transposed in the file.
             is_table = "k" not in names.roles(path)
-            tensor_names = names.of(path, _batch_shape(path, lora, names, tensors))
+            batch_shape = _batch_shape(path, lora, names, tensors)
+            tensor_names = names.of(path, batch_shape)
         except ValueError as error:
             problems.append(f"{path}: {error}")
             continue
+        problems += [
+            f"{path}: its batch axes have sizes {list(batch_shape)}, so {name} has none."
+            for name in _next_names(path, batch_shape, names)
+            if name in tensors and not names.is_ignored(name)
+        ]
         for index, name in np.ndenumerate(tensor_names):
             if name not in tensors:
                 missing.append(name)
@@ -153,6 +160,17 @@ def _merged_tensors(
     raise_if_any("these adapters do not fit the checkpoint", problems)
     refuse_names({"missing": missing})
     return merged
+
+
+def _next_names(path: str, batch_shape: tuple[int, ...], names: Names) -> list[str]:
+    """Returns the names that would follow those of a stack, along each of its axes."""
+    next_names = []
+    for axis in range(len(batch_shape)):
+        shape = [n + (i == axis) for i, n in enumerate(batch_shape)]
+        # The table may limit the axis (`Entry.numbers`), so that nothing follows.
+        with contextlib.suppress(ValueError):
+            next_names += names.of(path, tuple(shape)).ravel().tolist()[-1:]
+    return next_names
 
 
 def _batch_shape(
