@@ -115,6 +115,7 @@ def _kernel_pieces(
     index: Index,
     dtype: DTypeLike,
 ) -> Iterator[tuple[np.ndarray, _KernelLayout, _Start]]:
+    """Yields the pieces of a kernel, which is `[N, K]` in the file."""
     sizes = [n for axis, n in enumerate(leaf.shape) if axis not in leaf.batch_axes]
     n_axes = [axis for axis, role in enumerate(roles) if role == "n"]
     k_axes = [axis for axis, role in enumerate(roles) if role == "k"]

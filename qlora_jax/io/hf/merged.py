@@ -136,7 +136,7 @@ def _merged_tensors(
             problems.append(f"{path}: {error}")
             continue
         problems += [
-            f"{path}: its batch axes have sizes {list(batch_shape)}, so {name} has none."
+            f"{path}: its batch axes are {list(batch_shape)}, so {name} has none."
             for name in _next_names(path, batch_shape, names)
             if name in tensors and not names.is_ignored(name)
         ]
