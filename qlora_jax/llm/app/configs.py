@@ -150,7 +150,8 @@ class ExportConfig(Config):
         dtype: For merged: dtype of the tensors; by default each tensor keeps its own.
         gguf_type: For gguf: the type of the file, by default F16. Q4_0 copies weights
             in int4_f16 or q4_0 with blocks of 32, and packs float weights. Q4_K_M packs
-            all weights, in the mixture of Q4_K and Q6_K of llama.cpp.
+            all weights, in the mixture of Q4_K and Q6_K of llama.cpp. For llama.cpp and
+            ollama: the type of their file, by default Q4_0 if it is exact.
         tokenizer: For gguf: whether to include the tokenizer.
         data: If an adapter is merged: rows on which to compare the loss of the adapter
             beside its base with that of the file, in any form that score supports.
@@ -227,9 +228,13 @@ class ExportConfig(Config):
 
     def _check_formats(self, set_options: set[str], target: str) -> None:
         """Checks that the set options exist for the target and fit each other."""
+        server_options = ()
+        if self.server is not None:
+            has_gguf = SERVERS[self.server].floats == "gguf"
+            server_options = (*PACKING_OPTIONS, *(("gguf_type",) if has_gguf else ()))
         for name, formats in _FORMATS_OF_OPTIONS.items():
-            is_server_option = self.server is not None and name in PACKING_OPTIONS
-            if name in set_options and not (target in formats or is_server_option):
+            is_supported = target in formats or name in server_options
+            if name in set_options and not is_supported:
                 raise ValueError(
                     f"`{name}` must be left out unless the format is one of "
                     f"{', '.join(formats)}. Got {getattr(self, name)!r} for {target}."
@@ -237,7 +242,8 @@ class ExportConfig(Config):
         options = [name for name in PACKING_OPTIONS if name in set_options]
         if self.gguf_type == "Q4_0" and "scales" in options:
             options.remove("scales")  # Q4_0 leaves open how scales are chosen
-        if self.gguf_type in GGUF_4_BIT_TYPES and options:
+        is_server = self.server is not None  # `options` describe the training then
+        if self.gguf_type in GGUF_4_BIT_TYPES and options and not is_server:
             raise ValueError(
                 f"`{options[0]}` must be left out with `gguf_type` {self.gguf_type}, "
                 f"which sets the number format. Got {getattr(self, options[0])!r}."

@@ -1,5 +1,6 @@
 """`qlora-jax pairs`: formats in which servers load a base and an adapter correctly."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +157,33 @@ def pair_for(
     same = "the weights are" if fmt is None else "codes and scales are"
     why = difference or f"{same} the same"
     return Pair(server.name, base, server.adapter, difference is None, why)
+
+
+def with_gguf_type(pair: Pair, gguf_type: str | None, is_merge_aware: bool) -> Pair:
+    """Returns the pair if the GGUF file of its base has the type `gguf_type`.
+
+    None stands for the default: Q4_0 if the pair is exact, and otherwise F16. Raises
+    ValueError if no such file is written.
+    """
+    if gguf_type is None:
+        return pair
+    if pair.base == AS_IS:
+        raise ValueError(
+            f"`gguf_type` must be left out if {pair.server} loads the model's file as "
+            f"it is. Got {gguf_type}."
+        )
+    if pair.exact and gguf_type == "Q4_0":
+        return pair
+    if is_merge_aware:
+        raise ValueError(
+            "`gguf_type` must be Q4_0 or left out for a merge-aware adapter, because "
+            f"another type would round its weights again. Got {gguf_type}."
+        )
+    if pair.adapter == MERGED:
+        return pair  # not exact, whatever the type is
+    rounded_to = "float16" if gguf_type == "F16" else gguf_type
+    why = f"weights are rounded to {rounded_to}"
+    return dataclasses.replace(pair, exact=False, why=why)
 
 
 def _pair_merged(server: Server, model: BaseModel, packing: Any) -> Pair:

@@ -32,7 +32,7 @@ from .merge_aware import (
     pack_as_trained,
     target_packing_of,
 )
-from .pairs import AS_IS, MERGED, NOT_RUN, Pair, open_pair, pair_for
+from .pairs import AS_IS, MERGED, NOT_RUN, Pair, open_pair, pair_for, with_gguf_type
 from .processes import log
 from .pushing import check_base, push
 from .repacking import FileLosses, Repacked, repack
@@ -149,12 +149,7 @@ def _export(config: ExportConfig) -> Written:
         # training packed. Those already have values of a 4-bit format, so packing the
         # sum of such a weight and a small change would give the old value again.
         merge_options = {}
-        if training_options:
-            fmt = training_options["packing_config"].fmt
-            log(
-                f"note: the adapter was trained on {fmt}. It is merged into the "
-                f"weights of {model.name}, and the sum is packed"
-            )
+        _note_other_base(training_options, model.name)
     elif export_format == "merged" and has_adapter and not is_merge_aware:
         _note_rounding(training_options, model.stored_fmt)
     score = calibrate = None
@@ -182,6 +177,16 @@ def _check_out(config: ExportConfig, path: pathlib.Path) -> None:
         raise ValueError(
             "`out` must end in .gguf with `data`, so that the file can be read again. "
             f"Got {config.out!r}."
+        )
+
+
+def _note_other_base(training_options: LoadOptions, name: str) -> None:
+    """Prints a note if an adapter is merged into other weights than in training."""
+    if training_options:
+        fmt = training_options["packing_config"].fmt
+        log(
+            f"note: the adapter was trained on {fmt}. It is merged into the weights of "
+            f"{name}, and the sum is packed"
         )
 
 
@@ -226,9 +231,16 @@ def _export_for_server(config: ExportConfig) -> Written:
     pair = pair_for(server, model, options, tokenizer=config.tokenizer)
     if pair.base == NOT_RUN:
         raise ValueError(f"{server.name} cannot run {model.name}: {pair.why}")
+    is_merge_aware = target_packing_of(model.lora) is not None
+    pair = with_gguf_type(pair, config.gguf_type, is_merge_aware)
+    if config.gguf_type in GGUF_4_BIT_TYPES and not pair.exact:
+        # As for the format gguf, the weights in the model's files are packed.
+        if pair.adapter == MERGED:
+            _note_other_base(options, model.name)
+        options = {}
     with ql.io.new_path(out) as folder:  # renamed to `out` once it is complete
         folder.mkdir()
-        paths = _write_pair(config, model, options, pair, folder)
+        paths, cost = _write_pair(config, model, options, pair, folder)
         ranks = (x.rank for x in ql.leaves_by_path(model.lora).values())
         stored = model.quantization.get("quant_method")
         server.write(
@@ -242,7 +254,8 @@ def _export_for_server(config: ExportConfig) -> Written:
             source=model.name,
             pair=str(pair),
         )
-    return Written(str(out), f"for {server.name}", _count_bytes(out), pair=pair)
+    size = _count_bytes(out)
+    return Written(str(out), f"for {server.name}", size, cost, pair=pair)
 
 
 def _write_pair(
@@ -251,10 +264,11 @@ def _write_pair(
     options: LoadOptions,
     pair: Pair,
     folder: pathlib.Path,
-) -> dict[str, str]:
+) -> tuple[dict[str, str], Repacked | None]:
     """Writes the files of a pair, and returns the paths with which a server loads them.
 
-    A base that is not exported has the path or the name of the model.
+    A base that is not exported has the path or the name of the model. The second result
+    is what packing changed, if a 4-bit file has the adapter merged.
     """
     name = str(model.path) if model.path.is_file() else model.name
     path = pathlib.Path(name)
@@ -262,25 +276,30 @@ def _write_pair(
 
     def write_part(
         file: str, model: BaseModel, options: LoadOptions, export_format: Any
-    ) -> str:
+    ) -> tuple[str, Repacked | None]:
         file += ".gguf" * export_format.startswith("gguf")
-        # Only Q4_0 can be exact in GGUF, where floats are rounded to float16.
-        gguf_type = "Q4_0" if pair.exact and export_format == "gguf" else None
+        gguf_type = None
+        if export_format == "gguf":
+            # Only Q4_0 can be exact in GGUF, where floats are rounded to float16.
+            gguf_type = config.gguf_type or ("Q4_0" if pair.exact else None)
+        # These options described the training, which `options` do now. In the config of
+        # a part, they would describe the file.
         unset = dict.fromkeys((*PACKING_OPTIONS, "server"))
         part_config = dataclasses.replace(
             config, format=export_format, gguf_type=gguf_type, **unset
         )
-        _WRITERS[export_format](_Writer(part_config, model, options, folder / file))
-        return f"./{file}"
+        writer = _Writer(part_config, model, options, folder / file)
+        return f"./{file}", _WRITERS[export_format](writer)
 
     if pair.adapter == MERGED:
-        paths["base"] = write_part("model", model, options, pair.base)
-        return paths
+        paths["base"], cost = write_part("model", model, options, pair.base)
+        return paths, cost
     if pair.base != AS_IS:
         base = dataclasses.replace(model, lora={}, adapter_path=None)
-        paths["base"] = write_part("base", base, options, pair.base)
-    paths["adapter"] = write_part("adapter", model, {}, pair.adapter)  # no base to read
-    return paths
+        paths["base"], _ = write_part("base", base, options, pair.base)
+    # The adapter alone is written, so no options are needed to read the base.
+    paths["adapter"], _ = write_part("adapter", model, {}, pair.adapter)
+    return paths, None
 
 
 @dataclass(frozen=True)
