@@ -73,6 +73,11 @@ def make_run(config: TrainConfig, today: str) -> Run:
     `today` is the default date for chat templates, and must be the same in all
     processes.
     """
+    # A resumed run keeps the dtype and the date of its start. Its settings are read
+    # first, so that a damaged file is reported before any work.
+    folder, started_config = pathlib.Path(config.output.out), config
+    if config.output.resume:
+        started_config = read_run_config(folder / CONFIG)
     check_template(config.data.template)
     _check_libraries(config.output.loggers)
     _check_devices(config.model)
@@ -101,12 +106,10 @@ def make_run(config: TrainConfig, today: str) -> Run:
         lora_config = dataclasses.replace(lora_config, alpha=alpha)
     mesh = make_mesh(config.devices.mesh_sizes, jax.devices())
     _check_model_fits(model, lora_config, packing_config, mesh)
-    # A resumed run keeps the dtype and the date of its start.
-    folder, dtype = pathlib.Path(config.output.out), config.model.dtype
-    saved = read_run_config(folder / CONFIG) if config.output.resume else config
+    dtype = config.model.dtype
     if dtype == "auto":
-        dtype = resolve_dtype(saved.model.dtype, jax.default_backend())
-    date = config.data.date or saved.data.date or today
+        dtype = resolve_dtype(started_config.model.dtype, jax.default_backend())
+    date = config.data.date or started_config.data.date or today
     # The data.
     now = datetime.datetime.fromisoformat(date)
     tokenizer = open_tokenizer(model.path, template=config.data.template, now=now)

@@ -406,7 +406,7 @@ def _fit(
             ],
         )
     if stop.is_due():  # a signal may have arrived after the last check
-        _end_at_signal(stop, int(np.max(state.step)), pathlib.Path(config.output.out))
+        _end_at_signal(stop, int(np.max(state.step)), config)
     return [
         None
         if trainer.has_failed
@@ -461,12 +461,23 @@ def _open_callbacks(
     return [ForMembers(callbacks, lambda index, error: trainers[index].fail(error))]
 
 
-def _end_at_signal(stop: processes.StopAtSignal, step: int, out: pathlib.Path) -> None:
+def _end_at_signal(
+    stop: processes.StopAtSignal, step: int, config: TrainConfig
+) -> None:
     """Prints how to resume the run, and raises the exception of the signal."""
+    out = pathlib.Path(config.output.out)
     states = out / STATE  # the runs of a sweep have their own ones, in subfolders
     log(
         f"The state of step {step:,} is saved in "
-        f"{states if states.is_dir() else out}. To resume: qlora-jax train --config "
-        f"{shlex.quote(str(out / CONFIG))} --resume"
+        f"{states if states.is_dir() else out}. To resume: {_resume_command(config)}"
     )
     stop.raise_exception()
+
+
+def _resume_command(config: TrainConfig) -> str:
+    file = pathlib.Path(config.output.out) / CONFIG
+    command = f"qlora-jax train --config {shlex.quote(str(file))} --resume"
+    # The file has all settings of the run but this one, which differs by process.
+    if config.devices.process_id is None:
+        return command
+    return f"{command} --process_id ID, in each process with its own ID"

@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import qlora_jax as ql
 from qlora_jax.llm import app
 from qlora_jax.llm.app import environment, evaluation
 from qlora_jax.llm.app.base_model import BaseModel
-from qlora_jax.llm.app.processes import catch_signals
+from qlora_jax.llm.app.processes import StopAtSignal, catch_signals
 from qlora_jax.llm.app.program import make_program
 from qlora_jax.llm.app.run import (
     check_stamp,
@@ -31,7 +32,9 @@ from qlora_jax.llm.app.run import (
     make_run,
     member_configs,
 )
-from qlora_jax.llm.app.run_folder import open_run_folder
+from qlora_jax.llm.app.run_folder import open_run_folder, write_run_config
+from qlora_jax.llm.app.training import _end_at_signal
+from qlora_jax.llm.cli.parser import parse
 from qlora_jax.llm.data import open_tokenizer, read_dataset
 from qlora_jax.llm.models.checkpoint import abstract_params
 from qlora_jax.llm.models.config import DecoderConfig, Experts
@@ -654,6 +657,30 @@ def test_a_run_that_is_sent_a_signal_saves_its_state(folder, data, tmp_path, cap
     status, output, _ = commands.run(capsys, "export", "--run", out)
     assert status == 0 and f"{out}/adapter-{step}: peft" in output
     assert ql.io.PeftConfig.read(out / f"adapter-{step}").r == 4
+
+
+def test_each_process_of_a_run_can_resume_it(tmp_path, capsys):
+    devices = dict(mesh="data=2", distributed=True, num_processes=2)
+    devices |= dict(coordinator_address="host:1234", process_id=1)
+    config = settings("model", "data", tmp_path / "run", **devices)
+    file = tmp_path / "run" / "config.yaml"
+    file.parent.mkdir()
+    write_run_config(config, file, "here")
+    stop = StopAtSignal()
+    stop.number = signal.SIGTERM
+    with pytest.raises(SystemExit):
+        _end_at_signal(stop, 3, config)
+    command = f"qlora-jax train --config {file} --resume --process_id ID"
+    assert f"To resume: {command}, in each process with its" in capsys.readouterr().err
+    arguments = shlex.split(command.replace("ID", "1"))[1:]
+    assert parse(arguments)[1] == config.replace(resume=True)
+
+
+def test_a_damaged_file_of_settings_is_reported_first(data, tmp_path):
+    (tmp_path / "config.yaml").write_text("model: [")
+    config = settings("nowhere", data, tmp_path, resume=True)
+    with pytest.raises(ValueError, match="config.yaml must have the settings of a run"):
+        app.train(config)
 
 
 # Sends two signals, the second one while the main thread is in an endless call.
