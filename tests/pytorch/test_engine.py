@@ -5,6 +5,7 @@ The losses and the generated tokens equal those of transformers and PEFT.
 
 import json
 import pathlib
+import shutil
 import sys
 import warnings
 
@@ -100,7 +101,7 @@ def test_training_answers_validation_rows(folder, tmp_path):
     assert sorted(answer) == ["after", "before", "prompt", "right"]
 
 
-@pytest.mark.parametrize("source", ["run", "model and adapter"])
+@pytest.mark.parametrize("source", ["run", "model and adapter", "moved adapter"])
 def test_a_merged_folder_has_the_loss_of_the_adapter(folder, tmp_path, source, capsys):
     out = tmp_path / "merged"
     run, rows = str(folder / "run"), str(folder / "rows.jsonl")
@@ -108,7 +109,11 @@ def test_a_merged_folder_has_the_loss_of_the_adapter(folder, tmp_path, source, c
     if source == "run":
         command += ["--run", run]
     else:
-        command += ["--model", str(folder / "model"), "--adapter", f"{run}/adapter"]
+        adapter = folder / "run" / "adapter"
+        if source == "moved adapter":  # no settings of a run name the engine
+            adapter = shutil.copytree(adapter, tmp_path / "adapter")
+        command += ["--model", str(folder / "model"), "--adapter", str(adapter)]
+        command += ["--fmt", "nf4"] if source == "moved adapter" else []
     assert main([*command, "--json"]) == 0
     losses = json.loads(capsys.readouterr().out)["losses"]
     assert_close(np.asarray(losses["file"]), np.asarray(losses["beside"]))

@@ -355,7 +355,7 @@ def open_model_and_adapters(
         return model, {}, training_load_options(config, model)
     adapters = _split_adapters(config.adapter)
     adapter = adapters[0] if len(adapters) == 1 else None
-    engine = config.engine or _engine_of_runs(adapters, default="auto")
+    engine = config.engine or _engine_of_runs(adapters)
     model = open_model(str(config.model), adapter, config.recode, engine)
     options = training_load_options(config, model)
     if adapter is not None or not adapters:
@@ -406,12 +406,10 @@ def run_configs_of(
     return run_configs
 
 
-def _engine_of_runs(
-    adapters: str | Sequence[str] | None, default: EngineName
-) -> EngineName:
-    """Returns the engine of the run that wrote the first adapter, if there is one."""
+def _engine_of_runs(adapters: str | Sequence[str] | None) -> EngineName:
+    """Returns the engine of the run that wrote the first adapter, or "auto"."""
     run_configs = run_configs_of(adapters)
-    return run_configs[0].model.engine if run_configs else default
+    return run_configs[0].model.engine if run_configs else "auto"
 
 
 def open_run(
@@ -454,7 +452,7 @@ def open_run(
 def open_model_for(config: PairsConfig | ExportConfig) -> tuple[BaseModel, int | None]:
     """Returns a config's model with its adapter, and the step of a run's state."""
     if config.run is None:
-        engine = _engine_of_runs(config.adapter, default="jax")
+        engine = _engine_of_runs(config.adapter)
         return open_model(str(config.model), config.adapter, engine=engine), None
     return open_run(config.run, getattr(config, "step", None), config.model)
 
