@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from ..data.encode import TrainOn
 from ..models.sampling import Sampling
-from .options import COUNT, Config, option
+from .options import COUNT, SEED, Config, option
 from .servers import FMTS_BY_FORMAT, SERVERS
 
 # What computes a model: `Decoder`, or the PyTorch code of transformers.
@@ -370,7 +370,7 @@ class GenerateConfig(Config):
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
-    seed: int = 0
+    seed: int = option(0, limit=SEED)
     fmt: Fmt | None = option(None, section="number format of the base")
     block_size: int | None = None
     double_quant: bool | None = None
@@ -388,8 +388,6 @@ class GenerateConfig(Config):
         if self.out is not None and self.prompts is None:
             raise ValueError(f"`prompts` must be given with `out`. Got {self.out!r}.")
         Sampling(self.temperature, self.top_k, self.top_p)  # checks its settings
-        if not 0 <= self.seed < 1 << 32:
-            raise ValueError(f"`seed` must be from 0 to 2**32 - 1. Got {self.seed}.")
         if self.chat is False and self.system is not None:
             raise ValueError(
                 f"`system` must be left out with `chat` false. Got {self.system!r}."

@@ -45,6 +45,8 @@ COUNT = Limit("positive", lambda x: x >= 1)
 POSITIVE = Limit("positive and finite", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE = Limit("at least 0", lambda x: 0 <= x < math.inf)
 FRACTION = Limit("in [0, 1)", lambda x: 0 <= x < 1)
+# `jax.random.key` drops the higher bits of a seed.
+SEED = Limit("from 0 to 2**32 - 1", lambda x: 0 <= x < 1 << 32)
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ class Config:
                 converted to the types of the options.
 
         Raises:
-            ValueError: If a name is unknown, a value is wrong, or a required option is
-                missing.
+            ValueError: If a name is unknown, an option is set under two names, a value
+                is wrong, or a required option is missing.
         """
         options = options_of(cls)
         values = {
@@ -147,7 +149,7 @@ class Config:
             settings: As in `from_settings`.
 
         Raises:
-            ValueError: If a name is unknown.
+            ValueError: If a name is unknown, or if an option is set under two names.
         """
         main_names = {}
         for option in options_of(cls).values():
@@ -158,6 +160,12 @@ class Config:
             raise ValueError(
                 f"`settings` must be options of the command. Got {unknown}."
             )
+        names_used: dict[str, list[str]] = {}  # the names under which options are set
+        for key, _ in pairs:
+            names_used.setdefault(main_names[key], []).append(key)
+        if repeated := [names for names in names_used.values() if len(names) > 1]:
+            described = ", ".join(" and ".join(names) for names in repeated)
+            raise ValueError(f"`settings` must set each option once. Got {described}.")
         return {main_names[key]: value for key, value in pairs}
 
     def to_settings(self) -> dict[str, Any]:
@@ -173,7 +181,7 @@ class Config:
         Args:
             **settings: Values by the names of options.
         """
-        return self.from_settings(self.to_settings() | settings)
+        return self.from_settings(self.to_settings() | self.resolve_names(settings))
 
 
 @functools.cache

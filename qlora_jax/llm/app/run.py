@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import fractions
 import hashlib
 import importlib
 import itertools
@@ -359,7 +360,8 @@ def _complete_settings(
             rows = [row._replace(images=None) for row in data.train]
             data = data._replace(train=rows)
         num_batches = sum(1 for _ in make_batches(config.training, data, num_epochs=1))
-        num_batches *= config.training.epochs or 1
+        # As a fraction, because 50 * 1.1 in floats is a little more than 55.
+        num_batches *= fractions.Fraction(str(config.training.epochs or 1))
         steps = math.ceil(num_batches / config.training.accumulation)
     else:
         make_batches(config.training, data)  # raises if rows do not fit the batches

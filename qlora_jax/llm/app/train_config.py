@@ -103,6 +103,9 @@ class TrainConfig(Config):
 
         Args:
             settings: As in `from_settings`.
+
+        Raises:
+            ValueError: If a name is unknown, or if an option is set under two names.
         """
         settings = dict(settings)
         # In version 0.2, TensorBoard had a switch of its own.

@@ -14,6 +14,7 @@ from .options import (
     NOT_NEGATIVE,
     POSITIVE,
     REQUIRED,
+    SEED,
     Config,
     Limit,
     normalize_swept,
@@ -307,7 +308,7 @@ class TrainingConfig(Config):
     accumulation: int = option(1, limit=COUNT)
     max_length: int = option(1024, limit=COUNT)
     packing: bool = False
-    seed: int | list[int] = option(0, section="seeds", limit=NOT_NEGATIVE)
+    seed: int | list[int] = option(0, section="seeds", limit=SEED)
     data_seed: int | None = option(None, limit=NOT_NEGATIVE)
     on_nan: Literal["stop", "skip"] = option("stop", may_change=True)
 

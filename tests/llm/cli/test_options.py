@@ -71,6 +71,7 @@ def test_names_and_values_are_those_of_a_file_or_of_python():
     assert config == TrainConfig.from_settings(config.to_settings())
     assert config.training.seed == [1, 2] and config.data.path == {"a.jsonl": 1.0}
     assert {*flat, *PATHS} - {"dropout"} <= {*config.to_settings()}
+    assert config.replace(rank=2).adapter.rank == 2  # also under its other name
     # A list with one value is not a sweep.
     assert TrainConfig.from_settings(PATHS | {"seed": [3]}).training.seed == 3
     # Version 0.2 had this setting.
@@ -84,6 +85,8 @@ def test_names_and_values_are_those_of_a_file_or_of_python():
     [
         ({"nothing": 1, "rnk": 2}, r"Got \['nothing', 'rnk'\]"),
         ({"adapter": {"rnk": 2}}, r"Got \['adapter.rnk'\]"),
+        ({"lora_r": 8, "rank": 4}, "set each option once. Got lora_r and rank"),
+        ({"rank": 8, "adapter": {"rank": 8}}, "Got rank and adapter.rank"),
         ({"steps": 1.5}, "`steps` must be an integer. Got 1.5"),
         ({"steps": True}, "`steps` must be an integer. Got True"),
         ({"remat": 1}, "`remat` must be true or false or offload. Got 1"),

@@ -388,6 +388,8 @@ SPLASH = dict(batch_size=8, attention="splash")
         (dict(learning_rate="1e-3,0.001"), "or several different values"),
         (dict(learning_rate=[1e-3, -1.0]), "must be positive and finite. Got"),
         (dict(seed="1.5"), "`seed` must be of type int"),
+        # JAX uses the lower 32 bits of a seed, so these would be two equal runs.
+        (dict(seed=[1, 2**32 + 1]), r"`seed` must be from 0 to 2\*\*32 - 1. Got"),
         (dict(data_seed=-1), "`data_seed` must be at least 0. Got -1"),
         (dict(seed="0,1", keep_best=True, early_stopping_patience=2), "all are"),
         (dict(mesh="model=2"), "`mesh` must have positive sizes for some of data, fsd"),
@@ -416,6 +418,16 @@ def test_what_is_wrong_is_refused_before_the_model_is_read(
     with pytest.raises(ValueError, match=message):
         app.train(config.replace(**options))
     assert not (tmp_path / "run").exists()
+
+
+def test_epochs_are_a_decimal_number_of_passes(folder, data, tmp_path):
+    """In floats, 50 * 1.1 is 55.00000000000001."""
+    text = (data / "valid.jsonl").read_text().splitlines()[0]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f"{text}\n" * 100)
+    options = dict(steps=None, epochs=1.1, batch_size=2)
+    config = settings(folder, rows, tmp_path / "run", **options)
+    assert make_run(config, "2026-01-01").config.training.steps == 55
 
 
 @pytest.mark.parametrize(
