@@ -351,7 +351,12 @@ def open_model_and_adapters(
     model.
     """
     if config.run is not None:
-        model, _ = open_run(config.run, base_model=config.model)
+        model, _ = open_run(
+            config.run,
+            base_model=config.model,
+            recode=config.recode,
+            engine=config.engine,
+        )
         return model, {}, training_load_options(config, model)
     adapters = _split_adapters(config.adapter)
     adapter = adapters[0] if len(adapters) == 1 else None
@@ -394,12 +399,17 @@ def _read_bank(model: BaseModel, adapters: Sequence[str]) -> ql.Bank:
 def run_configs_of(
     adapters: str | Sequence[str] | None, run: str | None = None
 ) -> list[TrainConfig]:
-    """Returns the settings of a run, or of the runs that wrote the adapters."""
+    """Returns the settings of a run, or of the runs that wrote the adapters.
+
+    A run writes adapters into its folder, so the settings are in the folder that
+    contains the adapter. An adapter in another folder has no known run.
+    """
     if run is not None:
         return [read_run_config(pathlib.Path(run) / CONFIG)]
     run_configs = []
     for adapter in _split_adapters(adapters):
-        path = pathlib.Path(adapter).parent / CONFIG
+        # Absolute, because "." has no parent.
+        path = pathlib.Path(os.path.abspath(adapter)).parent / CONFIG
         # The file may not exist, or another program may have written it.
         with contextlib.suppress(OSError, TypeError, ValueError):
             run_configs.append(read_run_config(path))
@@ -413,12 +423,16 @@ def _engine_of_runs(adapters: str | Sequence[str] | None) -> EngineName:
 
 
 def open_run(
-    run: str, step: int | None = None, base_model: str | None = None
+    run: str,
+    step: int | None = None,
+    base_model: str | None = None,
+    recode: bool = False,
+    engine: EngineName | None = None,
 ) -> tuple[BaseModel, int | None]:
     """Returns a run's model with the adapter of a saved state, and the state's step.
 
     By default, the state is the newest. The run may be unfinished, and is not changed.
-    `base_model` replaces the model in the run's settings.
+    `base_model`, `recode` and `engine` replace the run's settings of the model.
     """
     folder = pathlib.Path(run)
     if not (folder / CONFIG).is_file() or not (folder / STATE).is_dir():
@@ -429,7 +443,9 @@ def open_run(
     run_config = read_run_config(folder / CONFIG)
     settings = run_config.model
     model = open_model(
-        base_model or settings.path, recode=settings.recode, engine=settings.engine
+        base_model or settings.path,
+        recode=recode or settings.recode,
+        engine=engine or settings.engine,
     )
     packing_config = None
     if run_config.adapter.merge_aware:

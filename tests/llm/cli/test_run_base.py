@@ -206,6 +206,31 @@ def test_a_run_and_what_it_replaces(capsys, command):
     assert "must be" in capsys.readouterr().err
 
 
+def test_an_adapter_has_its_run_in_the_current_folder_too(folder, monkeypatch):
+    monkeypatch.chdir(folder / "run" / "adapter")
+    config = app.ScoreConfig(str(folder / "base"), "d", adapter=".")
+    _, _, options = open_model_and_adapters(config)
+    packing = options["packing_config"]
+    assert (packing.fmt, packing.block_size, packing.double_quant) == ("nf4", 64, False)
+
+
+def test_options_of_the_model_replace_those_of_the_run(folder, tmp_path):
+    source = dict(data="d", run=str(folder / "run"))
+    packed, file = str(tmp_path / "packed"), str(tmp_path / "x.gguf")
+    export(folder / "base", "bitsandbytes", packed)
+    config = app.ScoreConfig(packed, fmt="int4", recode=True, **source)
+    assert open_model_and_adapters(config)[2]["packing_config"].fmt == "int4"
+    export(folder / "base", "gguf", file)
+    with pytest.raises(ValueError, match="with config.json for engine torch. Got"):
+        open_model_and_adapters(app.ScoreConfig(file, engine="torch", **source))
+
+
+def test_a_run_writes_no_adapter_without_a_tokenizer(folder, tmp_path):
+    source = dict(run=str(folder / "run"), out=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="`tokenizer` must be left out .* for peft"):
+        app.export(app.ExportConfig(tokenizer=False, **source))
+
+
 def test_a_format_is_needed_for_its_options(folder, capsys):
     options = ["--run", folder / "run", "--data", folder / "valid.jsonl"]
     status, _, err = run(capsys, "score", *options, "--block-size=32")
