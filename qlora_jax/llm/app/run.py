@@ -394,7 +394,8 @@ def _complete_settings(
 def member_configs(config: TrainConfig) -> list[TrainConfig]:
     """Returns the settings of each run of a sweep; without one, those of the run.
 
-    Runs that failed are left out when the others are resumed.
+    Runs that failed are left out when the others are resumed. Raises ValueError if all
+    have failed.
     """
     if not config.is_sweep:
         return [config]
@@ -408,6 +409,11 @@ def member_configs(config: TrainConfig) -> list[TrainConfig]:
             # All runs see the data in the same order.
             settings |= {"out": str(out), "data_seed": config.training.row_seed}
             members.append(config.replace(**settings))
+    if not members:
+        raise ValueError(
+            "`out` must have a run to resume. Got a sweep whose runs have all failed; "
+            f"see {FAILED} in the folders in {config.output.out}."
+        )
     return members
 
 

@@ -154,7 +154,11 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         result = write_sweep_results(config, runs, results)
     assert result is not None  # without a sweep, a failure raises
     if is_first() and config.output.push_to_hub is not None:
-        log(f"pushed to {push(config.output.push_to_hub, folder / 'adapter')}")
+        if result.adapter is None:
+            log("nothing is pushed, because all runs of the sweep have failed")
+        else:
+            adapter = pathlib.Path(result.adapter)
+            log(f"pushed to {push(config.output.push_to_hub, adapter)}")
     return result
 
 
@@ -187,6 +191,11 @@ def _make_runs(config: TrainConfig) -> list[Run]:
     with all_or_none():
         first_config, *configs = member_configs(config)
         first = make_run(first_config, today)
+        if config.is_sweep and config.output.push_to_hub and not first.data.valid:
+            raise ValueError(
+                "`push_to_hub` needs validation rows if several adapters are trained, "
+                f"because the best one is pushed. {config.data.path} has none."
+            )
         return [first, *(make_sibling(first, x) for x in configs)]
 
 

@@ -5,11 +5,13 @@ import re
 
 import commands
 import pytest
+import yaml
 from commands import ADAPTER, losses, rows_of, settings
 from stored import tensors_of
 from tolerances import assert_close
 
 from qlora_jax.llm import app
+from qlora_jax.llm.app.base_model import BaseModel
 from qlora_jax.llm.models.tiny import save_tiny
 
 OPTIONS = dict(steps=6, save_every=2, eval_every=3, eval_examples=2, lora_dropout=0.1)
@@ -78,3 +80,25 @@ def test_a_sweep_resumes_and_goes_on_without_a_failed_run(sweep, capfd):
     assert last.runs[bad] is None and "1e+38  failed" in str(last)
     expected_losses = losses(work / "out" / f"{good}_seed=3")
     assert_close(losses(work / "again" / good), expected_losses)
+
+
+def test_a_sweep_that_failed_as_a_whole_does_not_resume(tmp_path):
+    config = settings("model", "data", tmp_path, seed=[0, 1], resume=True)
+    for seed in (0, 1):
+        (tmp_path / f"seed={seed}").mkdir()
+        (tmp_path / f"seed={seed}" / "failed.txt").write_text("step 1 has loss nan")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_settings()))
+    with pytest.raises(ValueError, match="a sweep whose runs have all failed; see fai"):
+        app.train(config)
+
+
+def test_the_best_adapter_is_only_pushed_with_validation_rows(tmp_path, monkeypatch):
+    folder, data = save_tiny(tmp_path / "base"), commands.write_letters(tmp_path)
+    for name in ("check_base", "push"):
+        monkeypatch.setattr(f"qlora_jax.llm.app.run.{name}", lambda *unused: None)
+    monkeypatch.setattr(BaseModel, "read", None)
+    options = dict(seed=[0, 1], push_to_hub="some/new")
+    config = settings(folder, data / "train.jsonl", tmp_path / "out", **options)
+    with pytest.raises(ValueError, match="`push_to_hub` needs validation rows if sev"):
+        app.train(config)
+    assert not (tmp_path / "out").exists()
