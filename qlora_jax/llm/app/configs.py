@@ -35,6 +35,7 @@ PACKING_OPTIONS = ("fmt", "block_size", "double_quant", "scales")
 _FORMATS_OF_OPTIONS = {
     "dtype": ("merged",),
     "gguf_type": ("gguf",),
+    "tokenizer": ("gguf",),  # whether to leave it out
     "fmt": ("bitsandbytes", "awq", "compressed-tensors", *_MERGED_FORMATS),
     "double_quant": ("bitsandbytes", *_MERGED_FORMATS),
     "block_size": (*get_args(PackedFormat), *_MERGED_FORMATS),
@@ -187,6 +188,10 @@ class ExportConfig(Config):
 
     def __post_init__(self):
         set_options = {name for name, value in vars(self).items() if value is not None}
+        if self.tokenizer or (self.server is None and self.format is None):
+            # Either the default, or the format depends on the adapter. In that case,
+            # `complete_export` sets the format, and this is checked again.
+            set_options.remove("tokenizer")
         if {"format", "server"} <= set_options:
             raise ValueError("`format` or `for` must be left out. Got both.")
         # The default is a model if the adapter is merge-aware, which is not known here.
@@ -228,10 +233,11 @@ class ExportConfig(Config):
 
     def _check_formats(self, set_options: set[str], target: str) -> None:
         """Checks that the set options exist for the target and fit each other."""
-        server_options = ()
+        server_options: tuple[str, ...] = ()
         if self.server is not None:
-            has_gguf = SERVERS[self.server].floats == "gguf"
-            server_options = (*PACKING_OPTIONS, *(("gguf_type",) if has_gguf else ()))
+            server_options = PACKING_OPTIONS
+            if SERVERS[self.server].floats == "gguf":
+                server_options += ("gguf_type", "tokenizer")
         for name, formats in _FORMATS_OF_OPTIONS.items():
             is_supported = target in formats or name in server_options
             if name in set_options and not is_supported:

@@ -300,7 +300,9 @@ def _read_prompts(
     tokenizer = conversation.tokenizer
 
     def convert_row(_: int, row: dict[str, Any]) -> _FilePrompt:
-        value: Any = row.get("prompt", row.get("messages"))
+        value: Any = row.get("prompt")
+        if value is None:  # missing, or empty in a table that also has messages
+            value = row.get("messages")
         if conversation.is_chat or not isinstance(value, str):
             ids = _encode_messages(value, row, config.system, tokenizer)
         elif used := [name for name in ("system", "tools") if row.get(name)]:

@@ -285,8 +285,13 @@ def _write_pair(
         # These options described the training, which `options` do now. In the config of
         # a part, they would describe the file.
         unset = dict.fromkeys((*PACKING_OPTIONS, "server"))
+        # Only a whole model in GGUF can do without its tokenizer.
         part_config = dataclasses.replace(
-            config, format=export_format, gguf_type=gguf_type, **unset
+            config,
+            format=export_format,
+            gguf_type=gguf_type,
+            tokenizer=config.tokenizer or export_format != "gguf",
+            **unset,
         )
         writer = _Writer(part_config, model, options, folder / file)
         return f"./{file}", _WRITERS[export_format](writer)

@@ -436,6 +436,11 @@ def test_wrong_input_is_an_error_without_a_traceback(
             ["export", *RUN, "--for=mlx", "--gguf-type=Q8_0"],
             "`gguf_type` must be left out",
         ),
+        (
+            ["export", *RUN, "--format=merged", "--tokenizer=false"],
+            "`tokenizer` must be left out unless the format is one of gguf",
+        ),
+        (["export", *RUN, "--for=mlx", "--tokenizer=false"], "Got False for mlx"),
         (["export", "--for", "x"], "`for` must be vllm, .* Got x"),
         (["pairs", "--adapter=a"], "`model` must be given if `run` is not"),
         (["export", "--model=m", "--out=o"], "`adapter` or `run` must be given"),

@@ -264,6 +264,10 @@ def test_wrong_prompts_of_a_file_are_named(capsys, without_weights, tmp_path):
     assert "line 5: roles must be system, user, " in err
     assert "names. Got 'usr' in `messages[0]`." in err
     assert "line 6: the row must be JSON" in err and "  line 1" not in err
+    # As in a table in which other rows have a prompt.
+    file.write_text(json.dumps({"prompt": None, "messages": [answer]}))
+    err = run(capsys, *flags)[2]
+    assert "line 1: the last message of the row must not be an answer" in err
     file.write_text('{"prompt": "one", "system": "s"}')
     err = run(capsys, *flags, "--chat=false")[2]
     assert "line 1: the row must not have ['system'] without a chat template" in err

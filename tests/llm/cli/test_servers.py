@@ -1,5 +1,6 @@
 """Formats that each server supports: `qlora-jax pairs` and `export --for`."""
 
+import ast
 import json
 import shlex
 import shutil
@@ -210,6 +211,26 @@ def test_a_request_fits_what_is_served(model, adapter, tmp_path):
     export(folder, None, unmerged, adapter, server="sglang")
     _, body = request_of(unmerged)
     assert body == {"model": str(folder), "lora_path": "adapter"} | request
+
+
+def test_the_path_of_a_model_is_quoted_in_the_command(model, adapter, tmp_path):
+    folder = str(shutil.copytree(model, tmp_path / 'it\'s a "model"'))
+    commands = {}
+    for server in ("vllm", "transformers"):
+        export(folder, None, tmp_path / server, adapter, server=server)
+        text = readme_of(tmp_path / server).partition("In this folder:\n\n")[2]
+        commands[server] = text.splitlines()[0].strip()
+    assert shlex.split(commands["vllm"])[:3] == ["vllm", "serve", folder]
+    nodes = ast.walk(ast.parse(commands["transformers"]))
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    assert texts == {folder, "./adapter"}
+
+
+def test_a_server_gets_a_file_without_a_tokenizer(model, adapter, tmp_path):
+    settings = dict(server="llama.cpp", tokenizer=False)
+    export(model, None, tmp_path / "served", adapter, **settings)
+    fields = gguf.GGUFReader(str(tmp_path / "served" / "base.gguf")).fields
+    assert "tokenizer.ggml.tokens" not in fields
 
 
 @pytest.mark.slow

@@ -59,6 +59,7 @@ class Server:
     # 3. How it starts. All texts from here on may contain "{base}" and "{adapter}". The
     # command and the option may also contain "{rank}" and "{flags}".
     command: str
+    quote: Callable[[str], str] = shlex.quote  # quotes paths in the command
     option: str = ""  # added to the command if there is an adapter
     ranks: tuple[int, ...] = ()  # an adapter's rank is rounded up to one of these
     flags: Mapping[str, str] = field(default_factory=dict)  # by the format of the base
@@ -90,11 +91,12 @@ class Server:
         paths = {"base": base, "adapter": adapter}
         rank = next((n for n in self.ranks if n >= rank), rank)
         command = self.command + (self.option if adapter else "")
+        quoted = {name: self.quote(path) for name, path in paths.items() if path}
         texts = {name: text.format(**paths) for name, text in self.files.items()}
         texts["README.md"] = _README.format(
             name=self.name,
             command=command.format(
-                **paths, rank=rank, flags=self.flags.get(base_format, "")
+                **quoted, rank=rank, flags=self.flags.get(base_format, "")
             ),
             request=self._make_request(paths, is_chat),
             source=source,

@@ -1,5 +1,7 @@
 """transformers with PEFT."""
 
+import json
+
 from .server import BITSANDBYTES, E2M1, INT4_FMTS, Server
 
 # PEFT silently skips packed modules, so transformers must decode them.
@@ -11,8 +13,8 @@ TRANSFORMERS = Server(
     reads=("float", "bitsandbytes", "compressed-tensors"),
     bases={**BITSANDBYTES, **dict.fromkeys(INT4_FMTS, "compressed-tensors"), **E2M1},
     adapter="peft",
-    command="model = transformers.AutoModelForCausalLM.from_pretrained("
-    '"{base}"{flags})',
-    option='; model = peft.PeftModel.from_pretrained(model, "{adapter}")',
+    command="model = transformers.AutoModelForCausalLM.from_pretrained({base}{flags})",
+    quote=json.dumps,  # as text in Python
+    option="; model = peft.PeftModel.from_pretrained(model, {adapter})",
     flags=dict.fromkeys(("compressed-tensors", *E2M1), _DECODED),
 )
