@@ -50,7 +50,8 @@ Engine = JaxEngine | TorchEngine
 
 MLX_ADAPTER = "adapters.safetensors"
 # The arguments `packing_config` and `dtype` with which `BaseModel.read` returns the
-# weights that training used. If it used them as they are stored, the dict is empty.
+# weights that training used. The dict is empty if training did not pack the weights in
+# the model's files, but used them unchanged.
 LoadOptions = dict[str, Any]
 
 
@@ -522,6 +523,15 @@ def training_load_options(
                 f"fmt {trained_on.fmt}. The base here is a different one: {model.name} "
                 f"with fmt {fmt or model.stored_fmt or 'none'}"
             )
+    if fmt == "none" and model.stored_fmt is None and not uses_run:
+        for name, value in dict(
+            block_size=block_size, double_quant=double_quant
+        ).items():
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` must be left out with `fmt` none, which packs nothing. "
+                    f"Got {value}."
+                )
     packing_config = model.packing_config(
         fmt or "none", block_size, double_quant, scales
     )
@@ -557,6 +567,7 @@ def read_as_trained(
     `options` are from `training_load_options`. A merge-aware adapter becomes a part of
     the weights.
     """
+    # Weights that training rounded before it packed them are read in the run's dtype.
     model = model.read(**{"dtype": dtype, **options})
     base, lora = pack_as_trained(model.base, model.lora)
 

@@ -23,23 +23,25 @@ else:
     ServerName = Literal[tuple(SERVERS)]
 AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
 PackedFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
-# For these formats, an adapter is added to the weights that training used (decoded).
-_MERGED_FORMATS = ("merged", "gguf")
-# These types of "gguf" are exceptions: as for a `PackedFormat`, the adapter is added to
-# the weights in the model's files, and the sum is packed.
+# An adapter can be merged into the weights in the model's files, or into the weights
+# that training used, which are decoded if they were packed. A `PackedFormat` starts
+# from the weights in the files, and packs the sum. These formats start from the weights
+# of training.
+_FORMATS_OF_TRAINED_BASE = ("merged", "gguf")
+# These types of "gguf" are exceptions: they start from the weights in the files, too.
 GGUF_4_BIT_TYPES = ("Q4_0", "Q4_K_M")
 # For a `PackedFormat`, these options describe the exported file. For a server and for
-# `_MERGED_FORMATS`, they describe how training packed the base.
+# `_FORMATS_OF_TRAINED_BASE`, they describe how training packed the base.
 PACKING_OPTIONS = ("fmt", "block_size", "double_quant", "scales")
 # Options of `ExportConfig` that only some formats support.
 _FORMATS_OF_OPTIONS = {
     "dtype": ("merged",),
     "gguf_type": ("gguf",),
     "tokenizer": ("gguf",),  # whether to leave it out
-    "fmt": ("bitsandbytes", "awq", "compressed-tensors", *_MERGED_FORMATS),
-    "double_quant": ("bitsandbytes", *_MERGED_FORMATS),
-    "block_size": (*get_args(PackedFormat), *_MERGED_FORMATS),
-    "scales": (*get_args(PackedFormat), *_MERGED_FORMATS),
+    "fmt": ("bitsandbytes", "awq", "compressed-tensors", *_FORMATS_OF_TRAINED_BASE),
+    "double_quant": ("bitsandbytes", *_FORMATS_OF_TRAINED_BASE),
+    "block_size": (*get_args(PackedFormat), *_FORMATS_OF_TRAINED_BASE),
+    "scales": (*get_args(PackedFormat), *_FORMATS_OF_TRAINED_BASE),
     "calibrate": (*get_args(PackedFormat), "gguf"),
 }
 

@@ -143,12 +143,14 @@ def pair_for(
     if (target := target_packing_of(model.lora)) is not None:
         return _pair_merged(server, model, target)
     problem = _find_adapter_problem(server, model, fmt)
+    # The format of the base, or None if the server does not support its number format.
     base = server.floats if fmt is None else server.bases.get(fmt)
     # Without options, training used the weights in the model's files.
     if not options and _loads_exactly(server, model, fmt):
         base = AS_IS
     elif fmt is not None and base == "gguf" and block_size != Q4_0_BLOCK_SIZE:
         base = None
+    # `problem` is set if `server.adapter` is None, which type checkers do not know.
     if problem or base is None or server.adapter is None:
         problem = problem or f"it does not support {fmt} in blocks of {block_size}"
         why = f"{problem}: the sum is rounded"
@@ -222,7 +224,7 @@ def _find_adapter_problem(
 
 def _find_4_bit_problem(server: Server, model: BaseModel) -> str | None:
     """Returns why a server cannot load a model in 4 bits, or None."""
-    # The other servers load GGUF files, in which experts may have 4 bits.
+    # Servers that load GGUF files, whose `floats` is "gguf", load experts in 4 bits.
     if model.decoder.experts is not None and server.floats == "merged":
         return "it is not known to load experts in 4 bits"
     return None

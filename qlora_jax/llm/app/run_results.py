@@ -105,9 +105,10 @@ def write_results(
 ) -> TrainResult:
     """Writes the results in process 0, and returns them in all processes.
 
-    `state` has the adapter to write. If it is that of the best step, `best_metrics` has
-    this step, and the metrics that differ from those of the last step. Otherwise it is
-    empty.
+    `state` has the adapter to write. By default it is that of the last step, whose
+    metrics are reported, and `best_metrics` is empty. With `keep_best`, it is that of
+    the best step. `best_metrics` then has the number of this step as `best_step`, and
+    the validation metrics to report, unless the best step is the last one.
     """
     lora = gather(state.lora)  # on a mesh, all processes must call this
     if is_first():

@@ -66,8 +66,8 @@ from .train_config import TrainConfig
 if TYPE_CHECKING:
     import grain
 
-# The state with the adapter that a run writes, and metrics that replace those of the
-# last step. There are such metrics only if the adapter is the best one (`keep_best`).
+# The state with the adapter that a run writes, and the `best_metrics` of
+# `write_results`.
 Outcome = tuple[State, Mapping[str, float]]
 
 

@@ -370,8 +370,9 @@ class _Writer:
     # Models
 
     def write_merged(self) -> None:
-        # If no names change, and adapters are added to the weights as they are stored,
-        # `weights` is the model's folder. Otherwise, it is a tree.
+        # `save_merged` takes the model's folder or a tree of weights. The folder is
+        # enough if an adapter is added to the weights as they are stored, under the
+        # same names. Only a model with a vision part is written under other names.
         model, names = self.model, self.model.engine.exported_names
         is_merge_aware = target_packing_of(model.lora) is not None
         is_changed = self.options or is_merge_aware or model.replaces_weights

@@ -235,6 +235,9 @@ def test_a_format_is_needed_for_its_options(folder, capsys):
     options = ["--run", folder / "run", "--data", folder / "valid.jsonl"]
     status, _, err = run(capsys, "score", *options, "--block-size=32")
     assert status == 1 and "`fmt` must be given with `block_size`" in err
+    options = ["--model", folder / "base", "--data", folder / "valid.jsonl"]
+    status, _, err = run(capsys, "score", *options, "--fmt=none", "--block-size=32")
+    assert status == 1 and "`block_size` must be left out with `fmt` none" in err
 
 
 @pytest.mark.slow

@@ -44,12 +44,17 @@ FindDifference = Callable[[Mapping[str, Any], DecoderConfig, str | None], str | 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """How a server loads a base and an adapter. A format is one of `export`."""
+    """How a server loads a base and an adapter.
+
+    A format is a value of `export --format`, such as awq. A number format is one of the
+    weights, such as int4_f16.
+    """
 
     name: str
     # 1. What it loads.
     reads: tuple[str, ...]  # the `quant_method`s of models that need no export
-    bases: Mapping[str, str] = field(default_factory=dict)  # formats, by number format
+    # The format of a packed base, by its number format.
+    bases: Mapping[str, str] = field(default_factory=dict)
     floats: str = "merged"  # the format of a float base
     adapter: str | None  # the format of an adapter; None if adapters must be merged
     adapts_experts: bool = True  # whether it loads adapters of experts
