@@ -118,14 +118,18 @@ def make_schedule(
     settings: OptimizerConfig, steps: int | None, learning_rate: Any
 ) -> Callable[[Any], Any]:
     """Returns the learning rate as a function of the step, with this peak."""
-    return optimizers.make_schedule(
-        settings.schedule,
-        learning_rate,
-        steps or 1,  # None if `make_run` has not completed the settings
-        warmup=settings.warmup or 0,
-        end=settings.end_learning_rate,
-        decay=settings.decay,
-    )
+    try:
+        return optimizers.make_schedule(
+            settings.schedule,
+            learning_rate,
+            steps or 1,  # None if `make_run` has not completed the settings
+            warmup=settings.warmup or 0,
+            end=settings.end_learning_rate,
+            decay=settings.decay,
+        )
+    except ValueError as error:  # its message names the parameters, not the options
+        message = str(error).replace("`end`", "`end_learning_rate`")
+        raise ValueError(message) from error
 
 
 def make_loss_scale(dtype: str) -> LossScale | None:

@@ -217,7 +217,8 @@ def _find_resumed_step(
 ) -> int | None:
     """Returns the step to resume after, or None to start at step 0.
 
-    Raises ValueError if the settings of the runs differ from those saved at that step.
+    Raises ValueError if the settings of the runs differ from those saved at that step,
+    or if finished runs lack their metrics.
     """
     config = runs[0].config
     step = config.output.resume_step
@@ -235,6 +236,12 @@ def _find_resumed_step(
     with all_or_none():
         for run, saved_stamp in zip(runs, saved_stamps, strict=True):
             check_stamp(saved_stamp, run.stamp, run.config.output.out)
+            is_finished = step == run.config.training.steps
+            if is_finished and not (run.folder / METRICS).is_file():
+                raise ValueError(
+                    f"{run.folder} must have {METRICS}, from which the results of a "
+                    "finished run are written. It is missing."
+                )
     is_newest = all(x.latest == step for x in checkpoints)
     note = "" if is_newest else "; later states are deleted"
     log(f"Resuming after step {step:,} of {config.training.steps:,}{note}")

@@ -279,6 +279,15 @@ def test_a_finished_run_is_written_again_as_it_was(run):
         assert (out / name).read_bytes() == before[name]
 
 
+@pytest.mark.slow
+def test_the_metrics_of_a_finished_run_are_needed(run, tmp_path):
+    config, _, out = run
+    copy = shutil.copytree(out, tmp_path / "copy")
+    (copy / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="copy must have metrics.jsonl, from which"):
+        app.train(config.replace(out=str(copy), resume=True))
+
+
 @pytest.mark.parametrize(
     "target_modules",
     ["q_proj, mlp.up_proj", ["q_proj", "mlp.up_proj"], r".*\.(q|up)_proj"],
@@ -370,6 +379,10 @@ SPLASH = dict(batch_size=8, attention="splash")
         (dict(block_size=100), "block_size"),
         (dict(max_length=5), "rows must have at most `max_length`"),
         (dict(warmup=6), "`warmup` must be at least 0 and less than the 6 steps"),
+        (
+            dict(end_learning_rate=1.0, schedule="linear"),
+            "`end_learning_rate` must be at least 0 and at most `learning_rate`. Got 1",
+        ),
         (dict(data="nowhere.jsonl"), "nowhere"),
         (dict(validation_split=0.1), "left out for data with validation rows. Got 0.1"),
         (dict(validation_split=1.0), "`validation_split` must be between 0 and 1. Got"),
