@@ -25,8 +25,9 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
         tile: The largest number of tokens of each sequence in a tile; None for all.
 
     Raises:
-        ValueError: If `tile` is not positive, or, when the function is called, if
-            adapters inside have dropout, since all tiles would drop the same entries.
+        ValueError: If `tile` is not a positive integer, or, when the function is
+            called, if adapters inside have dropout, since all tiles would drop the same
+            entries.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
@@ -54,25 +55,30 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
         )
         return carry, module(tokens)
 
-    # Gradients of the parameters are summed over the steps of the scan, and the
-    # activations of a tile are computed again in the backward pass.
-    scan = nn.scan(
-        nn.remat(run_tile, prevent_cse=False),
-        variable_broadcast=True,  # all tiles use the same parameters
-        split_rngs={"params": False, "dropout": True},
-    )
+    def scan(module: nn.Module, tiles: Float[Array, "tiles ..."]) -> Array:
+        # While `init` creates parameters, all tiles need the same key, because they use
+        # the same parameters. Later, `nn.Dropout` uses this key if it has no other.
+        is_split = {"params": not module.is_initializing(), nn.DenyList("params"): True}
+        # Gradients of the parameters are summed over the steps of the scan, and the
+        # activations of a tile are computed again in the backward pass.
+        run = nn.scan(
+            nn.remat(run_tile, prevent_cse=False),
+            variable_broadcast=True,  # all tiles use the same parameters
+            split_rngs=is_split,
+        )
+        return run(module, None, tiles)[1]
 
     def fetch_and_scan(module: nn.Module, tiles: Float[Array, "tiles ..."]) -> Array:
         # These boxes are copies that `nn.remat` made, so the originals do not change.
         for box in boxes(module):
             box.fetch(tiles[0])
-        return scan(module, None, tiles)[1]
+        return scan(module, tiles)
 
     def run_tiles(tiles: Float[Array, "tiles ..."]) -> Array:
         if any(box.needs_fetch(tiles[0]) for box in boxes(module)):
             # The backward pass fetches kernels again, instead of keeping them.
             return nn.remat(fetch_and_scan, prevent_cse=False)(module, tiles)
-        return scan(module, None, tiles)[1]
+        return scan(module, tiles)
 
     # With a single tile, `module` is called directly.
     return by_tiles(module, run_tiles, tile)

@@ -1,5 +1,6 @@
 """Runs a function on one tile of tokens at a time."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +38,8 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
         tile: The largest number of tokens in a tile. Pass None to get `fn` itself.
 
     Raises:
-        ValueError: If `tile` is not positive. The returned function raises it if its
-            argument has fewer than two axes.
+        ValueError: If `tile` is not a positive integer. The returned function raises it
+            if its argument has fewer than two axes.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -77,8 +78,8 @@ def by_tiles(
     """Returns a function that computes `fn` by `run_tiles` if x has several tiles."""
     if tile is None:
         return fn
-    if tile < 1:
-        raise ValueError(f"`tile` must be positive or None. Got {tile}.")
+    if not isinstance(tile, numbers.Integral) or tile < 1:
+        raise ValueError(f"`tile` must be a positive integer or None. Got {tile!r}.")
 
     def call_by_tiles(x: Float[Array, "*batch T D"]) -> Any:
         if x.ndim < 2:

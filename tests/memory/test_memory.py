@@ -117,7 +117,7 @@ def attend(**changed):
 
 PATHS = {"model": "model", "data": "data", "out": "out"}
 ODD_QUERY, SHORT_VALUE = jnp.ones((1, 8, 3, 4)), jnp.ones((1, 7, 2, 4))
-CLIP = "`tile` must be positive or None. Got"
+CLIP = "`tile` must be a positive integer or None. Got"
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,7 @@ CLIP = "`tile` must be positive or None. Got"
         (lambda: attend(key=jnp.ones((8, 4))), "`query` and `key` must have four axes"),
         (lambda: ql.memory.tiled(jnp.sin, 0), CLIP + " 0"),
         (lambda: ql.linen.tiled(nn.Dense(3), -1), CLIP + " -1"),
+        (lambda: ql.linen.tiled(nn.Dense(3), 2.5), CLIP + " 2.5"),  # pyright: ignore
         (lambda: ql.memory.tiled(jnp.sin, 2)(jnp.ones(3)), r"tokens.* Got \(3,\)"),
         (lambda: Decoder(CONFIG, remat="offlod"), '`remat` must be True, False or "o'),
         (lambda: Decoder(CONFIG, attention="flash"), "must be one of .*'splash'.* 'fl"),
@@ -212,6 +213,39 @@ def test_adapters_in_linen_tiles_have_no_dropout():
     assert wrapped.apply(variables, x).shape == (1, 6, 8)
     with pytest.raises(ValueError, match="no dropout in tiles.*\n.*dense/kernel: 0.5"):
         wrapped.apply(variables, x, rngs=rngs)
+
+
+class TiledDropout(nn.Module):
+    collection: str
+
+    @nn.compact
+    def __call__(self, x):
+        dropout = nn.Dropout(0.5, deterministic=False, rng_collection=self.collection)
+        return ql.linen.tiled(dropout, 4)(x)
+
+
+@pytest.mark.parametrize(
+    ("collection", "rngs"),
+    [
+        ("dropout", ["dropout"]),
+        ("dropout", ["params"]),  # the key that Flax uses if there is no other
+        ("noise", ["noise"]),
+        ("noise", ["noise", "params"]),
+    ],
+)
+def test_each_linen_tile_has_its_own_dropout(collection, rngs):
+    keys = {name: jax.random.key(i) for i, name in enumerate(rngs)}
+    first, second = jnp.split(
+        TiledDropout(collection).apply({}, jnp.ones((1, 8, 64)), rngs=keys), 2, axis=1
+    )
+    # Masks of 256 independent coins agree on about half of them.
+    assert 80 < np.sum(first == second) < 176
+
+
+def test_linen_tiles_create_the_parameters_of_one():
+    x = jnp.ones((1, 6, 32))
+    params = Tiled(2).init(jax.random.key(0), x)["params"]
+    assert params["dense"]["kernel"].shape == (32, 8)
 
 
 def test_nnx_modules_in_tiles():
