@@ -16,6 +16,7 @@ EXPERTS, SIZES = ql.quantize(normal(1, (2, 64, 8))), jnp.ones(2, int)
 BANK = ql.bank([LORA])
 KERNEL, TABLE = BASE["kernel"], TABLES["embedding"]
 WRONG = ["text", {"kernel": KERNEL}, None, 0, 1.5, [1, 2], slice(0, 1), object()]
+WRONG += [[[1], [2, 3]]]  # not rectangular
 WRONG += [jnp.ones(64), jnp.ones(()), ql.QLoRAConfig(), LORA["kernel"]]
 
 FUNCTIONS = {
@@ -92,6 +93,9 @@ def test_an_argument_of_a_wrong_type_is_named(name):
         (lambda: ql.apply(ql.combine(BASE, LORA), None, X),
          "a kernel must be a QTensor, a StraightThrough or a float array. Got "
          "AdaptedKernel: `split` a combined tree first."),
+        (lambda: ql.matmul(X, EXPERTS, layer=2**40),
+         "`layer` is out of range: Python int 1099511627776 too large to convert to "
+         "int32."),
         (lambda: BANK[0:1], "`place` must be integers. Got slice."),
         (lambda: ql.init(0, {"kernel": jnp.ones((64, 8))}, ql.QLoRAConfig()),
          "`key` must be a PRNG key, such as jax.random.key(0). Got int."),

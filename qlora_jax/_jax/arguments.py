@@ -1,21 +1,32 @@
 """Checks of the arguments of public functions: arrays, integers and PRNG keys."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int32, PyTree
 
+A = TypeVar("A")
+
 
 def as_array(name: str, x: object) -> Array:
-    """Returns the argument `name` as an array, or raises a TypeError that names it."""
+    """Returns the argument `name` as an array, or raises an error that names it."""
+    return _convert(jnp.asarray, name, x)
+
+
+def _convert(convert: Callable[[Any], A], name: str, x: object) -> A:
+    # The messages of JAX and NumPy do not say which argument is wrong.
     try:
-        return jnp.asarray(x)
+        return convert(x)
     except (TypeError, ValueError) as error:
-        # JAX's own message does not say which argument is wrong.
         raise TypeError(
             f"`{name}` must be an array. Got {type(x).__name__}."
         ) from error
+    except OverflowError as error:
+        raise ValueError(f"`{name}` is out of range: {error}.") from error
 
 
 def check_key(name: str, key: object) -> None:
@@ -30,8 +41,8 @@ def check_key(name: str, key: object) -> None:
         )
 
 
-def known_values(x: PyTree) -> np.ndarray | None:
-    """Returns an argument as a NumPy array, or None if its values are not available.
+def known_values(name: str, x: PyTree) -> np.ndarray | None:
+    """Returns the argument `name` in NumPy, or None if its values are not available.
 
     The values of tracers are not available, nor are those of arrays that are partly on
     other processes. Checks use NumPy because a trace would record operations of
@@ -40,14 +51,14 @@ def known_values(x: PyTree) -> np.ndarray | None:
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)):
         return None
     is_addressable = not isinstance(x, jax.Array) or x.is_fully_addressable
-    return np.asarray(x) if is_addressable else None
+    return _convert(np.asarray, name, x) if is_addressable else None
 
 
 def checked_integers(
     name: str, x: object
 ) -> tuple[Int32[Array, "..."], np.ndarray | None]:
     """Returns an integer argument as int32, and its values if they are available."""
-    values = known_values(x)
+    values = known_values(name, x)
     array = as_array(name, x) if values is None else values
     if not jnp.issubdtype(array.dtype, jnp.integer):
         kind = type(x).__name__ if array.dtype == object else array.dtype
@@ -57,10 +68,11 @@ def checked_integers(
 
 def as_int32(x: object) -> Int32[Array, "..."]:
     """Returns integers as int32. Values outside its range become the nearest int32."""
+    # A cast would wrap around: an id of 2**32 would select row 0. `jnp.asarray` casts
+    # 64-bit integers of NumPy, too, so they are clipped before it.
     array = x if isinstance(x, np.ndarray) else jnp.asarray(x)
     info, limits = jnp.iinfo(array.dtype), jnp.iinfo(jnp.int32)
     if info.min < limits.min or info.max > limits.max:
-        # A cast would wrap around: an id of 2**32 would select row 0.
         array = array.clip(max(info.min, limits.min), limits.max)
     return jnp.asarray(array, jnp.int32)
 

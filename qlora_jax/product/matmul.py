@@ -124,7 +124,7 @@ def as_float(x: object) -> Array:
 
 def layer_of(stack: QTensor, layer: object) -> LayerOfStack:
     """Returns one kernel of a stack. Raises ValueError if the stack lacks it."""
-    value, array = known_values(layer), as_array("layer", layer)
+    value, array = known_values("layer", layer), as_array("layer", layer)
     *batch, _, _ = stack.matrix_shape
     if not batch:
         raise ValueError("`layer` needs a stack of kernels. Got a single kernel.")
@@ -152,7 +152,7 @@ def offsets_of(
             f"`group_sizes` must have shape [{num_experts}], one for each expert. Got "
             f"{sizes.shape}."
         )
-    if (values := known_values(group_sizes)) is not None:
+    if (values := known_values("group_sizes", group_sizes)) is not None:
         if np.any(values < 0):
             raise ValueError(f"`group_sizes` must not be negative. Got {values}.")
         if values.sum() > num_rows:

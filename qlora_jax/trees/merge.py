@@ -305,7 +305,7 @@ def merge_adapters(
 
 
 def _is_finite_number(weight: object) -> bool:
-    value = known_values(weight)
+    value = known_values("weights", weight)
     if value is None:  # traced: unknown until the program runs
         return True
     is_real = any(jnp.issubdtype(value.dtype, x) for x in (jnp.integer, jnp.floating))
