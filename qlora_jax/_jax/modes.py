@@ -42,8 +42,8 @@ def auto_only(mesh: AnyMesh, entries: Iterable[Axes]) -> list[Axes]:
 def unmapped_explicit_axes(mesh: AnyMesh) -> frozenset[str]:
     """Returns a mesh's Explicit axes, except those that split the axis of a vmap."""
     # Types inside `jax.vmap` do not show which mesh axes split the mapped axis. But a
-    # `shard_map` without axis names is manual over all axes except these. So this
-    # traces such a `shard_map` to read its manual axes.
+    # `shard_map` that names no axes is manual over all mesh axes except those that
+    # split the mapped axis. So this traces one, and reads its manual axes.
     manual_axes: list[frozenset[str]] = []
 
     def record_manual_axes() -> None:
