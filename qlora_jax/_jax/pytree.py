@@ -44,6 +44,9 @@ class Note(str):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Note)
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # `str` would compare the characters
+
     def __hash__(self) -> int:
         return 0
 

@@ -17,7 +17,7 @@ from helpers import assert_same, dequantize, normal, trees_of
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax._jax.pytree import static_from_json, static_to_json
+from qlora_jax._jax.pytree import Note, static_from_json, static_to_json
 
 CONFIGS = {
     "nf4": ql.QLoRAConfig(rank=2),
@@ -216,3 +216,9 @@ def test_static_fields_go_through_json():
         assert static_from_json(type(node), text, names) == values
     with pytest.raises(TypeError, match="static fields of QTensor must be plain"):
         static_to_json(ql.QTensor, (object(),), ("fmt",))
+
+
+def test_notes_are_equal_whatever_their_text():
+    a, b = Note("a"), Note("b")
+    assert a == b and not a != b and hash(a) == hash(b)
+    assert a != "a" and str(a) == "a"
