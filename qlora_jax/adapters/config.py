@@ -151,7 +151,7 @@ class QLoRAConfig:
 
         # 1. Convert patterns to tuples, and check and convert the settings by pattern.
         for name in ("targets", "exclude", "trainable", "shared"):
-            set_field(name, _as_patterns(name, getattr(self, name)))
+            set_field(name, as_patterns(name, getattr(self, name)))
         if not isinstance(self.contract, Mapping):
             set_field("contract", {".*": self.contract})
         converters = {"contract": check_contract, "rank_pattern": _as_ranks}
@@ -396,7 +396,8 @@ def _as_alpha(alpha: Any) -> float:
     return alpha if isinstance(alpha, int) else float(alpha)  # 16 is not saved as 16.0
 
 
-def _as_patterns(argument: str, value: object) -> tuple[Pattern, ...]:
+def as_patterns(argument: str, value: object) -> tuple[Pattern, ...]:
+    """Returns one or more patterns as a tuple, or raises an error that names them."""
     if isinstance(value, Pattern):
         value = (value,)
     patterns = tuple(value) if isinstance(value, Iterable) else None
@@ -424,7 +425,7 @@ def _by_pattern(
 ) -> dict[Pattern, T]:
     if not isinstance(value, Mapping):
         raise TypeError(f"`{argument}` must be a dict of patterns. Got {value!r}.")
-    patterns = _as_patterns(argument, value.keys())
+    patterns = as_patterns(argument, value.keys())
     try:
         settings = [convert(setting) for setting in value.values()]
     except ValueError as error:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from .._jax.pytree import Note, TreeLeaf, is_array, on_arrays, register, split_arrays
 from ..adapters.base import AdaptedKernel, Adapter, parts_of
-from ..adapters.config import matches
+from ..adapters.config import Pattern, matches
 from ..adapters.packed_calls import call_with_experts, is_experts
 from ..memory.by_tiles import fetch, needs_fetch
 from ..quant.kernel import as_kernel, is_packed
@@ -83,7 +83,7 @@ class StackIndex(TreeLeaf):
 register(StackIndex, ("index",), ("stacks", "path"))
 
 
-def is_inside(patterns: Sequence[str], path: str) -> bool:
+def is_inside(patterns: Sequence[Pattern], path: str) -> bool:
     """Whether a pattern matches the path of a module that contains the leaf `path`."""
     names = path.split("/")
     # From the root, "", to the module that owns the leaf.
@@ -91,7 +91,7 @@ def is_inside(patterns: Sequence[str], path: str) -> bool:
     return any(matches(patterns, module) for module in modules)
 
 
-def check_scanned(patterns: Sequence[str], params: Tree) -> None:
+def check_scanned(patterns: Sequence[Pattern], params: Tree) -> None:
     """Raises ValueError for patterns that match no module with parameters."""
     paths = list(leaves_by_path(params))
     unmatched = [p for p in patterns if not any(is_inside([p], path) for path in paths)]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -40,16 +41,16 @@ def _einsum(
     return module_call(module, "kernel", equation, inputs, is_complete)
 
 
-def _embed(module: nn.Embed, inputs: Array) -> Lookup | None:
-    # Flax broadcasts a table of one row over any input, even a non-integer one.
+def _embed(module: nn.Embed, inputs: Array) -> Lookup:
+    # Flax returns the only row of a table for any id, even one that is out of range.
     if module.num_embeddings == 1:
-        return None
+        inputs = jnp.zeros_like(inputs)
     cast = functools.partial(module.promote_dtype, dtype=module.dtype, inexact=False)
     return Lookup("embedding", inputs, lambda rows: cast(rows)[0])
 
 
-# Rules are functions of `(module, *args, **kwargs)` that return a ModuleCall, a Lookup
-# or None. `register` adds rules; no other state is global in the linen integration.
+# Rules are functions of `(module, *args, **kwargs)` that return a ModuleCall or a
+# Lookup. `register` adds rules; no other state is global in the linen integration.
 RULES = Registry(
     {
         nn.Dense: _dense,

@@ -161,6 +161,8 @@ class _Recorder:
                 f"one at {'/'.join(module.path)!r}. Pack the other kernels with "
                 "qlora_jax.init, which does not run the model."
             )
+        if not boxes:
+            return next_fun(*args, **kwargs)
         call = call_of(module, method, args, kwargs)
         for target in boxes.values():
             # Errors are collected, so that one error lists the problems of all targets.
@@ -169,7 +171,7 @@ class _Recorder:
             except ValueError as error:
                 self.unfit[target.path] = str(error)
         # Flax does not unbox the parameters of the layer in a norm.
-        if boxes and isinstance(module, NORMS):
+        if isinstance(module, NORMS):
             return run_in_float(module, method, args, kwargs, _Target)
         if call is None or not call.is_complete:
             return next_fun(*args, **kwargs)

@@ -14,6 +14,7 @@ from flax.typing import PRNGKey, RNGSequences
 
 from .._jax.pytree import is_box, is_tree_leaf, unbox
 from ..adapters.base import AdaptedKernel, dropout_keys, is_adapter, parts_of
+from ..adapters.config import Pattern, as_patterns
 from ..product.choose import checked_backend
 from ..quant.kernel import as_kernel
 from ..trees.adapters import combine
@@ -52,7 +53,7 @@ class WrappedModel:
     """
 
     module: nn.Module
-    scanned: tuple[str, ...] = ()
+    scanned: tuple[Pattern, ...] = ()
     backend: Backend = None
 
     def __getattr__(self, name: str) -> Any:
@@ -170,8 +171,6 @@ def _check_collections(collections: Mapping) -> None:
 
 
 def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree:
-    # A leaf that is trained in full replaces the frozen one. Scans slice arrays but not
-    # tuples, so a tuple of scalings becomes an array.
     by_name: Mapping = rngs if isinstance(rngs, Mapping) else {"params": rngs}
     key = by_name.get("dropout", by_name.get("params"))  # as Flax's `make_rng`
     counter = itertools.count(1)
@@ -180,11 +179,13 @@ def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree
         base, adapter, keys = parts_of(leaf)
         if adapter is None:
             return leaf
+        # The model reads a leaf that is trained in full in place of the frozen one.
         if adapter.replacement is not None:
             return adapter.merged(as_kernel(base))
         if key is not None and adapter.dropout:
             leaf_key = jax.random.fold_in(key, next(counter))
             keys = dropout_keys(adapter, leaf_key)  # [*batch]
+        # A tuple of scalings becomes an array, which scans slice with the kernel.
         return AdaptedKernel(base, adapter.sliceable(), keys)
 
     return map_by_path(prepare, params)
@@ -216,7 +217,7 @@ def _without_boxes(
 def wrap(
     model: nn.Module | WrappedModel,
     *,
-    scanned: str | Sequence[str] = (),
+    scanned: Pattern | Sequence[Pattern] = (),
     backend: str | Sequence[str] | None = None,
 ) -> WrappedModel:
     """Returns the model with an `apply` that takes packed kernels and adapters.
@@ -238,8 +239,9 @@ def wrap(
         backend: The back end or back ends of all products, as in `qlora_jax.matmul`.
 
     Raises:
-        TypeError: If `model` is not a linen module.
-        ValueError: If a back end is unknown.
+        TypeError: If `model` is not a linen module, or `scanned` is not a pattern or a
+            list of patterns.
+        ValueError: If a pattern is not a regular expression, or a back end is unknown.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
@@ -251,7 +253,7 @@ def wrap(
         >>> model.apply({"params": base, "lora": lora}, x).shape
         (2, 8)
     """
-    scanned = (scanned,) if isinstance(scanned, str) else tuple(scanned)
+    scanned = as_patterns("scanned", scanned)
     if isinstance(model, WrappedModel) and not scanned and backend is None:
         return model
     return WrappedModel(linen_module(model), scanned, checked_backend(backend))

@@ -59,6 +59,21 @@ def test_the_equation_of_a_registered_class_may_be_an_argument(x):
 
 
 @pytest.mark.slow
+class UnusualCall(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(64, name="dense")(x)
+        # The rule of the registered class does not describe a call with a scale.
+        return Project((4, 64, 16), name="heads")("BTD,NDH->BTNH", y, scale=2.0)
+
+
+def test_a_registered_class_that_is_no_target_may_be_called_in_any_way(x):
+    ql.linen.register(Project, kernel="w", einsum="equation")
+    config = ql.QLoRAConfig(rank=4, targets="dense/kernel")
+    variables = variables_of(UnusualCall(), x, config)
+    assert_as_merged(UnusualCall(), x, variables, gradients=False)
+
+
 def test_one_tree_has_the_gradients_of_two(x):
     """tests/optim/test_optim.py has optimizers on one tree."""
     wrapped = ql.linen.wrap(LinenMLP())
@@ -354,6 +369,10 @@ SUMS = {"preferred_element_type": jnp.float32}
         (lambda x: ql.linen.wrap(LinenMLP), TypeError,
          "Got the class LinenMLP. Pass an instance"),
         (lambda x: ql.linen.wrap(NNX), TypeError, USE_NNX),
+        (lambda x: ql.linen.wrap(LinenMLP(), scanned=None), TypeError,
+         "`scanned` must be a regular expression, or a list of them. Got None"),
+        (lambda x: ql.linen.wrap(LinenMLP(), scanned="layers["), ValueError,
+         r"`scanned` must be a regular expression. Got 'layers\['"),
         (lambda x: ql.linen.init(KEY, NNX, {}, CONFIG, x), TypeError, USE_NNX),
         (lambda x: applied(params="params", loras="lora"), ValueError,
          r"adapters in the collection 'lora'. Got adapters in \['loras'\]"),
