@@ -81,7 +81,7 @@ def _embed(
     def cast(rows: Array) -> Array:
         return module.promote_dtype((rows,), dtype=module.dtype, inexact=False)[0]
 
-    # Flax returns the only row of a table for any input, even one that is not an id.
+    # Flax returns the only row of a table for any id, even one that is out of range.
     if module.num_embeddings == 1:
         inputs = jnp.zeros_like(inputs)
     return Lookup("embedding", inputs, cast, out_sharding)
