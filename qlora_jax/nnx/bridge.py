@@ -93,17 +93,14 @@ def _write_back(holder: Holder, name: str, value: Tree) -> None:
     set_attribute(holder, name, value if isinstance(holder, dict) else nnx.data(value))
 
 
-# The roles of the targets' axes, and the reasons why some are unfit, both by path.
-TracedKinds = tuple[dict[str, str], dict[str, str]]
-
-
 @dataclass(frozen=True)
 class _TracedLinen:
     """Replaces the linen module of a bridge in a trace, and records its kernels."""
 
     config: QLoRAConfig
     prefix: str  # the path of the bridge
-    records: TracedKinds  # filled by `apply`
+    records: tuple[dict[str, str], dict[str, str]]  # filled by `apply`
+    prefixes_run: set[str]  # filled by `apply`
     module: nn.Module
 
     def apply(self, variables: Mapping, *args: object, **kwargs: Any) -> Tree:
@@ -112,14 +109,20 @@ class _TracedLinen:
         traced = trace_kinds(self.module, params, self.config, args, kwargs, state)
         for record, by_path in zip(self.records, traced, strict=True):
             record.update({self.prefix + path: text for path, text in by_path.items()})
+        self.prefixes_run.add(self.prefix)
         return self.module.apply(variables, *args, **kwargs)
 
 
 def kinds_of_linen(
     model: nnx.Module, config: QLoRAConfig, paths: list[str], args: tuple, kwargs: dict
-) -> TracedKinds:
-    """Returns the roles of linen targets' axes, and why some are unfit, by path."""
-    records: TracedKinds = {}, {}
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Traces a sample call, and returns what it shows about targets in linen modules.
+
+    These are the roles of their axes and the reasons why some are unfit, both by path,
+    and the paths in bridges that did not run.
+    """
+    records: tuple[dict[str, str], dict[str, str]] = {}, {}
+    prefixes_run: set[str] = set()
     graphdef, state = nnx.split(model)
     arrays, rebuild = split_arrays((args, kwargs))
 
@@ -134,7 +137,9 @@ def kinds_of_linen(
                 # patterns may be meant for paths outside of this module.
                 targets = tuple(map(re.escape, inner))
                 linen_config = QLoRAConfig(targets=targets, dropout=config.dropout)
-                replace = functools.partial(_TracedLinen, linen_config, prefix, records)
+                replace = functools.partial(
+                    _TracedLinen, linen_config, prefix, records, prefixes_run
+                )
                 # This class exists only during the trace: it is not cached or pickled.
                 cls = _bridge_subclass(type(module), replace, ())
                 object.__setattr__(module, "__class__", cls)
@@ -142,4 +147,4 @@ def kinds_of_linen(
         return jax.tree.leaves(traced(*args, **kwargs))
 
     jax.eval_shape(abstract_call, state, arrays)
-    return records
+    return *records, [p for p in paths if not p.startswith(tuple(prefixes_run))]

@@ -124,7 +124,9 @@ def _kinds(site: Site, target_names: list[str], config: QLoRAConfig) -> str | No
     if reason := why_no_adapter(site):
         raise ValueError(reason)
     module, name = site.module, site.name
-    shape, unstacked = site.variable.shape, kernel_shape(module, name)
+    # A variable may hold a value that is not an array. `find_targets` rejects it.
+    shape = getattr(site.variable.get_value(), "shape", ())
+    unstacked = kernel_shape(module, name)
     if unstacked is not None and len(shape) > len(unstacked):
         if shape[-len(unstacked) :] != unstacked:
             raise ValueError(

@@ -1,5 +1,7 @@
 """`wrap` replaces kernels of an nnx model, and the classes of their modules."""
 
+import inspect
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from flax import nnx
@@ -7,7 +9,7 @@ from jaxtyping import Array
 
 from .._jax.memory import check_donated
 from ..adapters.base import Adapter
-from ..adapters.config import QLoRAConfig, check_config
+from ..adapters.config import QLoRAConfig, check_config, is_table
 from ..quant.kernel import as_kernel
 from ..trees.init import init_targets
 from ..trees.paths import Leaf, leaves_by_path
@@ -68,12 +70,15 @@ def wrap(
         **kwargs: Keyword arguments of the sample call.
 
     Raises:
-        TypeError: If `model` is not an nnx module, or `config` is not a `QLoRAConfig`.
+        TypeError: If `model` is not an nnx module, `config` is not a `QLoRAConfig`, or
+            `rngs` is not an `nnx.Rngs`; or if the model cannot be called with the
+            arguments of the sample call.
         ValueError: Before any work, if a pattern matches nothing; if parameters that
             match cannot be targets (not floating-point, shared, held by a container,
             not read by any method, already adapted, a bias or scale, or stacked along
-            an axis other than the first), which are all listed with the reason; or if a
-            donated target shares its array with another variable.
+            an axis other than the first), which are all listed with the reason; if
+            `rngs` lacks a stream; or if a donated target shares its array with another
+            variable.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -90,6 +95,8 @@ def wrap(
             f"`model` must be an nnx.Module. Got {type(model).__name__}. For a linen "
             "module, use ql.linen.wrap."
         )
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"`rngs` must be an nnx.Rngs. Got {type(rngs).__name__}.")
     check_config(config)
     if not donate:
         model = nnx.clone(model)
@@ -98,27 +105,32 @@ def wrap(
     values = {path: site.variable.get_value() for path, site in sites.items()}
     targets = {path: s for path, s in sites.items() if config.is_target(path)}
     rows = {path: s for path, s in sites.items() if config.rows_of(path)}
-    trained = {path: s for path, s in sites.items() if config.is_trained(path)} | rows
+    trained = {path: s for path, s in sites.items() if config.is_trained(path)}
     if not targets:  # adapted kernels are not sites, so the model may be wrapped
         _refuse_wrapped(model, config)
     # 2. Check them, and find the contracted axes of the targets.
     kinds, problems = check_targets(targets, config)
     in_linen = [p for p, s in targets.items() if s.holders and runs_linen(s.module)]
-    if in_linen and (args or kwargs):
-        linen_kinds, unfit = kinds_of_linen(model, config, in_linen, args, kwargs)
-        kinds, problems = kinds | linen_kinds, unfit | problems
-    elif in_linen:
-        problems = _unknown_axes(in_linen, values, config) | problems
-    for path, site in trained.items():
+    linen_kinds, unfit, not_run = {}, {}, in_linen
+    if args or kwargs:
+        _check_call(model, args, kwargs)
+        if in_linen:
+            linen_kinds, unfit, not_run = kinds_of_linen(
+                model, config, in_linen, args, kwargs
+            )
+    kinds |= linen_kinds
+    problems = _unknown_axes(not_run, values, config) | unfit | problems
+    for path, site in (trained | rows).items():
         if reason := why_no_adapter(site):
             problems.setdefault(path, reason)
     geometries = find_targets(values, config, kinds, problems)
+    _check_streams(rngs, targets, config)
     if donate and config.fmt is not None and config.freeze_base:
         check_donated(leaves_by_path(nnx.to_pure_dict(nnx.state(model))), targets)
     # 3. Pack the kernels, and replace variables and classes.
     base, lora = init_targets(rngs.params(), values, config, geometries, donate=donate)
     adapters = leaves_by_path(lora)
-    for path, site in (targets | trained).items():
+    for path, site in (targets | trained | rows).items():
         adapt(site.holder, site.name, path, base[path], adapters[path], rngs)
     # A leaf that is trained in full is read as before, so its module keeps its class.
     by_module: dict[int, list[Site]] = {}  # by id: modules may not be hashable
@@ -138,13 +150,37 @@ def _refuse_wrapped(model: nnx.Module, config: QLoRAConfig) -> None:
         )
 
 
+def _check_call(model: nnx.Module, args: tuple, kwargs: dict) -> None:
+    # Without this check, an option that `wrap` does not have would be an argument of
+    # the sample call, and ignored if no linen module needs the call.
+    try:
+        inspect.signature(type(model).__call__).bind_partial(model, *args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"the sample call must have arguments of {type(model).__name__}.__call__: "
+            f"{error}. Got {len(args)} positional arguments and {[*kwargs]}."
+        ) from error
+
+
+def _check_streams(rngs: nnx.Rngs, paths: Iterable[str], config: QLoRAConfig) -> None:
+    # Adapters of tables never have dropout.
+    has_dropout = config.dropout > 0 and not all(map(is_table, paths))
+    streams = ["params", "dropout"] if has_dropout else ["params"]
+    # A default stream replaces those that are missing.
+    if not all(hasattr(rngs, stream) for stream in streams):
+        raise ValueError(
+            f"`rngs` must have the streams {streams}, or a default. Got {[*rngs]}."
+        )
+
+
 def _unknown_axes(
     paths: list[str], values: dict[str, Array], config: QLoRAConfig
 ) -> dict[str, str]:
     # Linen kernels of two axes are [K, N].
     reason = (
         "only its linen module knows which of its {} axes are contracted. Pass the "
-        "arguments of a sample call to ql.nnx.wrap, or set config.contract."
+        "arguments of a sample call that runs it to ql.nnx.wrap, or set "
+        "config.contract."
     )
     return {
         path: reason.format(values[path].ndim)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import normal, randomized
+from helpers import normal, randomized, refusal
 from integration_helpers import CONFIG
 from integration_models import NNXMLP, LinenStack
 from tolerances import assert_close
@@ -163,6 +163,25 @@ def test_kernels_of_linen_modules_need_a_sample_call_or_contract():
     both = nnx.state(wrapped), nnx.state(traced)
     chex.assert_trees_all_equal_structs(*both)
     assert_close(wrapped(x), traced(x))
+
+
+def test_a_bridge_that_the_sample_call_skips_is_named():
+    class Branches(nnx.Module):
+        def __init__(self, x):
+            self.used = Bridged(ATTENDS, x, rngs=nnx.Rngs(0))
+            self.skipped = Bridged(ATTENDS, x, rngs=nnx.Rngs(1))
+
+        def __call__(self, x, use_both=False):
+            return self.skipped(self.used(x)) if use_both else self.used(x)
+
+    x = normal(1, (2, 5, 32))
+    model, config = Branches(x), ql.QLoRAConfig(rank=2)
+    text = refusal(
+        lambda: wrap(model, config, x), "query/kernel: only its linen module"
+    )
+    assert "  skipped" in text and "  used" not in text
+    wrapped = wrap(model, config, x, True)
+    assert_close(wrapped(x, True), ql.nnx.merge(wrapped)(x, True))
 
 
 def test_a_bridge_is_copied():
