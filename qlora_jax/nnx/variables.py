@@ -48,20 +48,14 @@ class Packed(nnx.Variable[QTensor]):
 
 
 # The next two are subclasses of `Packed`, so that filters that name it select them too.
-class Inputs(Packed):
-    """Untrained arrays of an adapter, such as scalings, which scans slice too."""
+class UntrainedLeaves(Packed):
+    """An adapter's untrained leaves by name, such as scalings. Scans slice them."""
 
 
 class Frozen(Packed):
     """The original array of a leaf that is trained in full and has been replaced."""
 
     __getitem__ = nnx.Variable.__getitem__
-
-
-def is_base(node: object) -> bool:
-    """Whether a node is a variable of the base tree."""
-    is_other = isinstance(node, nnx.LoRAParam | Inputs | Frozen)
-    return isinstance(node, nnx.Param | Packed) and not is_other
 
 
 class AdapterModule(nnx.Module):
@@ -110,13 +104,14 @@ class AdapterModule(nnx.Module):
         self.geometry = adapter.geometry
         # A tree structure has the kind of an adapter and its static settings.
         self.structure = jax.tree.structure(adapter)
-        # A tuple of scalings is static. So `inputs` has an array that scans can slice.
+        # A tuple of scalings is static. `sliceable` makes it an array for scans.
         sliceable = adapter.sliceable()
         self.sliceable_structure = jax.tree.structure(sliceable)
-        self.input_names = sliceable.untrained_leaves
+        self.untrained_names = sliceable.untrained_leaves
         leaves = jax.tree.leaves(sliceable)[len(self.names) :]
-        inputs: Any = dict(zip(self.input_names, leaves, strict=True))
-        self.inputs: Any = Inputs(inputs) if inputs else nnx.data(None)
+        untrained: Any = dict(zip(self.untrained_names, leaves, strict=True))
+        # The attribute is a key of saved states, so it keeps its name.
+        self.inputs: Any = UntrainedLeaves(untrained) if untrained else nnx.data(None)
 
     @property
     def adapter(self) -> Adapter:
@@ -130,9 +125,9 @@ class AdapterModule(nnx.Module):
 
     def _build(self, structure: Any) -> Adapter:
         arrays = [variable[...] for variable in self.variables.values()]
-        inputs = {} if self.inputs is None else self.inputs.get_value()
-        leaves = [*arrays, *(inputs[name] for name in self.input_names)]
-        # If the inputs are static in `structure`, it has no leaves for them.
+        untrained = {} if self.inputs is None else self.inputs.get_value()
+        leaves = [*arrays, *(untrained[name] for name in self.untrained_names)]
+        # If scalings are static in `structure`, it has no leaves for them.
         adapter: Adapter = structure.unflatten(leaves[: structure.num_leaves])
         has_dropout = "dropout" in adapter.settings
         return with_dropout(adapter, self.rate) if has_dropout else adapter

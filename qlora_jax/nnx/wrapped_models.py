@@ -2,27 +2,28 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._jax.specs import SpecEntry
-from ..adapters.base import misfit_reason
+from ..adapters.base import Adapter, is_adapter, misfit_reason
 from ..quant.kernel import as_kernel
 from ..trees.merge import merge as merge_trees
-from ..trees.paths import Tree, leaves_by_path, nested, raise_if_any
+from ..trees.paths import Leaf, Tree, leaves_by_path, nested, raise_if_any
 from ..trees.sharding import place as place_trees
 from ..trees.sharding import spec_of_names
 from .variables import (
+    Frozen,
     Packed,
+    UntrainedLeaves,
     adapted_kernels,
     adapter_of,
     base_of,
     del_attribute,
     float_variable,
-    is_base,
     join_path,
     set_attribute,
     variable_of,
@@ -95,7 +96,8 @@ def join(model: M, base: Tree, lora: Tree) -> M:
 
     Raises:
         ValueError: If leaves are missing, unexpected, or differ in type or shape from
-            those of the model, or if adapters do not fit; all are listed.
+            those of the model, or if adapters do not fit, or replace leaves that the
+            model does not train in full, or the other way around; all are listed.
 
     Example:
         >>> import qlora_jax as ql
@@ -110,21 +112,19 @@ def join(model: M, base: Tree, lora: Tree) -> M:
     old_leaves, old_adapters = map(leaves_by_path, split(model))
     # Check everything before the first variable changes.
     problems = []
-    for kind, new, old in [
+    for kind, new_tree, old_tree in [
         ("leaf", leaves, old_leaves),
         ("adapter", adapters, old_adapters),
     ]:
-        problems += [f"{path}: no {kind}." for path in old.keys() - new.keys()]
-        problems += [f"{path}: no such {kind}." for path in new.keys() - old.keys()]
+        missing, unexpected = old_tree.keys() - new_tree, new_tree.keys() - old_tree
+        problems += [f"{path}: no {kind}." for path in missing]
+        problems += [f"{path}: no such {kind}." for path in unexpected]
     for path in leaves.keys() & old_leaves.keys():
-        new, old = as_kernel(leaves[path]), as_kernel(old_leaves[path])
-        if (type(new), new.shape) != (type(old), old.shape):
-            problems.append(
-                f"{path}: it must be of type {type(old).__name__} and shape "
-                f"{old.shape}. Got {type(new).__name__} and {new.shape}."
-            )
-        if path in adapters and (reason := misfit_reason(adapters[path], leaves[path])):
-            problems.append(f"{path}: {reason}")
+        reason = _leaf_misfit(leaves[path], old_leaves[path])
+        problems += [f"{path}: {reason}"] if reason else []
+    for path in adapters.keys() & old_adapters.keys():
+        reason = _adapter_misfit(adapters[path], old_adapters[path], leaves.get(path))
+        problems += [f"{path}: {reason}"] if reason else []
     raise_if_any("these are not the parameters of the model", sorted(problems))
     for path, variable in _base_variables(model).items():
         # The `value` of a packed kernel is the QTensor; that of others is an array.
@@ -135,11 +135,38 @@ def join(model: M, base: Tree, lora: Tree) -> M:
     return model
 
 
+def _leaf_misfit(leaf: Leaf, old_leaf: Leaf) -> str | None:
+    if not hasattr(leaf, "shape"):  # such as an adapter
+        return f"it must be a kernel or an array. Got {type(leaf).__name__}."
+    new, old = as_kernel(leaf), as_kernel(old_leaf)
+    if (type(new), new.shape) == (type(old), old.shape):
+        return None
+    return (
+        f"it must be of type {type(old).__name__} and shape {old.shape}. Got "
+        f"{type(new).__name__} and {new.shape}."
+    )
+
+
+def _adapter_misfit(lora: object, old_lora: Adapter, leaf: Leaf) -> str | None:
+    if not is_adapter(lora):
+        return f"it must be an adapter. Got {type(lora).__name__}."
+    # `wrap` chose by the kind of adapter which variable the module reads: a kernel, or
+    # the array that replaces a leaf.
+    if (lora.replacement is None) != (old_lora.replacement is None):
+        kinds = type(old_lora).__name__, type(lora).__name__
+        return "its adapter must be a {}, as in the model. Got a {}.".format(*kinds)
+    return misfit_reason(lora, leaf)
+
+
 def _base_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
     """Returns the variables that hold the leaves of the base tree, by path."""
-    nodes = nnx.iter_graph(model)
-    variables = {join_path(path): node for path, node in nodes if is_base(node)}
-    # The frozen array of a leaf that is trained in full is beside its adapter.
+    of_adapters = nnx.LoRAParam | UntrainedLeaves | Frozen
+    variables: dict[str, nnx.Variable] = {
+        join_path(path): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Param | Packed) and not isinstance(node, of_adapters)
+    }
+    # A leaf that is trained in full is in the `frozen` of its adapter.
     for path, holder, name in adapted_kernels(model):
         if (frozen := adapter_of(holder, name).frozen) is not None:
             variables[join_path(path)] = frozen
@@ -183,17 +210,16 @@ def place(
         >>> tuple(layer.kernel.get_value().codes.sharding.spec)
         ('fsdp', None)
     """
-    specs = None  # a tree like the base tree
-    if rules is None:
-        specs = nested(
-            {
-                path: spec_of_names(_axis_names(variable), logical_axes or {})
-                for path, variable in _base_variables(model).items()
-            }
-        )
-    trees = split(model)
-    trees = place_trees(*trees, mesh, rules, specs=specs, rows=rows, memory=memory)
-    model = join(model, *trees)
+    options: dict[str, Any] = {"rows": rows, "memory": memory}
+    if rules is not None:
+        options |= {"rules": rules, "logical_axes": logical_axes}
+    else:
+        by_path = {
+            path: spec_of_names(_axis_names(variable), logical_axes or {})
+            for path, variable in _base_variables(model).items()
+        }
+        options["specs"] = nested(by_path)  # a tree like the base tree
+    model = join(model, *place_trees(*split(model), mesh, **options))
     # Replicate the variables that are in neither tree, such as batch statistics.
     placed = {id(variable) for variable in _base_variables(model).values()}
     for _, holder, name in adapted_kernels(model):

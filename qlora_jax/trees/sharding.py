@@ -71,11 +71,12 @@ def place(
 
     Raises:
         TypeError: If `base` is a combined tree.
-        ValueError: If `rules` and `specs` are both set; if a rule matches no leaf or
-            `specs` has other leaves than `base`; if `rows` or a spec names an axis
-            twice or one that the mesh lacks; if an adapter does not fit its kernel; if
-            leaves cannot be split as requested (all are listed); or if `memory` is
-            "host" and there is no packed stack, or the mesh has Explicit axes.
+        ValueError: If `rules` is set, and `specs` or `logical_axes` too; if a rule
+            matches no leaf or `specs` has other leaves than `base`; if `rows` or a spec
+            names an axis twice or one that the mesh lacks; if an adapter does not fit
+            its kernel; if leaves cannot be split as requested (all are listed); or if
+            `memory` is "host" and there is no packed stack, or the mesh has Explicit
+            axes.
         NotImplementedError: If `memory` is "host" on a GPU.
 
     Example:
@@ -123,6 +124,11 @@ def _resolve_specs(
     # Rules come first, then a tree of specs, then the names in the boxes of `base`.
     if rules is not None and specs is not None:
         raise ValueError("`rules` and `specs` must not both be given. Got both.")
+    if rules is not None and logical_axes:
+        raise ValueError(
+            "`logical_axes` must not be given with `rules`, which name mesh axes. Got "
+            f"{logical_axes}."
+        )
     leaves = boxed_by_path(base)
     if rules is not None:
         if unmatched := unmatched_by(rules, leaves):

@@ -138,6 +138,17 @@ def test_donate_refuses_an_array_that_another_variable_holds():
     assert not any(x.is_deleted() for x in jax.tree.leaves(nnx.state(model)))
 
 
+def test_a_missing_stream_of_keys_is_named_before_a_kernel_is_donated():
+    model, rngs = nnx.Linear(64, 8, rngs=nnx.Rngs(0)), nnx.Rngs(params=0)
+    match = r"`rngs` must have the streams \['params', 'dropout'\].* Got \['params'\]"
+    with pytest.raises(ValueError, match=match):
+        ql.nnx.wrap(model, DROPOUT, rngs=rngs, donate=True)
+    assert not model.kernel.get_value().is_deleted()
+    # Adapters of tables have no dropout.
+    config = dataclasses.replace(DROPOUT, targets="embedding")
+    ql.nnx.wrap(nnx.Embed(64, 8, rngs=nnx.Rngs(0)), config, rngs=rngs)
+
+
 def test_a_base_that_is_trained_stays_a_param():
     wrapped = wrap(OWN_MODEL, dataclasses.replace(CONFIG, freeze_base=False))
     assert type(wrapped.w) is nnx.Param
@@ -263,6 +274,34 @@ def test_leaves_that_cannot_be_targets_are_all_named_in_one_error():
 
 
 @pytest.mark.slow
+def test_join_refuses_what_the_modules_would_not_read():
+    """The module of a leaf that is trained in full reads an array, not a product."""
+    model = nnx.Sequential(*(nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2)))
+    options: Any = {"rank": 2, "fmt": None}
+    in_full = ql.QLoRAConfig(
+        targets="layers/0/kernel", trainable="layers/1/kernel", **options
+    )
+    wrapped = wrap(model, in_full), wrap(model, ql.QLoRAConfig(**options))
+    (base, lora), (_, both_lora) = map(ql.nnx.split, wrapped)
+    reason = "layers/1/kernel: its adapter must be a {}, as in the model. Got a {}."
+    refusal(
+        lambda: ql.nnx.join(wrapped[0], base, both_lora),
+        reason.format("Trained", "LoRA"),
+    )
+    refusal(
+        lambda: ql.nnx.join(wrapped[1], base, lora), reason.format("LoRA", "Trained")
+    )
+
+
+def test_join_names_leaves_of_a_wrong_type():
+    layer = ql.nnx.QLoRALinear(64, 8, CONFIG, use_bias=False, rngs=nnx.Rngs(0))
+    base, lora = ql.nnx.split(layer)
+    array = {"kernel": jnp.ones((64, 8))}
+    is_lora = "kernel: it must be a kernel or an array. Got LoRA."
+    refusal(lambda: ql.nnx.join(layer, lora, base), is_lora, "adapter. Got QTensor.")
+    refusal(lambda: ql.nnx.join(layer, base, array), "adapter. Got ArrayImpl.")
+
+
 def test_a_model_that_is_wrapped_is_not_wrapped_again():
     up = ql.QLoRAConfig(targets="up/kernel")
     wrapped = wrap(NNXMLP(rngs=nnx.Rngs(0)), up)
@@ -275,6 +314,14 @@ def test_a_model_that_is_wrapped_is_not_wrapped_again():
     match = "kernel: its module has adapters already, of kernel: .* wrapped before"
     with pytest.raises(ValueError, match=match):
         wrap(plain)
+
+
+class HoldsDict(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param({"a": jnp.ones((64, 8))})
+
+    def __call__(self, x):
+        return x @ self.w["a"]
 
 
 def normalized(cls):
@@ -294,6 +341,12 @@ def drop_in(**options):
          "instance/kernel: it is inside a WeightNorm, which writes normalized"),
         (lambda: wrap(normalized(nnx.SpectralNorm)), ValueError,
          "instance/kernel: it is inside a SpectralNorm, which writes normalized"),
+        (lambda: ql.nnx.wrap(OWN_MODEL, CONFIG, rngs=0), TypeError,
+         "`rngs` must be an nnx.Rngs. Got int"),
+        (lambda: wrap(OWN_MODEL, backend="tiled"), TypeError,
+         r"arguments of NNXOwn.__call__: .*'backend'. Got 0 .* \['backend'\]"),
+        (lambda: wrap(HoldsDict(), ql.QLoRAConfig(targets="w")), ValueError,
+         "w: weights must be a floating-point array.* Got dict"),
         (lambda: drop_in(dot_general=None), ValueError,
          r"supports. Got \['dot_general'\]"),
         (lambda: drop_in(preferred_element_type=None), ValueError,

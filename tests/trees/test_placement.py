@@ -170,6 +170,12 @@ def test_options_that_do_not_fit_are_refused(mesh):
         ql.sharding.place({}, {}, mesh, {}, rows=["batch"])
     with pytest.raises(ValueError, match="must not both be given"):
         ql.sharding.place({}, {}, mesh, {}, specs={})
+    names, rules = {"embed": "a"}, {"kernel": P("a")}
+    with pytest.raises(ValueError, match="`logical_axes` must not be given with `rule"):
+        ql.sharding.place(*trees(), mesh, rules, logical_axes=names)
+    model = ql.nnx.QLoRALinear(64, 8, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="`logical_axes` must not be given with `rule"):
+        ql.nnx.place(model, mesh, rules, logical_axes=names)
 
 
 def test_every_leaf_that_does_not_fit_is_named(mesh):
