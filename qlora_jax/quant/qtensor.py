@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -22,7 +23,7 @@ from .formats import Packing, check_dtype, get_format
 from .geometry import Contract, Geometry
 from .host_codes import HostCodes, Put, on_device, placed_codes
 from .kernel import Kernel, Placement
-from .schemes import StoredScales
+from .schemes import ScaleScheme, StoredScales
 
 Entry = TypeVar("Entry")
 
@@ -116,10 +117,12 @@ class QTensor(Kernel):
             contract: The contracted axes, as in `quantize`.
 
         Raises:
-            TypeError: If a part has the wrong dtype or is not an array, or if `dtype`
-                is not "bfloat16", "float16", "float32" or "float64".
-            ValueError: If a part has the wrong shape or is not finite, or if a setting
-                is out of range. The error lists every wrong part.
+            TypeError: If a part has the wrong dtype or is not an array, if `shape` is
+                not a sequence of integers, or if `dtype` is not "bfloat16", "float16",
+                "float32" or "float64".
+            ValueError: If a part has the wrong shape, is not finite, or is an array
+                that the format does not have; if the scales decode to NaN or infinity;
+                or if a setting is out of range. The error lists every wrong part.
 
         Example:
             >>> import jax.numpy as jnp, qlora_jax as ql
@@ -129,8 +132,22 @@ class QTensor(Kernel):
             QTensor(nf4, bfloat16[128,4], block_size=64, 4.5 bits)
         """
         stored = StoredScales(scales, scale_scales, scale_offset)
-        packing = Packing(fmt, block_size, get_format(fmt).is_double(stored))
-        shape = tuple(shape)
+        number_format = get_format(fmt)
+        is_double = number_format.is_double(stored)
+        if is_double and number_format.double_scales is None:
+            known, pairs = number_format.scales.array_names, stored._asdict().items()
+            unknown = [name for name, x in pairs if x is not None and name not in known]
+            raise ValueError(
+                f"`{unknown[0]}` must be None for {fmt!r}, whose scales are "
+                f"{number_format.scales.name}. Got an array."
+            )
+        packing = Packing(fmt, block_size, is_double)
+        try:
+            shape = tuple(map(operator.index, shape))
+        except TypeError:
+            raise TypeError(
+                f"`shape` must be a sequence of integers. Got {shape!r}."
+            ) from None
         geometry = Geometry.contracting(contract, shape)
         matrix_shape = geometry.matrix_shape(shape)
         name = check_dtype("dtype", dtype)
@@ -275,6 +292,19 @@ def _check_parts(
         elif expected.dtype != np.uint8 and is_concrete(part):
             if not all_below(part, math.inf):
                 values.append(f"`{name}` must be finite. Got NaN or infinite values.")
+    if not types and not values:
+        # Finite arrays may have scales that are not: an exponent of 255 is NaN in
+        # mxfp4, and the divisor in nvfp4 may be 0.
+        stored = StoredScales(*[parts[name] for name in StoredScales._fields])
+        if all(map(is_concrete, jax.tree.leaves(stored))):
+            with jax.ensure_compile_time_eval():
+                arrays = jax.tree.map(jnp.asarray, stored)
+                decoded = _decode_scales(packing.scheme, arrays)
+            if not all_below(decoded, math.inf):
+                values.append(
+                    "the scales must decode to finite numbers. Got NaN or infinite "
+                    "values."
+                )
     if types or values:
         listing = "\n  ".join(types + values)
         title = f"these are not the parts of a kernel of shape {shape}, {packing}"
@@ -285,12 +315,16 @@ def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
     """The scales as float32 `[*batch, ceil(K / B), N]`, without a gradient."""
     if q.scales.dtype == np.float32:  # every scheme stores float32 scales as they are
         return lax.stop_gradient(q.scales)
-    scales = call_in_auto_mode(
-        q.packing.scheme.decode,
-        lambda mesh: fitting_spec(mesh, spec_of(q.scales), q.scales.shape),
-        q.stored_scales,
+    return lax.stop_gradient(_decode_scales(q.packing.scheme, q.stored_scales))
+
+
+def _decode_scales(scheme: ScaleScheme, stored: StoredScales) -> Array:
+    scales = stored.scales
+    return call_in_auto_mode(
+        scheme.decode,
+        lambda mesh: fitting_spec(mesh, spec_of(scales), scales.shape),
+        stored,
     )
-    return lax.stop_gradient(scales)
 
 
 def with_scales(q: QTensor, stored: StoredScales) -> QTensor:

@@ -344,7 +344,7 @@ def with_e4m3_divisor(
 
 
 E4M3 = ScaleScheme(
-    "float8 e4m3 with a float32 factor",
+    "float8 e4m3 with a float32 factor and divisor",
     encode=_encode_e4m3,
     decode=_decode_e4m3,
     arrays=lambda shape: StoredScales(

@@ -219,6 +219,31 @@ def test_parts_of_two_levels_are_all_needed(missing):
         ql.QTensor.from_parts(**parts | {missing: None}, shape=(K, N), **facts)
 
 
+@pytest.mark.parametrize(
+    ("fmt", "change"),
+    [
+        ("mxfp4", {"scales": np.full((1, 4), 255, np.uint8)}),  # NaN in E8M0
+        ("nvfp4", {"scale_scales": np.array([1, 0], np.float32)}),
+        ("nvfp4", {"scale_scales": np.array([1, -2], np.float32)}),
+    ],
+)
+def test_scales_that_decode_to_no_number_are_refused(fmt, change):
+    q = ql.quantize(np.ones((32, 4), np.float32), fmt)
+    parts = {name: getattr(q, name) for name in ("codes", *q.packing.array_names[1:])}
+    facts = {"fmt": fmt, "block_size": q.block_size, "dtype": "float32"}
+    ql.QTensor.from_parts(**parts, shape=(32, 4), **facts)
+    with pytest.raises(ValueError, match="must decode to finite numbers"):
+        ql.QTensor.from_parts(**parts | change, shape=(32, 4), **facts)
+
+
+def test_an_array_that_nvfp4_does_not_have_is_named():
+    q = ql.quantize(np.ones((32, 4), np.float32), "nvfp4")
+    facts = {"fmt": "nvfp4", "block_size": 16, "dtype": "float32", "shape": (32, 4)}
+    words = "`scale_offset` must be None for 'nvfp4', .* a float32 factor and divisor"
+    with pytest.raises(ValueError, match=words):
+        ql.QTensor.from_parts(q.codes, q.scales, q.scale_scales, jnp.ones(()), **facts)
+
+
 def probes(fmt, block_size):
     """Returns ties and their neighbors at several scales, zeros, and both signs."""
     table = np.unique(helpers.TABLES[fmt]).astype(np.float32)
