@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Shaped, UInt8
 
 from .formats import Format, Packing
-from .schemes import SMALLEST_NORMAL, look_up, quotient, reciprocal
+from .schemes import SMALLEST_NORMAL, look_up, quotient, times_reciprocal
 from .search import ScaleRule, search_scales
 
 
@@ -97,11 +97,7 @@ def _quantize_rows(
             sign = jnp.where(used_scales < 0, np.float32(-1), np.float32(1))
             normalized = normalized * sign[..., None, :]
     else:
-        # Above 2**125, the reciprocal may be subnormal and be flushed to zero.
-        is_huge = jnp.abs(used_scales) > 2.0**125
-        shrink = jnp.where(is_huge, np.float32(2.0**-4), np.float32(1))
-        inverse = reciprocal(used_scales * shrink)[..., None, :]
-        normalized = (blocks * shrink[..., None, :]) * inverse
+        normalized = times_reciprocal(blocks, used_scales[..., None, :])
     # 3. Assign the codes, and pack two of 4 bits into a byte.
     codes = assign_codes(normalized, fmt)
     if fmt.bits == 4:

@@ -94,6 +94,17 @@ def reciprocal(x: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
     return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, _LARGEST_RECIPROCAL, 1 / x)
 
 
+def times_reciprocal(
+    x: Float32[Array, "*axes"], scale: Float32[Array, "..."]
+) -> Float32[Array, "*axes"]:
+    """Returns `x * reciprocal(scale)` for a broadcast scale."""
+    # Above 2**125, the reciprocal may be subnormal and be flushed to zero, so both
+    # factors are multiplied by 2**-4 first, which is exact.
+    is_huge = jnp.abs(scale) > 2.0**125
+    shrink = jnp.where(is_huge, np.float32(2.0**-4), np.float32(1))
+    return (x * shrink) * reciprocal(scale * shrink)
+
+
 def quotient(
     x: Float32[Array, "*axes"], divisor: Float32[Array, "..."] | np.float32
 ) -> Float32[Array, "*axes"]:
@@ -151,7 +162,7 @@ def _quantize_scales(scales: Float32[Array, "*batch blocks n"]) -> StoredScales:
     centred = centred.reshape(*batch, groups, SCALES_PER_GROUP)
     # 3. Normalize each group by its largest magnitude and look up the nearest values.
     scale_scales = jnp.max(jnp.abs(centred), axis=-1, initial=0.0)
-    normalized = centred * reciprocal(scale_scales)[..., None]
+    normalized = times_reciprocal(centred, scale_scales[..., None])
     codes = _nearest_map_codes(normalized).astype(jnp.uint8)
     # 4. Drop the padding and restore the layout of the scales, [*batch, blocks, n].
     codes = codes.reshape(*batch, groups * SCALES_PER_GROUP)[..., :count]

@@ -161,3 +161,12 @@ def test_the_guide_has_these_limits():
             assert limit == LARGEST
         else:
             assert float(refused.replace(",", "")) == pytest.approx(limit, rel=1e-3)
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "fp4"])
+def test_one_huge_block_survives_double_quantization(fmt):
+    """The largest scale differs most from the mean, so its 8-bit code is that of 1."""
+    w = np.ones((128, 4), np.float32)
+    w[0, 0] = 3e38
+    q = ql.quantize(w, fmt, double_quant=True)
+    np.testing.assert_allclose(q.dequantize()[0, 0], 3e38, rtol=1e-6)
