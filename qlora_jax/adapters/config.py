@@ -162,9 +162,7 @@ class QLoRAConfig:
         set_field("rank", as_rank(self.rank))
         if self.alpha is not None:
             set_field("alpha", _as_alpha(self.alpha))
-        if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` must be in [0, 1). Got {self.dropout!r}.")
-        set_field("dropout", float(self.dropout))
+        set_field("dropout", as_dropout(self.dropout))
         check_dtype("lora_dtype", self.lora_dtype)
         # 3. Check combinations of settings, and set defaults that depend on the format.
         if self.fmt is None and not self.freeze_base:
@@ -371,6 +369,13 @@ def as_rank(rank: object) -> int:
     if integer < 1:
         raise ValueError(f"`rank` must be a positive integer. Got {rank!r}.")
     return integer
+
+
+def as_dropout(dropout: object) -> float:
+    """Returns a dropout rate; raises ValueError unless it is in [0, 1)."""
+    if not isinstance(dropout, numbers.Real) or not 0 <= float(dropout) < 1:
+        raise ValueError(f"`dropout` must be in [0, 1). Got {dropout!r}.")
+    return float(dropout)
 
 
 def _as_ranks(ranks: int | Sequence[int]) -> int | tuple[int, ...]:

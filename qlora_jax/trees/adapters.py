@@ -52,6 +52,15 @@ def checked_adapters(base: Tree, lora: Tree) -> dict[str, Adapter]:
     return adapters
 
 
+def check_lora_trees(trees: object) -> None:
+    """Raises TypeError if a tree is passed as `adapters`, a sequence of lora trees."""
+    # A loop over a tree would take its keys for trees.
+    if isinstance(trees, Mapping) or is_tree_leaf(trees):
+        raise TypeError(
+            f"`adapters` must be a list of lora trees. Got {type(trees).__name__}."
+        )
+
+
 def unshared_adapters(base: Tree, lora: Tree) -> dict[str, Adapter]:
     """Returns checked adapters, where each expert has a copy of a shared adapter."""
     kernels = leaves_by_path(base)

@@ -1,6 +1,7 @@
 """Banks: lora trees of one base, of which a batch may use several."""
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ from .._jax.arguments import checked_integers
 from .._jax.memory import is_concrete
 from .._jax.pytree import count_bytes, register
 from ..adapters.base import Adapter, replace_arrays, used_ranks, with_dropout
+from ..adapters.config import as_dropout
 from ..adapters.lora import SETTINGS
 from ..adapters.selected import Selected
-from .adapters import adapters_by_keys
+from .adapters import adapters_by_keys, check_lora_trees
 from .paths import (
     KeyPath,
     Tree,
@@ -136,8 +138,10 @@ def bank(
         dropout: The dropout rate. By default, all adapters must have the same rate.
 
     Raises:
-        ValueError: If there are no adapters or more adapters than places, or if two
-            differ in kind, kernel or dropout at a path; all such paths are listed.
+        TypeError: If `adapters` is a single tree, or `capacity` is not an integer.
+        ValueError: If there are no adapters or more adapters than places, if `dropout`
+            is out of range, or if two adapters differ in kind, kernel or dropout at a
+            path; all such paths are listed.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -149,16 +153,22 @@ def bank(
         >>> bool(jnp.allclose(y[1], ql.apply(base, other, x)[1]))
         True
     """
-    num_places = len(adapters) if capacity is None else capacity
+    check_lora_trees(adapters)
+    try:
+        num_places = len(adapters) if capacity is None else operator.index(capacity)
+    except TypeError:
+        raise TypeError(f"`capacity` must be an integer. Got {capacity!r}.") from None
     if not 0 < len(adapters) <= num_places:
         raise ValueError(
             "`adapters` must have at least one adapter, and at most `capacity`. Got "
             f"{len(adapters)} adapters and a capacity of {capacity}."
         )
     if dropout is not None:
+        rate = as_dropout(dropout)
 
         def set_dropout(_: str, adapter: Adapter) -> Adapter:
-            return with_dropout(adapter, dropout)
+            # Kinds without a dropout rate cannot be in a bank, and are rejected later.
+            return with_dropout(adapter, rate) if adapter.can_be_in_bank else adapter
 
         adapters = [map_by_path(set_dropout, tree) for tree in adapters]
     # The template of a path has the shapes and dtypes that fit all of its adapters.
@@ -166,6 +176,8 @@ def bank(
     for tree in map(adapters_by_keys, adapters):
         for keys, adapter in tree.items():
             templates[keys] = _common_template(templates.get(keys, adapter), adapter)
+    if not templates:
+        raise ValueError("the trees of `adapters` must have an adapter. Got none.")
     return _stack_adapters(adapters, templates, num_places)
 
 

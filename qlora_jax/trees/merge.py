@@ -23,7 +23,7 @@ from ..quant.kernel import Kernel, as_kernel, is_packed
 from ..quant.pack import StraightThrough, check_values, quantize_unchecked
 from ..quant.qtensor import QTensor, with_scales
 from ..quant.schemes import with_e4m3_divisor
-from .adapters import adapters_by_keys, checked_adapters
+from .adapters import adapters_by_keys, check_lora_trees, checked_adapters
 from .paths import (
     KeyPath,
     Leaf,
@@ -254,10 +254,12 @@ def merge_adapters(
             `sqrt(weight * scaling)` of its adapter. The result differs from the sum,
             since it also multiplies one adapter's A by another's B; ranks must be
             equal.
-        rank: The rank for "svd", by default the largest rank of the adapters. Must be
-            None for other methods.
+        rank: The rank for "svd", by default the largest rank of the adapters. A rank
+            above the sum of their ranks, or above K or N, is lowered to it, since it
+            then represents the sum exactly. Must be None for other methods.
 
     Raises:
+        TypeError: If `adapters` is a single tree.
         ValueError: If there are no adapters, the number of weights differs, a weight is
             not finite, or the method is unknown; if `rank` is not a positive integer,
             or is set for another method; or if adapters are not a `LoRA`, or differ in
@@ -273,6 +275,7 @@ def merge_adapters(
         >>> ql.merge_adapters([lora, other], [1, -1], method="svd")["kernel"].rank
         4
     """
+    check_lora_trees(adapters)
     if method not in _METHODS:
         raise ValueError(f"`method` must be one of {[*_METHODS]}. Got {method!r}.")
     if not adapters or len(adapters) != len(weights):

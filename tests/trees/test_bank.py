@@ -344,12 +344,19 @@ def test_what_does_not_fit_is_refused():
     bank = ql.bank([second, second], capacity=3)
     half = ql.bank([jax.tree.map(lambda x: x.astype(jnp.bfloat16), second)])
     misplaced = {"up": {"kernel": first["down"]["kernel"]}}
+    up = {"up": {"kernel": jnp.ones((64, 4))}}
+    _, trained = ql.init(
+        jax.random.key(0), up, ql.QLoRAConfig(targets=[], trainable=".*")
+    )
 
     def choose(*ids):
         return ql.select(bank, np.array(ids))
 
     for call, words in (
         (lambda: ql.bank([first, second], capacity=1), "and at most `capacity`. Got 2"),
+        (lambda: ql.bank([{}, {}]), "`adapters` must have an adapter. Got none"),
+        (lambda: ql.bank([first], dropout=1.5), r"`dropout` must be in .* Got 1.5"),
+        (lambda: ql.bank([trained], dropout=0.1), "up/kernel, .* a trained cannot be"),
         (lambda: ql.bank([first, misplaced]),
          "up/kernel, adapter 1: it must be a lora"),
         (lambda: ql.bank([dora, first]), "must be a dora .* Got a lora"),
@@ -370,6 +377,11 @@ def test_what_does_not_fit_is_refused():
             call()
     with pytest.raises(IndexError, match="the bank has places 0 to 2. Got 3"):
         bank[3]
+    for call in (ql.bank, lambda tree: ql.merge_adapters(tree, [1.0])):
+        with pytest.raises(TypeError, match="a list of lora trees. Got dict"):
+            call(first)
+    with pytest.raises(TypeError, match="`capacity` must be an integer. Got 2.5"):
+        ql.bank([first], capacity=2.5)
     with pytest.raises(TypeError, match="must be integers. Got float"):
         ql.select(bank, 1.0)
     out = jax.jit(lambda i: forward(base, ql.select(bank, i), jnp.ones((1, 64))))
