@@ -45,7 +45,7 @@ def place_torch_arguments(
         for axes in _candidate_axes(sizes):
             stack_axes = [None] * (leaf.ndim - 2)
             spec = PartitionSpec(*stack_axes, *(axes[role] for role in roles[-2:]))
-            if divides(leaf, spec, sizes, contracted=roles[-2:].index("k") - 2):
+            if divides(leaf, spec, sizes):
                 rules[re.escape(path)] = spec
                 break
     return {"rules": rules, "rows": (select_axes(ROW_AXES, sizes),)}

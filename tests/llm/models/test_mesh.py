@@ -196,6 +196,20 @@ def test_five_steps_of_an_nnx_model_equal_those_of_one_device(kind):
     assert_equal_runs(got, nnx_on_one_device())
 
 
+def test_a_packed_embedding_is_split_between_blocks_of_the_hidden_size():
+    """A tied embedding `[V, D]` contracts the hidden size: two blocks here."""
+    mesh = make_mesh(MESHES["fsdp and tensor"])
+    base = trees(TIED)[0]
+    table = base["embed_tokens"]["embedding"]
+    packed = ql.quantize(table, block_size=64, contract="nk")
+    base = {**base, "embed_tokens": {"embedding": packed}}
+    arguments = place_arguments(TIED, base, mesh)
+    assert arguments["rules"]["embed_tokens/embedding"] == PartitionSpec(None, "tensor")
+    placed_base, _ = ql.sharding.place(base, {}, mesh, **arguments)
+    codes = placed_base["embed_tokens"]["embedding"].codes  # [D / 2, V]
+    assert codes.sharding.shard_shape(codes.shape) == (32, 256)
+
+
 def test_state_is_split_as_the_adapters_are():
     """After each step a device holds an eighth of A and B, and of their momentum."""
     _, state = on_mesh("fsdp and tensor", "Auto", 3)
