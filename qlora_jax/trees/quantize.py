@@ -147,6 +147,34 @@ def _check_importance(
     raise_if_any("`importance` does not fit these leaves", problems)
 
 
+def _check_settings_of_trained(
+    kernel: StraightThrough,
+    fmt: str,
+    block_size: int | None,
+    double_quant: bool | None,
+    contract: Contract,
+) -> None:
+    """Raises ValueError if arguments of `quantize` differ from a kernel's settings."""
+    # The default of `fmt` cannot be told from "nf4", so it stands for any format.
+    settings = {"fmt": None if fmt == "nf4" else fmt, "block_size": block_size}
+    settings |= {"double_quant": double_quant}
+    wrong = {
+        name: value
+        for name, value in settings.items()
+        if value is not None and value != getattr(kernel.packing, name)
+    }
+    geometry, ndim = kernel.geometry, kernel.ndim
+    expected = Geometry.contracting(contract, kernel.shape)
+    if contract != -2 and expected.roles(ndim) != geometry.roles(ndim):
+        wrong["contract"] = contract
+    if wrong:
+        raise ValueError(
+            "weights that were trained through their quantization are packed with the "
+            f"settings of their training: {kernel.packing} and axes "
+            f"{geometry.kinds!r}. Got {wrong}."
+        )
+
+
 @overload
 def quantize(
     params: ArrayLike | StraightThrough,
@@ -187,8 +215,8 @@ def quantize(
     in "nf4" and "fp4", a seventh of it in "int4" and 1/127 of it in "int8". A block
     whose scale is below 1.18e-38, the smallest normal float32, decodes to 0
     (bitsandbytes keeps it on CPUs). Kernels that were trained through their
-    quantization (`freeze_base=False`) are packed with the settings of their training; a
-    config must have the same settings.
+    quantization (`freeze_base=False`) are packed with the settings of their training. A
+    config, or settings other than the defaults, must be the same.
 
     Args:
         params: A float array `[..., K, N]` (or one with other contracted axes) in
@@ -253,8 +281,10 @@ def quantize(
         if scales != "absmax" or importance is not None:
             raise ValueError(
                 "`scales` must be 'absmax', without `importance`, for weights that "
-                f"were trained through their quantization. Got {scales!r}."
+                f"were trained through their quantization. Got {scales!r} and an "
+                f"importance of type {type(importance).__name__}."
             )
+        _check_settings_of_trained(params, fmt, block_size, double_quant, contract)
         w, q = params.value, params.to_qtensor()  # with the settings of its training
     else:
         check_kernel(params)

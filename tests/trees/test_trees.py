@@ -683,6 +683,21 @@ class TestStraightThrough:
         refusal(lambda: ql.quantize(base, self.config, donate=True), TARGETS, *words)
         assert not any(is_deleted(base))
 
+    @pytest.mark.parametrize(
+        "settings",
+        [{"fmt": "int4"}, {"block_size": 32}, {"double_quant": False},
+         {"contract": "nk"}],
+    )  # fmt: skip
+    def test_one_kernel_needs_the_settings_it_was_trained_in(self, settings):
+        kernel = ql.quantize(params(), self.config)["stack"]["kernel"]
+        refusal(
+            lambda: ql.quantize(kernel, **settings),
+            "Packing(fmt='nf4', block_size=64, double_quant=True) and axes 'kn'",
+            f"Got {settings}",
+        )
+        same = ql.quantize(kernel, "nf4", block_size=64, contract=(-2,))
+        np.testing.assert_array_equal(same.codes, ql.quantize(kernel).codes)
+
     def test_one_kernel_packs_by_the_same_function(self):
         kernel = ql.quantize(params(), self.config)["stack"]["kernel"]
         q = ql.quantize(kernel, donate=True)
