@@ -81,7 +81,7 @@ def calibrate(
     @jax.jit
     def add_batch(total: Tree, base: Tree, batch: PyTree) -> Tree:
         def sum_outputs(moments: Tree) -> Array:
-            outputs = jax.tree.leaves(apply(base, moments, batch))
+            outputs = map(jnp.asarray, jax.tree.leaves(apply(base, moments, batch)))
             floats = [x for x in outputs if jnp.issubdtype(x.dtype, jnp.floating)]
             return sum((jnp.sum(x.astype(jnp.float32)) for x in floats), jnp.zeros(()))
 

@@ -165,6 +165,8 @@ def spec_of_names(
 
 
 def _axes_on_mesh(mesh: Mesh, spec: Spec, leaf: Leaf) -> tuple[Axes, ...]:
+    if not hasattr(leaf, "shape"):
+        raise ValueError(f"it must be an array. Got {type(leaf).__name__}.")
     ndim = len(leaf.shape)
     axes = tuple(axes_of(entry) for entry in spec)
     names = [name for entry in axes for name in entry]

@@ -84,7 +84,8 @@ def summary(base: Tree, lora: Tree | None = None) -> Summary:
         lora: The lora tree, if `base` is not a combined tree.
 
     Raises:
-        TypeError: If the base is combined and `lora` is passed too.
+        TypeError: If the base is combined and `lora` is passed too, or if a leaf is not
+            an array, a kernel or an adapter.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -118,6 +119,11 @@ def _row(path: str, leaf: Leaf) -> LeafRow:
         shape = "".join(_brackets(x.shape) for x in leaf.arrays.values())
         sizes = leaf.size, leaf.nbytes, leaf.nbytes  # adapters are never packed
         return LeafRow(path, shape, leaf.label, *sizes, True)
+    if not hasattr(leaf, "dtype"):
+        raise TypeError(
+            "leaves must be arrays, kernels or adapters. Got "
+            f"{type(leaf).__name__} at {path!r}."
+        )
     kernel = as_kernel(leaf)
     shape, float_nbytes = _brackets(kernel.shape), kernel.size * kernel.dtype.itemsize
     sizes = kernel.size, kernel.nbytes, float_nbytes

@@ -56,7 +56,7 @@ def find_targets(
     trained = {path: x for path, x in leaves.items() if config.is_trained(path)}
     raise_if_any(
         "leaves that are trained in full must be float arrays. Got",
-        [f"{p}: {as_kernel(x).label}" for p, x in trained.items() if not _is_float(x)],
+        [f"{path}: {_label(x)}" for path, x in trained.items() if not _is_float(x)],
     )
     tables = {path: x for path, x in leaves.items() if config.rows_of(path)}
     raise_if_any(
@@ -116,16 +116,22 @@ def _check_merged(kernel: Kernel, k: int, config: QLoRAConfig) -> None:
 
 
 def _rows_problem(leaf: Leaf, rows: tuple[int, ...] | None) -> str | None:
-    kernel = as_kernel(leaf)
-    if kernel.geometry.kinds != "kn" or len(leaf.shape) < 2 or kernel.is_trained:
-        return f"it must be a table [V, D]. Got {kernel.label} {tuple(leaf.shape)}."
+    kernel, shape = as_kernel(leaf), getattr(leaf, "shape", ())
+    if kernel.geometry.kinds != "kn" or len(shape) < 2 or kernel.is_trained:
+        return f"it must be a table [V, D]. Got {_label(leaf)} {tuple(shape)}."
     if not rows or rows[-1] >= leaf.shape[-2]:  # rows are sorted
         return f"rows must be below {leaf.shape[-2]}. Got {rows}."
     return None
 
 
 def _is_float(leaf: Leaf) -> bool:
-    return not is_tree_leaf(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    # Leaves may also be Python numbers, which have no dtype.
+    is_array = hasattr(leaf, "dtype") and not is_tree_leaf(leaf)
+    return is_array and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _label(leaf: Leaf) -> str:
+    return as_kernel(leaf).label if hasattr(leaf, "dtype") else type(leaf).__name__
 
 
 def _checked_geometry(

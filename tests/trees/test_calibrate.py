@@ -109,11 +109,12 @@ def test_linen_and_a_weighted_search_that_lowers_the_error_of_outputs():
 
 def test_kernels_without_products_are_refused():
     base, lora = float_trees({"a": {"kernel": normal(0, (K, N))}})
-    refusal(
-        lambda: ql.calibrate(lambda *trees: jnp.ones(3), base, lora, [jnp.ones(3)]),
-        "the outputs of `apply` must depend on products with these kernels",
-        "a/kernel",
-    )
+    for output in (jnp.ones(3), 1.0):
+        refusal(
+            lambda x=output: ql.calibrate(lambda *_: x, base, lora, [jnp.ones(3)]),
+            "the outputs of `apply` must depend on products with these kernels",
+            "a/kernel",
+        )
 
 
 def test_no_batch_is_refused():

@@ -104,6 +104,19 @@ class TestInit:
         )
         assert "layers/0" not in text
 
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"trainable": "eps"}, "must be float arrays. Got:\n  eps: float"),
+            (
+                {"trainable_rows": {"eps": [1]}},
+                "eps: it must be a table [V, D]. Got fl",
+            ),
+        ],
+    )
+    def test_numbers_cannot_be_trained(self, settings, message):
+        refusal(lambda: init({"eps": 1e-5, **params()}, **settings), message)
+
     def test_leaves_that_are_trained_in_full(self):
         """They are not targets. They are float32 copies, as a step may donate them."""
         tree = params(jnp.bfloat16)
@@ -765,6 +778,11 @@ class TestSummary:
         # 3 * (1024 bytes of codes, 32 of scale codes, one scale of scales, one mean)
         want = ["[3,64,32]", "nf4", "4.156", "3,192", "no"]
         assert row_of_the_stack(summary) == want
+
+    def test_leaves_that_are_not_arrays_are_named(self):
+        base, lora = init({"eps": 1e-5, **params()}, rank=4)
+        with pytest.raises(TypeError, match="Got float at 'eps'"):
+            ql.summary(base, lora)
 
     def test_kernels_that_are_trained_say_so(self):
         summary = ql.summary(*init(rank=4, freeze_base=False))
