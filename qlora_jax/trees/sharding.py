@@ -70,7 +70,8 @@ def place(
             moves the codes of its layer to the device. "device" moves them back.
 
     Raises:
-        TypeError: If `base` is a combined tree.
+        TypeError: If `base` is a combined tree, or `specs` has other leaves than specs,
+            boxes and arrays without a box, which are replicated.
         ValueError: If `rules` is set, and `specs` or `logical_axes` too; if a rule
             matches no leaf or `specs` has other leaves than `base`; if `rows` or a spec
             names an axis twice or one that the mesh lacks; if an adapter does not fit
@@ -146,8 +147,14 @@ def _resolve_specs(
     for path, leaf in spec_leaves.items():
         if isinstance(leaf, PartitionSpec):
             by_path[path] = leaf
-        elif is_box(leaf) and (names := getattr(leaf, "names", None)) is not None:
-            by_path[path] = spec_of_names(names, logical_axes)
+        elif is_box(leaf):
+            if (names := getattr(leaf, "names", None)) is not None:
+                by_path[path] = spec_of_names(names, logical_axes)
+        elif specs is not None and not hasattr(leaf, "shape"):
+            raise TypeError(
+                "leaves of `specs` must be PartitionSpecs, or boxes with names of "
+                f"axes. Got {type(leaf).__name__} at {path!r}."
+            )
     return by_path
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import make_mesh, normal, refusal, spread, trees_of
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
@@ -176,6 +177,10 @@ def test_options_that_do_not_fit_are_refused(mesh):
     model = ql.nnx.QLoRALinear(64, 8, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="`logical_axes` must not be given with `rule"):
         ql.nnx.place(model, mesh, rules, logical_axes=names)
+    base = {"kernel": jnp.ones((64, 8))}
+    for spec in (NamedSharding(mesh, P("a")), "a"):
+        with pytest.raises(TypeError, match="be PartitionSpecs.* Got .* at 'kernel'"):
+            ql.sharding.place(base, {}, mesh, specs={"kernel": spec})
 
 
 def test_every_leaf_that_does_not_fit_is_named(mesh):
