@@ -31,9 +31,9 @@ def quantize_blocks(
     """Returns the codes and the scale of each block.
 
     With 4-bit codes, an odd K is padded with the code of zero. `largest` is empty, or
-    the second argument of `ScaleScheme.encode`. If the scheme uses it, a search cannot
-    do without it, and there are no partial blocks. `importance` is an argument of
-    `search_scales`.
+    the second argument of `ScaleScheme.encode`. If the scheme uses it, a search needs
+    it, since the search encodes the scales of one part of the kernel at a time.
+    `importance` is an argument of `search_scales`.
     """
     k, block_size = w.shape[-2], packing.block_size
     num_full = k // block_size * block_size  # rows in full blocks
@@ -52,7 +52,8 @@ def quantize_blocks(
     if num_full == k:
         return quantize_rows(0, k, block_size, divide=False)
     # In a partial last block, bitsandbytes divides by the scale. In full blocks, it
-    # multiplies by the reciprocal of the scale, which differs in the last bit.
+    # multiplies by the reciprocal of the scale, which differs in the last bit. Schemes
+    # that use `largest` never get here, since their formats need full blocks.
     num_rows = w.shape[-2]
     parts = [quantize_rows(num_full, num_rows, num_rows - num_full, divide=True)]
     if num_full:

@@ -91,7 +91,8 @@ class Format:
     def thresholds(self) -> np.ndarray:
         """The largest number that rounds to a value, for each value but the highest.
 
-        They are in ascending order.
+        They are in ascending order. With "upper" ties, they are not used, because codes
+        of consecutive integers are computed from sums and roundings.
         """
         ascending = self.table[self.order]
         midpoints = (ascending[1:] + ascending[:-1]) / np.float32(2)
@@ -119,7 +120,7 @@ _NF4 = (
 NF4 = Format("nf4", 4, _NF4, 1.0)
 
 # Sign, two exponent bits, one mantissa bit (E2M1), as bitsandbytes orders and scales
-# them; code 8 is a second zero.
+# them; code 8 is a second zero. Adding 0.0 turns its value, -0.0, into 0.0.
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _FP4 = tuple(float(np.float32(v) / np.float32(12)) for v in _FP4_MAGNITUDES)
 FP4 = Format("fp4", 4, _FP4 + tuple(-v + 0.0 for v in _FP4), 1.0)
@@ -194,7 +195,8 @@ class Packing:
 
     def __post_init__(self):
         fmt, size, double = get_format(self.fmt), self.block_size, self.double_quant
-        size = (*fmt.block_sizes, 64)[0] if size is None else size
+        if size is None:
+            size = fmt.block_sizes[0] if fmt.block_sizes else 64
         double = fmt.double_scales is not None if double is None else bool(double)
         is_int = isinstance(size, int) and not isinstance(size, bool)
         if not is_int or not 16 <= size <= 4096 or size & (size - 1):

@@ -154,7 +154,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         return self.geometry.matrix_shape(self.shape)
 
     def take(self) -> "Kernel":
-        """Returns the kernel. One that is a layer of a stack is copied out of it."""
+        """Returns the kernel itself, or a copy of it if it is a layer of a stack."""
         return self
 
     def dequantize_matrix(self, dtype: DTypeLike | None = None) -> Array:

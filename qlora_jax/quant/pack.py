@@ -177,7 +177,8 @@ class StraightThrough(ArrayKernel):
 
     def stack_flags(self) -> "StraightThrough":
         """Returns a copy with a bool for its array: whether `ql.optim` may slice it."""
-        # Unlike for `is_stack`, the experts of a single layer are a stack, too.
+        # Experts of a single layer can be updated one at a time as well, although
+        # `is_stack` is False for them.
         ndim, kinds = jnp.ndim(self.kernel), self.geometry.kinds
         return replace(self, kernel=ndim > len(kinds) or kinds[0] == "b")
 

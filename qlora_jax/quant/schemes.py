@@ -16,10 +16,7 @@ from .._jax.memory import all_below
 
 SCALES_PER_GROUP = 256  # that double quantization quantizes together
 
-# bitsandbytes divides by max(absmax, 1e-38). XLA on CPUs flushes subnormal numbers to
-# zero, so `reciprocal` returns 1e38 for all numbers below the smallest normal one.
 SMALLEST_NORMAL = np.float32(np.finfo(np.float32).tiny)
-_LARGEST_RECIPROCAL = np.float32(1e38)
 
 
 class StoredScales(NamedTuple):
@@ -45,7 +42,8 @@ class ScaleScheme:
     # second argument replaces the largest of these scales, so that kernels that an
     # inference server fuses can share it. Callers pass `*largest`, empty or an array.
     encode: Callable[..., StoredScales]
-    # Maps the stored arrays to float32 scales, up to the rounding of `encode`.
+    # Maps the stored arrays to float32 scales: those that `encode` got, rounded. In
+    # `E4M3`, `encode` also divides them by 6.
     decode: Callable[[StoredScales], Array]
     # Maps the shape of the scales to the shape and dtype of each stored array.
     arrays: Callable[[tuple[int, ...]], StoredScales]
@@ -89,20 +87,19 @@ FLOAT16 = ScaleScheme(
 )
 
 
-def reciprocal(x: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
-    """Returns `1 / x`, or 1e38 below the smallest normal number: bitsandbytes' rule."""
-    return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, _LARGEST_RECIPROCAL, 1 / x)
-
-
 def times_reciprocal(
     x: Float32[Array, "*axes"], scale: Float32[Array, "..."]
 ) -> Float32[Array, "*axes"]:
-    """Returns `x * reciprocal(scale)` for a broadcast scale."""
-    # Above 2**125, the reciprocal may be subnormal and be flushed to zero, so both
-    # factors are multiplied by 2**-4 first, which is exact.
+    """Returns `x * (1 / scale)` for a broadcast scale, rounded twice."""
+    # Above 2**125, the reciprocal may be subnormal and be flushed to zero, so x and the
+    # scale are multiplied by 2**-4 first, which is exact.
     is_huge = jnp.abs(scale) > 2.0**125
     shrink = jnp.where(is_huge, np.float32(2.0**-4), np.float32(1))
-    return (x * shrink) * reciprocal(scale * shrink)
+    scale = scale * shrink
+    # bitsandbytes divides by max(absmax, 1e-38). XLA on CPUs flushes subnormal numbers
+    # to zero, so the reciprocal of any scale below the smallest normal number is 1e38.
+    is_tiny = jnp.abs(scale) < SMALLEST_NORMAL
+    return (x * shrink) * jnp.where(is_tiny, np.float32(1e38), 1 / scale)
 
 
 def quotient(
@@ -110,13 +107,14 @@ def quotient(
 ) -> Float32[Array, "*axes"]:
     """Returns `x / divisor`, rounded once, for a constant or broadcast divisor.
 
-    The divisor must be positive, and x positive or 0.
+    The divisor must be positive.
     """
-    # The maximum equals `divisor`. It hides from XLA that the divisor is a constant or
-    # broadcast: XLA would replace the division by a product with the reciprocal, which
-    # rounds twice. A select instead of the maximum would not do: if it were between
-    # constants, JAX would move it out of a scan, which would then fail in
-    # Hessian-vector products (see `_product` in product/multiply.py).
+    # The minimum is at most 0, so the maximum equals `divisor`. As it depends on x, it
+    # hides from XLA that the divisor is a constant or broadcast: XLA would replace the
+    # division by a product with the reciprocal, which rounds twice. A select instead of
+    # the maximum would not do: if it were between constants, JAX would move it out of a
+    # scan, which would then fail in Hessian-vector products (see `_product` in
+    # product/multiply.py).
     return x / jnp.maximum(divisor, jnp.minimum(x, 0))
 
 
@@ -315,15 +313,15 @@ def _encode_e4m3(
     # No stored scale may be zero: a zero becomes 0.125, the eps of e4m3.
     stored = jnp.where(stored == 0, 0.125, stored.astype(np.float32))
     # [*batch, 1, 2] without the axis of blocks: [*batch, 2].
-    factors = jnp.concatenate([jnp.ones_like(divisor), divisor], axis=-1)[..., 0, :]
-    return StoredScales(stored.astype(jnp.float8_e4m3fn), factors)
+    pair = jnp.concatenate([jnp.ones_like(divisor), divisor], axis=-1)[..., 0, :]
+    return StoredScales(stored.astype(jnp.float8_e4m3fn), pair)
 
 
 def _decode_e4m3(stored: StoredScales) -> Float32[Array, "*batch blocks n"]:
     assert stored.scale_scales is not None
     scales = stored.scales.astype(np.float32)
-    factors = stored.scale_scales[..., None, None, :]
-    return quotient(scales * factors[..., 0], factors[..., 1])
+    pair = stored.scale_scales[..., None, None, :]  # a factor and a divisor
+    return quotient(scales * pair[..., 0], pair[..., 1])
 
 
 def next_power_of_two(x: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
@@ -341,16 +339,16 @@ def with_e4m3_divisor(
     It is exact if the divisors differ by a power of two, and no stored scale becomes a
     subnormal number with fewer bits.
     """
-    factors = stored.scale_scales  # [*batch, 2]: a factor of 1 and the divisor
-    assert factors is not None
-    ratio = (divisor / factors[..., 1])[..., None, None]
+    pair = stored.scale_scales  # [*batch, 2]: a factor of 1 and the divisor
+    assert pair is not None
+    ratio = (divisor / pair[..., 1])[..., None, None]
     scales = (stored.scales.astype(jnp.float32) * ratio).astype(jnp.float8_e4m3fn)
-    new_factors = jnp.stack([factors[..., 0], divisor], axis=-1)
-    is_equal = _decode_e4m3(StoredScales(scales, new_factors)) == _decode_e4m3(stored)
+    new_pair = jnp.stack([pair[..., 0], divisor], axis=-1)
+    is_equal = _decode_e4m3(StoredScales(scales, new_pair)) == _decode_e4m3(stored)
     is_exact = jnp.all(is_equal, axis=(-1, -2), keepdims=True)  # [*batch, 1, 1]
     return StoredScales(
         jnp.where(is_exact, scales, stored.scales),
-        jnp.where(is_exact[..., 0], new_factors, factors),
+        jnp.where(is_exact[..., 0], new_pair, pair),
     )
 
 

@@ -88,8 +88,9 @@ def search_scales(
     """
     operands = [blocks, scales]
     if importance is not None:
-        peak = jnp.max(importance, axis=-2, keepdims=True)
-        operands.append(jnp.sqrt(jnp.where(peak > 0, importance / peak, 1)))
+        # Only ratios within a block matter. With at most 1, no sum can overflow.
+        highest = jnp.max(importance, axis=-2, keepdims=True)
+        operands.append(jnp.sqrt(jnp.where(highest > 0, importance / highest, 1)))
 
     num_blocks, axis = blocks.shape[-3], blocks.ndim - 3
     num_parts = _count_parts(num_blocks, 4 * blocks.size)
@@ -150,10 +151,10 @@ def _search_part(
 
         The refined scale is the best one for the same values c, rounded by `store`.
         """
-        # The weights are divided by the scale before they are squared, and the errors
-        # of different scales are compared after division by the squares of `scales`.
-        # Very large weights then do not overflow, and very small ones do not vanish.
-        # Decoded scales are `scale / factor`.
+        # The weights are divided by the decoded scale, `scale / factor`, before they
+        # are squared, so that large ones do not overflow and small ones do not vanish.
+        # The sums are thus in units of this scale. To compare the errors of different
+        # scales, `squared_ratio` converts them to units of `scales`.
         error_sum, slope, curvature = _sum_errors(
             blocks, factor / scale, fmt, sqrt_importance
         )

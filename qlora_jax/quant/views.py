@@ -85,7 +85,7 @@ def take_rows(kernel: Kernel, ids: Int[Array, "..."]) -> Float[Array, "... d"]:
     """
     q = kernel.take().to_device()
     if not isinstance(q, QTensor) or q.geometry.roles(q.ndim) not in ("kn", "nk"):
-        return jnp.take(kernel.dequantize(), ids, axis=0)
+        return jnp.take(kernel.dequantize(), ids, axis=0)  # NaN for id V
     # If V is the output axis ("nk"), the matrix form is [D, V], and rows of the table
     # are its columns.
     take = _take_columns if q.geometry.kinds == "nk" else _take_matrix_rows

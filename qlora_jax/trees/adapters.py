@@ -82,7 +82,7 @@ def adapters_by_path(lora: Tree) -> dict[str, Adapter]:
 
 def adapters_by_keys(lora: Tree) -> dict[KeyPath, Adapter]:
     """Returns the adapters of a lora tree by key path; raises for any other leaf."""
-    adapters_by_path(lora)
+    adapters_by_path(lora)  # raises for other leaves
     return leaves_by_keys(lora)
 
 

@@ -372,6 +372,7 @@ _METHODS = {"cat": _cat, "svd": _svd, "linear": _linear}
 
 def _mismatch(pairs: list[tuple[LoRA, float]], method: str) -> str | None:
     loras = [lora for lora, _ in pairs]
+    # Of the kinds of this library, only `LoRA` is linear and not shared.
     if other_kinds := [x.label for x in loras if not x.is_linear or x.is_shared]:
         return f"each must be a lora. Got {other_kinds}."
     if len({(x.matrix_shape, x.geometry) for x in loras}) > 1:

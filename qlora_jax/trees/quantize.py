@@ -112,8 +112,13 @@ def _quantize_tree(
         if path not in geometries:
             return leaf
         kernel = as_kernel(leaf, geometries[path])
-        largest_weight, importance = largest_weights.get(path), importances.get(path)
-        return as_base_leaf(kernel, config, largest_weight, importance, donate=donate)
+        return as_base_leaf(
+            kernel,
+            config,
+            largest_weights.get(path),
+            importances.get(path),
+            donate=donate,
+        )
 
     return map_by_path(quantize_leaf, params)
 
@@ -292,9 +297,9 @@ def quantize(
         geometry = Geometry.contracting(contract, params.shape)
         if importance is not None:
             importance = jnp.asarray(importance)
-            # Check the array as a tree of one leaf.
-            trees = {"array": importance}, {"array": params}, {"array": geometry}
-            _check_importance(*trees, scales)
+            _check_importance(
+                {"array": importance}, {"array": params}, {"array": geometry}, scales
+            )
         w = params
         q = quantize_kernel(params, packing, geometry, scales, importance)
     if donate:
