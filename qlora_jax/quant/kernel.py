@@ -21,8 +21,9 @@ from .geometry import Geometry, to_matrix
 
 # The attributes of arrays that users may expect of a kernel.
 ARRAY_ATTRIBUTES = frozenset(
-    "T mT at astype reshape transpose flatten ravel squeeze sum mean min max item "
-    "tolist copy device devices sharding addressable_shards block_until_ready".split()
+    "T mT at astype reshape transpose swapaxes flatten ravel squeeze view dot sum prod "
+    "mean std var min max argmin argmax all any clip round real imag conj item tolist "
+    "copy device devices sharding addressable_shards block_until_ready".split()
 )
 
 
@@ -49,7 +50,9 @@ class NotAnArray:
     __array_ufunc__ = None
     __matmul__ = __rmatmul__ = __mul__ = __rmul__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = _refuse
-    __neg__ = __getitem__ = __iter__ = __len__ = _refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __pos__ = __abs__ = _refuse
+    __float__ = __int__ = __complex__ = __getitem__ = __iter__ = __len__ = _refuse
 
     def __bool__(self) -> bool:
         """True. By default, Python would call `__len__`, which raises."""
