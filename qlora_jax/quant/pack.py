@@ -194,8 +194,8 @@ class StraightThrough(ArrayKernel):
         """Returns the QTensor that `quantize` returns for the kernel.
 
         Raises:
-            ValueError: Outside jit, as in `quantize`: if a weight is not finite, or so
-                large that the sum of the scales overflows in double quantization.
+            ValueError: Outside jit, as in `quantize`: if a weight is not finite, or too
+                large for the format.
         """
         return quantize_kernel(self.kernel, self.packing, self.geometry)
 

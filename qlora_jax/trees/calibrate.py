@@ -40,9 +40,9 @@ def calibrate(
             forward pass of the model. Its outputs must depend on the products with all
             adapted kernels.
         base: The base tree, packed or in float.
-        lora: The lora tree. Only the kernels that have an adapter in it are measured.
-            The adapters themselves are not applied. To measure the adapted model, merge
-            them first.
+        lora: The lora tree. Only the kernels that have a low-rank adapter in it are
+            measured. The adapters themselves are not applied. To measure the adapted
+            model, merge them first.
         batches: The data. Give all batches the same shapes, to avoid recompilations.
 
     Returns:

@@ -50,8 +50,8 @@ def init(
         The base tree and the lora tree. The base tree is `params` with a kernel at each
         target: a QTensor, a StraightThrough if `config.freeze_base` is False, or the
         float array if `config.fmt` is None. The lora tree is a nested dict with an
-        adapter at the path of each target, and a `Trained` at the path of each leaf
-        that `config.trainable` matches.
+        adapter at the path of each target, a `Trained` at the path of each leaf that
+        `config.trainable` matches, and a `TrainedRows` for `config.trainable_rows`.
 
     Raises:
         TypeError: If `key` is not a PRNG key, or `config` is not a QLoRAConfig.

@@ -254,8 +254,8 @@ def quantize(
             nor a config; or if `params` is a tree and `fmt` is not a config.
         ValueError: If the array has fewer than two axes; if a setting is out of range
             or combined with a config; if `importance` does not fit, where all leaves
-            are listed; or, outside jit, if a weight is not finite, or so
-            large that the sum of the scales overflows. For a tree, as `init`.
+            are listed; or, outside jit, if a weight is not finite, or too large for the
+            format. For a tree, as `init`.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
