@@ -134,7 +134,8 @@ def bank(
         adapters: Lora trees of one base. Their ranks, scalings and targets may differ.
             Adapters that are placed on a mesh keep their placement.
         capacity: The number of places, with room for adapters that come later
-            (`Bank.with_adapter`); by default the number of adapters.
+            (`Bank.with_adapter`); by default the number of adapters. A place without an
+            adapter adds nothing, or returns NaN if the adapters are DoRAs.
         dropout: The dropout rate. By default, all adapters must have the same rate.
 
     Raises:
@@ -263,8 +264,11 @@ def _stack_adapters(
         loras = [tree.get(keys) for tree in trees] + [None] * (num_places - len(trees))
         padded = [_pad(adapter, template) for adapter in loras]
         lora[keys] = jax.tree.map(lambda *arrays: jnp.stack(arrays), *padded)
-        ones = np.ones(template.batch_shape)
-        scalings = [ones if x is None else x.scalings for x in loras]
+        # A DoRA of zeros would silently turn the kernel into zeros, so that the scaling
+        # of its unused places is NaN.
+        unused = 1.0 if _zeros_add_nothing(template) else np.nan
+        default = np.full(template.batch_shape, unused)
+        scalings = [default if x is None else x.scalings for x in loras]
         scaling[path_string(keys)] = jnp.asarray(np.stack(scalings), jnp.float32)
     return Bank(nested_by_keys(lora), scaling)
 
@@ -273,9 +277,7 @@ def _misfit_reason(adapter: Adapter | None, template: Adapter | None) -> str | N
     if template is None:
         return "the bank has no adapter there."
     if adapter is None:
-        # Zeros add nothing only if every array is a factor of the low-rank product.
-        adds_nothing = all("r" in roles for roles in template.roles.values())
-        if adds_nothing:
+        if _zeros_add_nothing(template):
             return None
         return f"it is missing. Filling in zeros would change a {template.label}."
     if not adapter.can_be_in_bank:
@@ -290,6 +292,11 @@ def _misfit_reason(adapter: Adapter | None, template: Adapter | None) -> str | N
         if jnp.promote_types(x.dtype, dtype) != dtype:
             return f"{name.upper()} must fit the bank's dtype {dtype}. Got {x.dtype}."
     return None
+
+
+def _zeros_add_nothing(adapter: Adapter) -> bool:
+    # They do only if every array is a factor of the low-rank product.
+    return all("r" in roles for roles in adapter.roles.values())
 
 
 def _own_settings(adapter: Adapter) -> list[str]:

@@ -159,6 +159,16 @@ def test_adapters_come_and_go_without_compiling():
     )
 
 
+def test_unused_places_add_nothing_or_return_nan():
+    x, ids = normal(9, (2, 3, 64)), np.array([0, 1])
+    base, (lora, *_) = trees()
+    got = forward(base, ql.select(ql.bank([lora], capacity=2), ids), x)
+    assert_close(got, by_hand(base, [lora], [0, -1], x))
+    _, (dora, *_) = trees(use_dora=True)
+    got = forward(base, ql.select(ql.bank([dora], capacity=2), ids), x)
+    assert np.isfinite(got[0]).all() and np.isnan(got[1]).all()
+
+
 @pytest.mark.newest
 def test_each_adapter_may_have_an_optimizer_of_its_own():
     base, loras = trees()
