@@ -43,13 +43,16 @@ def checked_backend(
     backend: str | Sequence[str] | None,
 ) -> str | tuple[str, ...] | None:
     """Returns one name or a tuple of names. Raises ValueError if one is unknown."""
-    backends = (backend,) if isinstance(backend, str) else backend
-    if backends is not None and (not backends or not {*backends} <= {*BACKENDS}):
+    if backend is None:
+        return None
+    is_several = isinstance(backend, Sequence) and not isinstance(backend, str)
+    names = backend if is_several else [backend]
+    if not names or any(name not in [*BACKENDS] for name in names):
         raise ValueError(
             f"`backend` must be one of {sorted(BACKENDS)}, or several of them. Got "
             f"{backend!r}."
         )
-    return backend if backend is None or isinstance(backend, str) else tuple(backend)
+    return tuple(backend) if is_several else backend
 
 
 def choose(
@@ -83,10 +86,11 @@ def choose(
 
 def default_backends(platform: str, is_local: bool) -> list[str]:
     """Returns the back ends to try on a platform, in order of preference."""
-    # Opaque back ends need all arrays on one device, which `is_local` promises.
-    # The TPU kernel is tuned for the chip of this process, which must have a TPU.
-    has_platform = platform != "tpu" or jax.default_backend() == "tpu"
-    may_be_opaque = is_local and has_platform
+    # Opaque back ends need all arrays on one device, which `is_local` promises. That of
+    # TPUs is tuned for the chip of this process. If a process without a TPU lowers the
+    # program for one, the chip is not known.
+    is_chip_known = platform != "tpu" or jax.default_backend() == "tpu"
+    may_be_opaque = is_local and is_chip_known
     backends = PREFERRED[platform]
     return [name for name in backends if may_be_opaque or not BACKENDS[name].is_opaque]
 

@@ -1,6 +1,7 @@
 """The product `x @ q` with a QTensor, and the checks of its arguments."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from .._jax.arguments import as_array, as_int32, known_values
 from ..quant.qtensor import QTensor
 from ..quant.views import LayerOfStack
 from .choose import PREFERRED, checked_backend, choose, default_backends
-from .multiply import multiply
+from .multiply import check_shape, multiply
 from .spec import product_spec
 
 
@@ -79,18 +80,19 @@ def explain_backend(
     """Returns the back ends that are tried for a product on this process's devices.
 
     Args:
-        x: The input of `matmul`, `[M, K]` for a kernel without batch axes, or its shape
-            and dtype.
+        x: The input of `matmul`, or its shape and dtype.
         q: The quantized kernel.
         transpose: Whether to explain the product of the gradient instead, `x @ W^T` for
-            x `[M, N]`.
+            x `[*batch, ..., N]`.
 
     Returns:
         The back ends in the order in which they are tried, each with the reason why it
         does not support the product. The last one supports it, and its reason is None.
 
     Raises:
-        TypeError: If `q` is not a QTensor, or `x` has no shape and dtype.
+        TypeError: If `q` is not a QTensor, or `x` has no shape and dtype or is not
+            floating-point.
+        ValueError: If the shapes do not match.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -101,11 +103,16 @@ def explain_backend(
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         kind = type(x).__name__
         raise TypeError(f"`x` must be an array or a ShapeDtypeStruct. Got {kind}.")
+    check_float(x.dtype)
     spec = replace(product_spec(q), output="x" if transpose else "y")
+    *batch, k, n = q.matrix_shape
+    contracted = n if transpose else k
+    check_shape(x.shape, batch, contracted)
+    shape = *batch, math.prod(x.shape[len(batch) : -1]), contracted
     platform = jax.default_backend().replace("gpu", "cuda")  # as in `PREFERRED`
     platform = platform if platform in PREFERRED else "default"
     backends = default_backends(platform, is_local=True)
-    return choose(backends, spec, x.shape, x.dtype, q.codes.shape[-1])[1]
+    return choose(backends, spec, shape, x.dtype, n)[1]
 
 
 def check_packed(q: object) -> None:
@@ -117,9 +124,14 @@ def check_packed(q: object) -> None:
 def as_float(x: object) -> Array:
     """Returns `x` as an array. Raises TypeError unless it is floating-point."""
     array = as_array("x", x)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"`x` must be floating-point. Got {array.dtype}.")
+    check_float(array.dtype)
     return array
+
+
+def check_float(dtype: np.dtype) -> None:
+    """Raises TypeError unless the dtype of `x` is floating-point."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`x` must be floating-point. Got {dtype}.")
 
 
 def layer_of(stack: QTensor, layer: object) -> LayerOfStack:

@@ -50,10 +50,7 @@ def multiply(
         spec = ProductSpec(None, x.dtype.name, k, placement=placement)
     is_ragged = offsets is not None
     batch = batch[: len(batch) - is_ragged]  # without the axis of experts
-    has_batch = x.ndim > len(batch) and x.shape[: len(batch)] == (*batch,)
-    if not has_batch or x.shape[-1] != k:
-        expected = ", ".join(map(str, [*batch, "...", k]))
-        raise ValueError(f"`x` must have shape [{expected}]. Got {x.shape}.")
+    check_shape(x.shape, batch, k)
     spec = replace(
         spec,
         batch=len(batch),
@@ -63,6 +60,14 @@ def multiply(
         result_dtype=None if result_dtype is None else jnp.dtype(result_dtype).name,
     )
     return _product(*fit_to_mesh(spec, x, weights, offsets, weights_move))
+
+
+def check_shape(shape: tuple[int, ...], batch: list[int], contracted: int) -> None:
+    """Raises ValueError unless the shape of `x` is `[*batch, ..., contracted]`."""
+    has_batch = len(shape) > len(batch) and shape[: len(batch)] == (*batch,)
+    if not has_batch or shape[-1] != contracted:
+        expected = ", ".join(map(str, [*batch, "...", contracted]))
+        raise ValueError(f"`x` must have shape [{expected}]. Got {shape}.")
 
 
 # y = x w, so dx = g w^T and dw = x^T g, summed over rows. These are products too, with

@@ -14,6 +14,7 @@ from helpers import (
     dequantize,
     fast_and_slow,
     normal,
+    refusal,
     slow_but_every,
     weights,
 )
@@ -489,6 +490,35 @@ def test_why_a_back_end_is_not_taken(monkeypatch):
         ql.matmul(x, q, backend="rounding")
     monkeypatch.setattr(jax, "default_backend", lambda: "another")
     assert ql.explain_backend(x, q) == {"reference": None}
+
+
+@pytest.mark.parametrize("shape", [(64,), (2, 128), (3, 2, 128)])
+def test_inputs_of_explanations_must_fit_the_kernel(shape):
+    q = pack(Case((128, 64)))
+    x = jax.ShapeDtypeStruct(shape, "float32")
+    if shape[-1] == 128:
+        ql.explain_backend(x, q)
+    else:
+        refusal(lambda: ql.explain_backend(x, q), "[..., 128]")
+        ql.explain_backend(x, q, transpose=True)
+    integers = jax.ShapeDtypeStruct((2, 128), "int32")
+    with pytest.raises(TypeError, match="must be floating-point. Got int32"):
+        ql.explain_backend(integers, q)
+
+
+@pytest.mark.parametrize("shape", [(128,), (3, 2, 128)])
+def test_explanations_for_any_number_of_row_axes(shape, monkeypatch):
+    q = pack(Case((128, 128)))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    x = jax.ShapeDtypeStruct(shape, "float32")
+    assert ql.explain_backend(x, q) == {"pallas_tpu": None}
+
+
+@pytest.mark.parametrize("backend", [5, ["tiled", 5], [["tiled"]], []])
+def test_names_of_back_ends_are_strings(backend):
+    q = pack(Case((64, 64)))
+    message = "`backend` must be one of"
+    refusal(lambda: ql.matmul(jnp.ones((2, 64)), q, backend=backend), message)
 
 
 @pytest.mark.parametrize("transpose", [False, True])
