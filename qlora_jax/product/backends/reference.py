@@ -55,12 +55,12 @@ def decode(
     dtype: np.dtype,
     k: int | None = None,
     find_values: Callable = select_values,
-    round_to: Callable = round_to,
+    round_weights: Callable = round_to,
 ) -> Float[Array, "*batch k n"]:
     """Returns all weights, or `k` rows, in `dtype`, rounded to `spec.dtype` first."""
     k = spec.k if k is None else k
     w = dequantize_blocks(codes, scales, spec.packing, k, find_values)
-    return round_to(w, spec.dtype, dtype)
+    return round_weights(w, spec.dtype, dtype)
 
 
 class Reference(Backend):

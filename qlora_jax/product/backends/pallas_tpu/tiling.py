@@ -157,6 +157,8 @@ def plan(
             all_scales=spec.transpose and tile % (8 * spec.block_size) != 0,
             vmem_limit=vmem * 5 // 4,
         )
+        # The blocks and the product must fit `vmem`. The copies that the compiler
+        # spills may also use the quarter that it gets in addition.
         product_bytes = 4 * tile_m * tile  # in float32
         if _block_bytes(tiling, itemsize) + product_bytes > vmem:
             continue
