@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -109,9 +111,11 @@ class CachedModel:
             length: S, the number of positions of each sequence.
 
         Raises:
-            ValueError: If transformers has no static cache for the model, or if the
-                model does not use the cache for all layers.
+            ValueError: If transformers has no static cache for the model; if the model
+                does not use the cache for all layers; or if `length` is not positive.
         """
+        if length < 1:
+            raise ValueError(f"`length` must be at least 1. Got {length}.")
         cache = jax.tree.map(
             lambda x: jnp.zeros((num_rows, *x.shape), x.dtype), self._entry_shapes
         )
@@ -166,7 +170,8 @@ class CachedModel:
                 language model.
             tokens: Token ids, padded on the right.
             cache: What `init_cache` or an earlier call returned.
-            starts: The number of tokens that the cache already has of each row.
+            starts: The number of tokens that the cache already has of each row. The
+                cache must have room for these and the new tokens.
             num_tokens: The number of tokens in each row, without the padding. None if
                 no row is padded.
 
@@ -174,11 +179,13 @@ class CachedModel:
             The logits, and the new cache.
 
         Raises:
-            ValueError: As `LanguageModel.hidden_states`.
+            ValueError: As `LanguageModel.hidden_states`; or, outside jit, if the cache
+                has no room for the tokens.
         """
         variables = {name: unstack(tree) for name, tree in variables.items()}
         if num_tokens is None:
             num_tokens = jnp.full_like(starts, tokens.shape[1])
+        _check_room(cache, starts, num_tokens)
         # Recurrent states have no axis of positions, so padding would change them. Rows
         # with several tokens are therefore processed token by token.
         by_token = self.has_states and tokens.shape[1] > 1
@@ -193,7 +200,7 @@ class CachedModel:
     ) -> tuple[Float[Array, " V"], Cache]:
         length = max(x.length for x in row.cache.values())
         logits, new_cache = self._run_row(variables, row, length)
-        if row.tokens.shape[0] == 1:
+        if row.tokens.shape[0] == 1:  # without padding
             return logits, new_cache
         # The cache does not change at the positions of the padding. Otherwise, the keys
         # and values of positions beyond a table of learned positions would become NaN.
@@ -257,6 +264,21 @@ class CachedModel:
             variables, row.tokens[None], last, run, cache, row.start
         )
         return logits[0, 0], jax.tree.map(lambda x: x[0], new_cache)
+
+
+def _check_room(cache: Cache, starts: Array, num_tokens: Array) -> None:
+    """Raises ValueError if it is known that a row has more tokens than positions."""
+    for count in (starts, num_tokens):
+        is_array = isinstance(count, jax.Array)
+        if is_array and (isinstance(count, Tracer) or not count.is_fully_addressable):
+            return
+    length = max(x.length for x in cache.values())
+    num_needed = np.max(np.asarray(starts) + np.asarray(num_tokens), initial=0)
+    if length and num_needed > length:  # without attention, there are no positions
+        raise ValueError(
+            f"`cache` must have a position for each token. Got {length} positions for "
+            f"{num_needed} tokens."
+        )
 
 
 def _make_static_cache(module: Any, length: int) -> Any:

@@ -1,10 +1,14 @@
 """Models in PyTorch's code generate the same tokens as transformers."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 import torch
 import transformers
 from engine_models import save_model
+from helpers import refusal
 
+import qlora_jax as ql
 from qlora_jax.llm import app
 from qlora_jax.llm.app.base_model import open_model
 from qlora_jax.llm.models.generation import generate
@@ -71,10 +75,31 @@ def test_sequences_longer_than_the_learned_positions_are_refused(tmp_path):
         generate(model, variables, [[5] * 30], max_new_tokens=3, eos_ids=[])
 
 
+def test_caches_have_a_position_for_each_token(tmp_path):
+    folder = save_model(tmp_path / "model", transformers.GPTNeoXConfig)
+    language_model = ql.torch.open_language_model(folder)
+    model = ql.torch.CachedModel(language_model)
+    shapes = language_model.shapes(stacked=False)
+    params = {name: jnp.ones(x.shape, x.dtype) for name, x in shapes.items()}
+    cache = model.init_cache(num_rows=2, length=4)
+    ids = jnp.ones((2, 3), jnp.int32)
+
+    def run(starts, num_tokens=None):
+        return model.apply({"params": params}, ids, cache, starts, num_tokens)
+
+    full = jnp.array([1, 0])
+    assert jnp.isfinite(run(full)[0]).all()
+    assert jnp.isfinite(jax.jit(run)(full)[0]).all()
+    assert jnp.isfinite(run(jnp.array([3, 0]), jnp.array([1, 3]))[0]).all()
+    message = "Got 4 positions for 5 tokens"
+    refusal(lambda: run(jnp.array([0, 2])), message)
+    refusal(lambda: run(jnp.array([0, 3]), jnp.array([3, 2])), message)
+    refusal(lambda: model.init_cache(2, 0), "`length` must be at least 1. Got 0.")
+
+
 def test_models_that_cannot_generate_are_refused(tmp_path):
-    # RWKV receives its state as a separate argument, and not in a cache.
-    changes = {"num_hidden_layers": 2, "attention_hidden_size": 64}
-    folder = save_model(tmp_path / "model", transformers.RwkvConfig, **changes)
+    # The first GPT reads all tokens again for each new one.
+    folder = save_model(tmp_path / "model", transformers.OpenAIGPTConfig, n_layer=2)
     config = app.GenerateConfig(str(folder), prompt="A", engine="torch")
     with pytest.raises(ValueError, match="`model` must be able to generate"):
         app.generate(config)
