@@ -45,14 +45,15 @@ def checked_backend(
     """Returns one name or a tuple of names. Raises ValueError if one is unknown."""
     if backend is None:
         return None
-    is_several = isinstance(backend, Sequence) and not isinstance(backend, str)
-    names = backend if is_several else [backend]
+    names: tuple[str, ...] = ()
+    if isinstance(backend, Sequence):
+        names = (backend,) if isinstance(backend, str) else tuple(backend)
     if not names or any(name not in [*BACKENDS] for name in names):
         raise ValueError(
             f"`backend` must be one of {sorted(BACKENDS)}, or several of them. Got "
             f"{backend!r}."
         )
-    return tuple(backend) if is_several else backend
+    return backend if isinstance(backend, str) else names
 
 
 def choose(
