@@ -163,12 +163,13 @@ def stacked_names(module: torch.nn.Module) -> list[str]:
     return list(jax.eval_shape(lambda tree: stack(module, tree), shapes))
 
 
-def runs_of(names: Iterable[str]) -> dict[LayerRun, list[str]]:
+def runs_of(names: Iterable[str], module: torch.nn.Module) -> dict[LayerRun, list[str]]:
     """Groups the names of stacks by the run of layers that the stacks belong to."""
     matches = [(name, STACKED_NAME.fullmatch(name)) for name in names]
     stacks = sorted(
         (m[1], int(m[2]), int(m[3]), int(m[4]), name) for name, m in matches if m
     )
+    runs_by_stack = _runs_with_empty_start(module) if stacks else {}
     runs: dict[LayerRun, list[str]] = {}
     run = None
     for list_name, start, stop, period, name in stacks:
@@ -181,7 +182,26 @@ def runs_of(names: Iterable[str]) -> dict[LayerRun, list[str]]:
         ):
             num_periods = len(range(start, stop, period))
             run = LayerRun(list_name, start, start + num_periods * period, period)
+            run = runs_by_stack.get(run.stacked_name(0, ""), run)
         runs.setdefault(run, []).append(name)
+    return runs
+
+
+def _runs_with_empty_start(module: torch.nn.Module) -> dict[str, LayerRun]:
+    """Returns the runs whose first layer has no tensors.
+
+    Such a run starts before its first stack. The keys are the names of these stacks, up
+    to the name of the tensor.
+    """
+    runs = {}
+    for run in find_runs(module):
+        layers = [
+            module.get_submodule(f"{run.list_name}.{run.start + position}")
+            for position in range(run.period)
+        ]
+        has_tensors = [bool(named_tensors(layer)) for layer in layers]
+        if any(has_tensors) and not has_tensors[0]:
+            runs[run.stacked_name(has_tensors.index(True), "")] = run
     return runs
 
 
@@ -190,7 +210,8 @@ def find_runs(module: torch.nn.Module) -> Iterator[LayerRun]:
     outermost: list[str] = []
     for name, inner in module.named_modules():
         is_inside = any(name.startswith(f"{outer}.") for outer in outermost)
-        if isinstance(inner, torch.nn.ModuleList) and not is_inside:
+        # If the whole module is a ModuleList, only lists in its layers are searched.
+        if name and isinstance(inner, torch.nn.ModuleList) and not is_inside:
             outermost.append(name)
             signatures = [_signature(layer) for layer in inner]
             for start, stop, period in _periodic(signatures, 0, len(signatures)):

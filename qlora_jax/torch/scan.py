@@ -13,7 +13,7 @@ import torch
 import torchax
 
 from .layers import LayerRun, ScanError
-from .weights import Leaf, PendingOutput, as_array, as_tensor, tensor_of
+from .weights import Leaf, PendingOutput, as_array, as_tensor, call_module
 
 # How many layers after the first one are compared with it, besides the last one. Layers
 # that differ usually do so by a rule with a short period, such as every fourth layer.
@@ -76,6 +76,7 @@ class LayerScan:
         self.calls.append(LayerCall(arguments, structure, bool(args)))
         if index == 0:
             self.hidden = as_array(hidden)
+            # The placeholder must be returned in the form of the layer's output.
             _, self.returns_tuple = self._program(0)
         if index + 1 < len(self.layers):
             output: torch.Tensor = PendingOutput(self.hidden.shape, self.hidden.dtype)
@@ -100,10 +101,10 @@ class LayerScan:
             args = (as_tensor(hidden), *args)
         else:
             kwargs = {"hidden_states": as_tensor(hidden), **kwargs}
-        tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
         recorder = layer.__dict__.pop("forward")
         try:
-            return torch.func.functional_call(layer, tensors, args, kwargs)
+            prefix = self.run.stacked_name(index % self.run.period, "")
+            return call_module(layer, leaves, args, kwargs, prefix)
         finally:
             layer.forward = recorder
 
@@ -118,7 +119,14 @@ class LayerScan:
                 arguments = self.calls[position].arguments
                 output = self._call(index, hidden, leaves, arguments)
             is_tuple.append(isinstance(output, tuple))
-            return _hidden_states(output)
+            new_hidden = _hidden_states(output)
+            before, after = jax.typeof(hidden), jax.typeof(new_hidden)
+            if (before.shape, before.dtype) != (after.shape, after.dtype):
+                self._refuse(
+                    "their output must have the shape and dtype of their input, "
+                    f"{before.str_short()}, but is {after.str_short()}"
+                )
+            return new_hidden
 
         leaves = jax.tree.map(lambda x: x[0], self.stacks[position])
         program = jax.make_jaxpr(call)(self.hidden, leaves)
@@ -204,11 +212,12 @@ class LayerScan:
 
 
 def _hidden_states(output: Any) -> jax.Array:
-    if not isinstance(output, tuple):
+    if isinstance(output, torch.Tensor):
         return as_array(output)
-    if any(value is not None for value in output[1:]):
+    if not isinstance(output, tuple) or any(value is not None for value in output[1:]):
         raise ScanError(
-            "a scanned layer must return its hidden states alone. Got "
-            f"{len(output)} values. Pass trees that are not stacked."
+            "a scanned layer must return its hidden states alone, as a tensor or as "
+            f"the first value of a tuple of None. Got a {type(output).__name__}. Pass "
+            "trees that are not stacked."
         )
     return as_array(output[0])

@@ -1,7 +1,8 @@
 """Packed and adapted kernels that replace the weights of a PyTorch module."""
 
+import inspect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -46,6 +47,8 @@ torchax.tensor.Tensor.type_as = _type_as  # type: ignore
 
 def tensor_of(leaf: Leaf) -> torch.Tensor:
     """Returns the tensor that a module reads for a leaf of a combined tree."""
+    if isinstance(leaf, Placeholder):  # for a weight of a stacked layer
+        return leaf
     base, lora = ql.split(leaf)
     adapter: Any = lora or None  # `lora` is an empty dict if there is no adapter
     # An array that is trained in full replaces the frozen one.
@@ -55,6 +58,43 @@ def tensor_of(leaf: Leaf) -> torch.Tensor:
     if adapter is None and not hasattr(base, "geometry"):
         return as_tensor(jnp.asarray(base))
     return KernelTensor.of(base, adapter)
+
+
+def call_module(
+    module: torch.nn.Module,
+    leaves: Mapping[str, Leaf],
+    args: tuple,
+    kwargs: dict[str, Any],
+    prefix: str = "",
+) -> Any:
+    """Calls a module with leaves in place of its parameters and buffers.
+
+    Raises ValueError if the module changes them. `prefix` is the part of their names
+    that the keys of `leaves` do not have.
+    """
+    # `tensors` has only the first name of each tied weight. `functional_call` also
+    # replaces the weight under its other names. It puts a tensor that the module
+    # assigns to a parameter or a buffer into `tensors`.
+    tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
+    values = {name: _value_of(tensor) for name, tensor in tensors.items()}
+    output = torch.func.functional_call(module, tensors, args, kwargs)
+    changed = [
+        f"{prefix}{name}"
+        for name, value in values.items()
+        if _value_of(tensors[name]) is not value
+    ]
+    if changed:
+        raise ValueError(
+            "the module must not change its buffers or parameters, because `apply` "
+            "returns only its output. Call eval() of the modules that change them "
+            f"before ql.torch.wrap. Got changes of {changed}."
+        )
+    return output
+
+
+def _value_of(tensor: torch.Tensor) -> object:
+    """Returns an object that is replaced if a function changes the tensor in place."""
+    return tensor if isinstance(tensor, Placeholder) else as_array(tensor)
 
 
 class Placeholder(torch.Tensor):
@@ -88,12 +128,30 @@ class Placeholder(torch.Tensor):
     dtype = property(lambda self: j2t_dtype(self.struct.dtype))  # pyright: ignore
     device = property(lambda self: torch.device("jax:0"))  # pyright: ignore
 
+    def is_floating_point(self) -> bool:
+        """Whether the dtype is a float."""
+        return self.dtype.is_floating_point
+
 
 class PendingOutput(Placeholder):
     """The output of a layer that will run later, in a scan (see `scan.py`)."""
 
     source_scan: object
     list_name: str
+
+
+class StackedWeight(Placeholder):
+    """A weight of a stacked layer, as the model sees it outside of the layer."""
+
+    list_name: str
+
+    @classmethod
+    def of(cls, stack: Leaf, list_name: str) -> "StackedWeight":
+        """Returns the placeholder of any weight in a stack."""
+        base, _ = ql.split(stack)
+        self = cls(base.shape[1:], base.dtype)
+        self.list_name = list_name
+        return self
 
 
 class KernelTensor(Placeholder):
@@ -167,6 +225,16 @@ class KernelFunctions(TorchFunctionMode):
             return self._grouped_product(*args, **kwargs)
         if func is IS_ALL_TRUE:
             return self._is_all_true(*args)
+        if func in (F.embedding, F.embedding_bag):
+            # Both functions take it as their fourth argument.
+            max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
+            if max_norm is not None:
+                raise ValueError(
+                    "embeddings must not have `max_norm`, with which PyTorch changes "
+                    f"rows of the table. Got max_norm={max_norm}."
+                )
+        if func in (F.batch_norm, F.instance_norm):
+            _mark_statistics(func, args, kwargs)
         placeholders = [x for x in _values(args, kwargs) if isinstance(x, Placeholder)]
         if not placeholders:
             return func(*args, **kwargs)
@@ -177,6 +245,18 @@ class KernelFunctions(TorchFunctionMode):
                     f"output of one is read by {func.__name__} before the next one "
                     "runs. Pass trees that are not stacked."
                 )
+            if isinstance(placeholder, StackedWeight):
+                raise ScanError(
+                    f"the layers of {placeholder.list_name!r} cannot be scanned: a "
+                    f"weight of one is read by {func.__name__} outside of the layer. "
+                    "Pass trees that are not stacked."
+                )
+        first = next(iter(args), None)
+        if isinstance(first, KernelTensor) and _changes_in_place(func):
+            raise ValueError(
+                "the module must not change packed or adapted weights in place. Got "
+                f"{func.__name__} of a weight of shape {tuple(first.shape)}."
+            )
         result = NotImplemented
         if (rule := RULES.get(func)) is not None:
             result = rule(self, *args, **kwargs)
@@ -226,16 +306,21 @@ class KernelFunctions(TorchFunctionMode):
         is_active = self.has_dropout and getattr(lora, "dropout", 0)
         return torchax.default_env().get_and_rotate_prng_key() if is_active else None
 
-    def product(self, x: torch.Tensor, weight: KernelTensor) -> Any:
-        """Computes `x @ weight`, if the first axis of `weight` is contracted.
+    def matmul(self, input: torch.Tensor, other: Any) -> Any:
+        """Computes `input @ other`, if the first axis of `other` is contracted.
 
         This method and the public ones below return NotImplemented for calls that they
-        do not support. `RULES` lists the PyTorch functions that they compute.
+        do not support. `RULES` lists the PyTorch functions that they compute. Their
+        parameters have PyTorch's names, because modules may pass them by name.
         """
-        if isinstance(x, KernelTensor) or _roles_of(weight) != "kn":
+        if isinstance(input, KernelTensor) or _roles_of(other) != "kn":
             return NotImplemented
-        options = {"dropout_key": self._key(weight.lora), "backend": self.backend}
-        return as_tensor(ql.apply(weight.base, weight.lora, as_array(x), **options))
+        options = {"dropout_key": self._key(other.lora), "backend": self.backend}
+        return as_tensor(ql.apply(other.base, other.lora, as_array(input), **options))
+
+    def mm(self, input: torch.Tensor, mat2: Any) -> Any:
+        """Computes `torch.mm`."""
+        return self.matmul(input, mat2)
 
     def linear(
         self, input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
@@ -243,33 +328,31 @@ class KernelFunctions(TorchFunctionMode):
         """Computes `F.linear`."""
         if not isinstance(weight, KernelTensor) or isinstance(bias, KernelTensor):
             return NotImplemented
-        y = self.product(input, weight.transposed())
+        y = self.matmul(input, weight.transposed())
         return y if y is NotImplemented or bias is None else y + bias
 
     def addmm(
         self, input: torch.Tensor, mat1: torch.Tensor, mat2: Any, **factors: float
     ) -> Any:
         """Computes `torch.addmm`, as in the `Conv1D` of GPT-2."""
-        y = NotImplemented if factors else self.product(mat1, mat2)
+        y = NotImplemented if factors else self.matmul(mat1, mat2)
         return y if y is NotImplemented else input + y
 
     def embedding(
         self,
         input: torch.Tensor,
         weight: Any,
-        padding_idx: int | None = None,
-        max_norm: float | None = None,
         *_: object,
         **options: object,
     ) -> Any:
         """Computes `F.embedding`.
 
-        `padding_idx` is ignored, because it only affects the gradient of the table.
+        The options are ignored: `padding_idx` only affects the gradient of the table,
+        `max_norm` is refused before, and the others depend on these two.
         """
         if not isinstance(weight, KernelTensor) or weight.is_transposed:
             return NotImplemented
-        has_dropout = self.has_dropout and getattr(weight.lora, "dropout", 0)
-        if max_norm is not None or has_dropout:
+        if self.has_dropout and getattr(weight.lora, "dropout", 0):
             return NotImplemented
         return as_tensor(ql.lookup(weight.base, weight.lora, as_array(input)))
 
@@ -316,6 +399,32 @@ def _roles_of(value: object) -> str:
     return value.roles if isinstance(value, KernelTensor) else ""
 
 
+def _mark_statistics(func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Marks running statistics as changed if PyTorch's function updates them."""
+    # torchax does not update them. Adding zero in place makes `call_module` raise the
+    # same error for them as for other buffers.
+    values = inspect.signature(func).bind(*args, **kwargs).arguments
+    if func is F.batch_norm:
+        is_updated = values.get("training", False)
+    else:
+        is_updated = values.get("use_input_stats", True)
+    statistics = values.get("running_mean"), values.get("running_var")
+    for statistic in statistics:
+        if is_updated and statistic is not None:
+            statistic.add_(0)
+
+
+def _changes_in_place(func: Callable) -> bool:
+    """Whether a PyTorch function changes its first argument."""
+    name = getattr(func, "__name__", "")
+    is_in_place = name.endswith("_") and not name.endswith("__")
+    return (
+        (is_in_place and name not in ("requires_grad_", "detach_"))
+        or name in IN_PLACE_OPERATORS
+        or func == SET_DATA
+    )
+
+
 def _values(args: tuple, kwargs: dict) -> Iterable[object]:
     # Functions take tensors as arguments, or as lists and tuples (`torch.cat`).
     for value in itertools.chain(args, kwargs.values()):
@@ -326,6 +435,11 @@ def _values(args: tuple, kwargs: dict) -> Iterable[object]:
 # it is also computed here if none of its operands is a kernel.
 GROUPED_PRODUCTS = {getattr(torch, "_grouped_mm"), F.grouped_mm}  # noqa: B009
 IS_ALL_TRUE = torch.Tensor._is_all_true
+SET_DATA = torch.Tensor.data.__set__  # pyright: ignore
+IN_PLACE_OPERATORS = {"__setitem__"} | {
+    f"__i{name}__"
+    for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")
+}
 RULES: dict[Callable, Callable[..., Any]] = {
     F.linear: KernelFunctions.linear,
     F.embedding: KernelFunctions.embedding,
@@ -336,9 +450,9 @@ RULES: dict[Callable, Callable[..., Any]] = {
     torch.t: KernelFunctions.transpose_matrix,
     torch.transpose: KernelFunctions.transpose,
     torch.Tensor.transpose: KernelFunctions.transpose,
-    torch.matmul: KernelFunctions.product,
-    torch.mm: KernelFunctions.product,
-    torch.Tensor.matmul: KernelFunctions.product,
-    torch.Tensor.__matmul__: KernelFunctions.product,
-    torch.Tensor.mm: KernelFunctions.product,
+    torch.matmul: KernelFunctions.matmul,
+    torch.mm: KernelFunctions.mm,
+    torch.Tensor.matmul: KernelFunctions.matmul,
+    torch.Tensor.__matmul__: KernelFunctions.matmul,
+    torch.Tensor.mm: KernelFunctions.mm,
 }

@@ -18,7 +18,14 @@ from . import autograd_functions
 from .arrays import Model, module_of, named_tensors
 from .layers import names_in, runs_of
 from .scan import LayerScan
-from .weights import Backend, KernelFunctions, as_array, as_tensor, tensor_of
+from .weights import (
+    Backend,
+    KernelFunctions,
+    StackedWeight,
+    as_array,
+    as_tensor,
+    call_module,
+)
 
 PyTree = Any
 Policy = Callable[..., bool]
@@ -71,13 +78,14 @@ class WrappedModule:
             as the outputs of transformers, become plain dicts.
 
         Raises:
-            TypeError: If the module returns something that is neither a tensor nor a
-                number, nor a container of them.
+            TypeError: If an argument is a PyTorch tensor; or if the module returns
+                something that is neither a tensor nor a number, nor a container of
+                them.
             ValueError: If `"params"` lacks names or has unknown ones; if an adapter
                 does not fit its kernel; if the module draws random numbers, but there
                 is no `dropout_key`; if there is a `dropout_key`, but the module is in
-                evaluation mode; or if the module changes its buffers, as batch
-                normalization does in training mode.
+                evaluation mode; or if the module changes its buffers or parameters, as
+                batch normalization does in training mode.
 
         Example:
             >>> import jax, qlora_jax as ql, torch
@@ -97,33 +105,20 @@ class WrappedModule:
                 "module.train() before ql.torch.wrap. Got a key."
             )
         scans, leaves = self._scans(leaves)
-        tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
-        # Step 3 compares these buffers with those after the call.
-        names = [name for name, _ in self.module.named_buffers() if name in leaves]
-        buffers = {name: as_array(tensors[name]) for name in names}
         args, kwargs = jax.tree.map(_to_tensor, (args, kwargs))
         # 2. Run the module. Without a `dropout_key`, use a constant key, which shows
         #    afterwards whether the module drew random numbers.
         key = jax.random.key(0) if dropout_key is None else dropout_key
         kernel_functions = KernelFunctions(dropout_key is not None, self.backend)
         with self._environment(key, kernel_functions, scans) as env:
-            # `tensors` has only the first name of each tied weight. `functional_call`
-            # also replaces the weight under its other names.
-            output = torch.func.functional_call(self.module, tensors, args, kwargs)
+            output = call_module(self.module, leaves, args, kwargs)
             drew_numbers = env.prng_key is not key
             output = kernel_functions.with_checks(_to_arrays(output))
-        # 3. Refuse results that would be wrong or lost.
         if drew_numbers and dropout_key is None:
             raise ValueError(
                 "`dropout_key` must be a key: the module draws random numbers. For a "
                 "module without dropout, call module.eval() before ql.torch.wrap. Got "
                 "None."
-            )
-        if changed := [n for n, x in buffers.items() if as_array(tensors[n]) is not x]:
-            raise ValueError(
-                "the module must not change its buffers, because `apply` returns only "
-                "its output. Call eval() of the modules that change them before "
-                f"ql.torch.wrap. Got changes of {changed}."
             )
         return output
 
@@ -172,13 +167,19 @@ class WrappedModule:
         return leaves
 
     def _scans(self, leaves: dict[str, Any]) -> tuple[list[LayerScan], dict[str, Any]]:
-        """Returns the scans of stacked layers, and the leaves that are not stacked."""
+        """Returns the scans of stacked layers, and the leaves that are not stacked.
+
+        Each weight of a stacked layer has a placeholder among the latter.
+        """
         scans, unstacked = [], dict(leaves)
-        for run, names in runs_of(leaves).items():
+        for run, names in runs_of(leaves, self.module).items():
             stacks: list[dict[str, Any]] = [{} for _ in range(run.period)]
             for name in names:
                 position, tensor_name = run.parse(name)
-                stacks[position][tensor_name] = unstacked.pop(name)
+                stack = unstacked.pop(name)
+                stacks[position][tensor_name] = stack
+                for layer_name in names_in(name):
+                    unstacked[layer_name] = StackedWeight.of(stack, run.list_name)
             layers = [
                 self.module.get_submodule(f"{run.list_name}.{i}") for i in run.indices
             ]
@@ -240,8 +241,14 @@ def wrap(
 
 
 def _to_tensor(value: object) -> object:
-    is_array = isinstance(value, jax.Array | np.ndarray)
-    return as_tensor(jnp.asarray(value)) if is_array else value
+    if isinstance(value, jax.Array | np.ndarray):
+        return as_tensor(jnp.asarray(value))
+    if isinstance(value, torch.Tensor) and not isinstance(value, torchax.tensor.Tensor):
+        raise TypeError(
+            "the arguments of `apply` must be JAX or NumPy arrays instead of tensors. "
+            f"Got a tensor of shape {tuple(value.shape)}."
+        )
+    return value
 
 
 def _to_arrays(output: Any) -> PyTree:

@@ -169,6 +169,106 @@ def test_layers_that_depend_on_their_index_cannot_be_scanned(count):
     refusal(lambda: model.apply({"params": stacked}, x), "[0, 1] compute differently")
 
 
+@pytest.mark.parametrize("last", ["nothing", "other", "linear"])
+@pytest.mark.parametrize("num_empty", [1, 2])
+def test_runs_that_begin_with_a_layer_without_parameters(num_empty, last):
+    module = Layers(lambda x, layer, index: layer(x))
+    classes = [torch.nn.ReLU, torch.nn.Tanh][:num_empty]
+    layers = []
+    for _ in range(2):
+        layers += [*(cls() for cls in classes), torch.nn.Linear(64, 64)]
+    others = {"other": torch.nn.Sigmoid(), "linear": torch.nn.Linear(64, 8)}
+    layers += [others[last]] if last in others else []
+    module.layers = torch.nn.ModuleList(layers)
+    params = ql.torch.stack(module, ql.torch.params(module))
+    name = {1: "layers.1:4:2.weight", 2: "layers.2:6:3.weight"}[num_empty]
+    assert params[name].shape == (2, 64, 64)
+    x = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    output = ql.torch.wrap(module).apply({"params": params}, x)
+    assert_close(output, module(torch.tensor(x)).detach().numpy())
+
+
+class LayerList(torch.nn.ModuleList):
+    """A list of layers that is a model."""
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+def test_a_module_that_is_a_list_is_not_stacked():
+    module = LayerList(torch.nn.Linear(64, 64) for _ in range(2))
+    params = ql.torch.params(module)
+    assert ql.torch.stack(module, params).keys() == params.keys()
+
+
+class Reads(Layers):
+    """A module that also calls `read(x, weight)` with the weight of a layer."""
+
+    def __init__(self, read):
+        super().__init__(lambda x, layer, index: layer(x))
+        self.read = read
+
+    def forward(self, x):
+        return self.read(super().forward(x), self.layers[0].weight)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x, weight: x @ weight,
+        lambda x, weight: x * float(weight[0, 0]),
+        lambda x, weight: x + weight.sum(),
+    ],
+)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_weights_of_stacked_layers_cannot_be_read_elsewhere(read, is_packed):
+    """The weights that the module itself has are not those of the call."""
+    model, base, _ = init(Reads(read), r".*weight")
+    base = base if is_packed else ql.dequantize(base)
+    stacked = ql.torch.stack(model, base)
+    refusal(
+        lambda: model.apply({"params": stacked}, jnp.ones((2, 64))),
+        "'layers' cannot be scanned: a weight of one is read by",
+    )
+
+
+def test_types_of_the_weights_of_stacked_layers_can_be_read():
+    def read(x, weight):
+        assert weight.is_floating_point()
+        assert weight.shape == (64, 64)
+        return x.to(weight.dtype)
+
+    module = Reads(read)
+    stacked = ql.torch.stack(module, ql.torch.params(module))
+    output = ql.torch.wrap(module).apply({"params": stacked}, jnp.ones((2, 64)))
+    assert_close(output, module(torch.ones(2, 64)).detach().numpy())
+
+
+class Twice(torch.nn.Linear):
+    def forward(self, x):
+        return torch.cat([x, x], -1) + self.bias[0]
+
+
+@pytest.mark.parametrize(
+    "layer_class, dtype, change",
+    [
+        (torch.nn.Linear, "bfloat16", "bfloat16[2,64], but is float32[2,64]"),
+        (Twice, "float32", "float32[2,64], but is float32[2,128]"),
+    ],
+)
+def test_scanned_layers_cannot_change_the_type_of_hidden_states(
+    layer_class, dtype, change
+):
+    module = Layers(lambda x, layer, index: layer(x))
+    module.layers = torch.nn.ModuleList(layer_class(64, 64) for _ in range(2))
+    stacked = ql.torch.stack(module, ql.torch.params(module))
+    x = jnp.ones((2, 64), dtype)
+    model = ql.torch.wrap(module)
+    refusal(lambda: model.apply({"params": stacked}, x), "cannot be scanned", change)
+
+
 def test_numpy_arrays_are_stacked():
     module = Layers(lambda x, layer, index: layer(x))
     module.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
@@ -346,6 +446,117 @@ def test_changes_of_buffers_are_refused():
         lambda: model.apply(variables, ARRAYS, dropout_key=jax.random.key(0)),
         "norm.num_batches_tracked",
     )
+
+
+class Counter(torch.nn.Linear):
+    """A layer that adds a buffer, which grows in each call, to its output."""
+
+    def __init__(self, is_in_place):
+        super().__init__(64, 64)
+        self.register_buffer("calls", torch.zeros(1))
+        self.is_in_place = is_in_place
+
+    def forward(self, x):
+        if self.is_in_place:
+            self.calls.add_(1)
+        else:
+            self.calls = self.calls + 1
+        return super().forward(x) + self.calls
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_changes_of_the_buffers_of_layers_are_refused(is_in_place, is_stacked):
+    module = Layers(lambda x, layer, index: layer(x))
+    module.layers = torch.nn.ModuleList(Counter(is_in_place) for _ in range(3))
+    params = ql.torch.params(module)
+    params = ql.torch.stack(module, params) if is_stacked else params
+    refusal(
+        lambda: ql.torch.wrap(module).apply({"params": params}, jnp.ones((2, 64))),
+        "must not change its buffers",
+        "layers.0:3:1.calls" if is_stacked else "layers.2.calls",
+    )
+
+
+def test_updates_of_running_statistics_are_refused():
+    layer = torch.nn.InstanceNorm1d(8, track_running_stats=True).train()
+    params = ql.torch.params(layer)
+    x = jnp.ones((2, 8, 5))
+    refusal(
+        lambda: ql.torch.wrap(layer).apply({"params": params}, x),
+        "running_mean",
+        "running_var",
+    )
+    output = ql.torch.wrap(layer.eval()).apply({"params": params}, x)
+    assert_close(output, layer(torch.ones(2, 8, 5)).detach().numpy())
+
+
+class Weight(torch.nn.Module):
+    """A module with a square weight, which `compute(x, weight)` uses."""
+
+    def __init__(self, compute):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(64, 64))
+        self.compute = compute
+
+    def forward(self, x):
+        return self.compute(x, self.weight)
+
+
+def double(x, weight):
+    with torch.no_grad():
+        weight.mul_(2)
+    return x @ weight
+
+
+def set_data(x, weight):
+    weight.data = weight.data * 2
+    return x @ weight
+
+
+@pytest.mark.parametrize("compute", [double, set_data])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_changes_of_weights_in_place_are_refused(compute, is_packed):
+    module = Weight(compute)
+    params = ql.torch.params(module)
+    base = {"weight": ql.quantize(params["weight"])} if is_packed else params
+    refusal(
+        lambda: ql.torch.wrap(module).apply({"params": base}, jnp.ones((2, 64))),
+        "in place" if is_packed else "['weight']",
+    )
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x, weight: torch.matmul(x, other=weight),
+        lambda x, weight: torch.matmul(input=x, other=weight),
+        lambda x, weight: torch.mm(x, mat2=weight),
+    ],
+)
+def test_products_with_arguments_by_name(compute):
+    module = Weight(compute)
+    base = {"weight": ql.quantize(ql.torch.params(module)["weight"])}
+    x = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    output = ql.torch.wrap(module).apply({"params": base}, x)
+    assert_close(output, x @ np.asarray(ql.dequantize(base["weight"])))
+
+
+@pytest.mark.parametrize("targets", [None, "weight"])
+def test_embeddings_with_a_largest_norm_are_refused(targets):
+    table = torch.nn.Embedding(48, 64, max_norm=1.0)
+    params = ql.torch.params(table)
+    base = params if targets is None else init(table, targets)[1]
+    message = "must not have `max_norm`"
+    refusal(lambda: ql.torch.wrap(table).apply({"params": base}, ARRAYS), message)
+
+
+def test_tensors_of_pytorch_are_no_arguments():
+    model = ql.torch.wrap(make_net())
+    params = ql.torch.params(model)
+    with pytest.raises(TypeError, match="must be JAX or NumPy arrays"):
+        model.apply({"params": params}, torch.tensor(IDS))
 
 
 def test_a_module_on_the_meta_device():
