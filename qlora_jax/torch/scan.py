@@ -217,7 +217,7 @@ def _hidden_states(output: Any) -> jax.Array:
     if not isinstance(output, tuple) or any(value is not None for value in output[1:]):
         raise ScanError(
             "a scanned layer must return its hidden states alone, as a tensor or as "
-            f"the first value of a tuple of None. Got a {type(output).__name__}. Pass "
+            f"the first value of a tuple of None. Got {type(output).__name__}. Pass "
             "trees that are not stacked."
         )
     return as_array(output[0])

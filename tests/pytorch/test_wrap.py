@@ -246,6 +246,22 @@ def test_types_of_the_weights_of_stacked_layers_can_be_read():
     assert_close(output, module(torch.ones(2, 64)).detach().numpy())
 
 
+class InList(torch.nn.Linear):
+    def forward(self, x):
+        return [super().forward(x)]
+
+
+def test_scanned_layers_cannot_return_lists():
+    module = Layers(lambda x, layer, index: layer(x)[0])
+    module.layers = torch.nn.ModuleList(InList(64, 64) for _ in range(2))
+    params = ql.torch.params(module)
+    model, x = ql.torch.wrap(module), jnp.ones((2, 64))
+    expected = module(torch.ones(2, 64)).detach().numpy()
+    assert_close(model.apply({"params": params}, x), expected)
+    stacked = ql.torch.stack(module, params)
+    refusal(lambda: model.apply({"params": stacked}, x), "Got list", "not stacked")
+
+
 class Twice(torch.nn.Linear):
     def forward(self, x):
         return torch.cat([x, x], -1) + self.bias[0]
