@@ -1,9 +1,10 @@
 """Finds the kind of a row by its keys, and validates its fields."""
 
 import itertools
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import qlora_jax as ql
 
 ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that "
@@ -49,8 +50,9 @@ _SHAREGPT_ROLES |= {x: x for x in ("user", "assistant", "system", "tool")}
 # Keys that decide whether to train on a message: the first is OpenAI's, and the others
 # are axolotl's.
 _TRAIN_KEYS = ("weight", "train", "training")
-# Values of `label` in KTO data, in lower case. Some files contain only strings.
-_LABELS = {"true", "false", "1", "0"}
+# Values of `label` in KTO data, as strings in lower case: some files contain only
+# strings, and others only floats.
+_LABELS = {"true", "false", "1", "0", "1.0", "0.0"}
 
 
 class Fields(NamedTuple):
@@ -145,8 +147,8 @@ def _parse_field(name: str, value: Any) -> Any:
     if name not in _JSON_FIELDS or not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:
+        return ql.io.parse_json(value.encode(), "It") if value.strip() else None
+    except ValueError as error:
         raise ValueError(f"`{name}` must be JSON if it is a string. {error}") from error
 
 

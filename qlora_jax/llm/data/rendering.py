@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -30,8 +29,6 @@ class Template:
 
     def __init__(self, source: str, now: datetime.datetime | None = None):
         self.source = source
-        # Whether the template has `{% generation %}`.
-        self.marks_answers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
         # These settings are those of transformers. Templates rely on them.
         environment = sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,
@@ -45,9 +42,12 @@ class Template:
             "strftime_now": lambda fmt: (now or datetime.datetime.now()).strftime(fmt),
         }
         self._template = _call_guarded(lambda: environment.from_string(source))
+        tree = environment.parse(source)
+        # Whether the template has `{% generation %}`, whose extension is the only one
+        # that adds such a node.
+        self.marks_answers = tree.find(nodes.ExtensionAttribute) is not None
         # If a template handles a role by its name, the name is one of its literals.
-        literals = environment.parse(source).find_all(nodes.Const)
-        self.literals = {literal.value for literal in literals}
+        self.literals = {literal.value for literal in tree.find_all(nodes.Const)}
 
     def render(self, variables: Mapping[str, Any]) -> Rendering:
         """Renders the template with the variables."""

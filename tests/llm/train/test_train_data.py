@@ -628,6 +628,7 @@ PAIR_HINT = "`chosen` and `rejected` need an `--objective` for preferences"
         (MARKED | {"label": False}, {}, HINT),
         (MARKED | {"label": 1}, {}, HINT),
         (MARKED | {"label": "False"}, {}, HINT),
+        (MARKED | {"label": 0.0}, {}, HINT),
         ({"messages": MESSAGES, "label": True}, {}, HINT),
         ({"q": "a", "a": "b", "label": False}, NAMED, HINT),
         ({"prompt": "a"} | PAIR, {}, PAIR_HINT),

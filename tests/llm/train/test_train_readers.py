@@ -233,6 +233,11 @@ LONG_LINE = b'{"text": "' + b"a" * 4000 + b'"}\n{"text": "b"}'
             b"messages\n[{'role': 'a'}]\n",
             "`messages` must be JSON if it is a string",
         ),
+        (
+            "d.jsonl",
+            b'{"input_ids": [1], "labels": "[{\\"a\\": 1, \\"a\\": 2}]"}',
+            r"`labels` must be JSON .* It has duplicate keys: \['a'\]",
+        ),
         ("d.txt", b"", "d.txt must have rows. Got none"),
         ("d.txt", b"\xff", "must be a .txt file. 'utf-8' codec"),
         (

@@ -77,6 +77,18 @@ WHOLE = (
 )
 
 
+def test_answers_are_marked_in_any_spelling(tmp_path):
+    # `+` keeps the white space around a block, which has none here.
+    template = WHOLE.replace("{% generation %}", "{%+ generation +%}")
+    tokenizer = tokenizer_with(tmp_path, template)
+    texts = trained_texts_of(tokenizer, tmp_path, TALK)
+    assert texts == ["assistant: two<|im_end|>"]
+    # An example in a comment marks nothing.
+    source = "{# {% generation %} #}" + CHATML
+    [text] = trained_texts_of(tokenizer_with(tmp_path, source), tmp_path, TALK)
+    assert text == "two<|im_end|>"
+
+
 @pytest.mark.parametrize("template", [MARKED, WHOLE])
 def test_a_completion_is_trained_without_the_answers_before_it(tmp_path, template):
     tokenizer = tokenizer_with(tmp_path, template)
