@@ -35,7 +35,15 @@ _Q4_0: Any = ql.QLoRAConfig(fmt="q4_0").packing
 _Q4_0_FORMATS = _Q4_0.format.equivalents  # formats with the codes and scales of Q4_0
 # The kernels that Q4_0 packs.
 _LAYER_KERNELS = r"layers(_\d+)?/(?!.*/(router|shared_expert_gate)/).*/kernel"
-_MAX_F16 = float(np.finfo(np.float16).max)
+# Where a block has its float16 numbers, by which its codes are multiplied or shifted.
+_F16_BYTES = {
+    "Q8_0": slice(2),
+    "Q5_0": slice(2),
+    "Q5_1": slice(4),
+    "Q4_K": slice(4),
+    "Q5_K": slice(4),
+    "Q6_K": slice(-2, None),
+}
 
 Leaves = Mapping[str, Any]  # arrays and packed kernels, or adapters, by path
 
@@ -334,13 +342,21 @@ def _merge_matrix(leaf: Any, lora: Any, index: tuple[int, ...]) -> np.ndarray:
 def _encode(name: str, x: np.ndarray, fmt: str) -> np.ndarray:
     if not np.isfinite(x).all():
         raise ValueError(f"{name} must be finite. Got NaN or infinity.")
-    # Q8_0 stores a scale in float16, and codes up to 127.
-    limit = {"F32": np.inf, "Q8_0": _MAX_F16 * 127}.get(fmt, _MAX_F16)
-    if (largest := float(np.abs(x).max())) > limit:
+    quantization_type = gguf.GGMLQuantizationType[fmt]
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity is rejected below
+        if fmt in K_QUANTS:
+            encoded = pack_k_quant(x, fmt)
+        else:
+            encoded = gguf.quantize(np.ascontiguousarray(x), quantization_type)
+    numbers = encoded
+    if fmt in _F16_BYTES:
+        _, block_bytes = gguf.GGML_QUANT_SIZES[quantization_type]
+        blocks = encoded.reshape(-1, block_bytes)[:, _F16_BYTES[fmt]]
+        numbers = np.ascontiguousarray(blocks).view(np.float16)
+    if not np.isfinite(numbers).all():
+        largest = float(np.abs(x).max())
         raise ValueError(f"{name} must fit {fmt}. Got a value of {largest}.")
-    if fmt in K_QUANTS:
-        return pack_k_quant(x, fmt)
-    return gguf.quantize(np.ascontiguousarray(x), gguf.GGMLQuantizationType[fmt])
+    return encoded
 
 
 def _pack_q4_0(leaves: Leaves) -> dict[str, Any]:

@@ -178,6 +178,11 @@ def _read_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], Any, int, int]:
     # GGUF lists the axes in reverse: the last axis of the array comes first.
     shape = tuple([cursor.number("Q") for _ in range(num_axes)][::-1])
     tensor_type = gguf.GGMLQuantizationType(cursor.number("I"))
+    if num_axes == 1 and tensor_type.name not in _DTYPES:  # llama.cpp writes F32
+        raise ValueError(
+            f"A tensor with one axis must be {', '.join(_DTYPES)}. Got {name!r:.80}, "
+            f"which is {tensor_type.name}."
+        )
     block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
     count = math.prod(shape)
     if not count or shape[-1] % block:

@@ -226,13 +226,15 @@ def _add_bos_and_eos(tokenizer: "Tokenizer", file: GGUFFile, adds_bos: bool) -> 
     ids = {name: _get(file, f"{name}_token_id") for name in adds if adds[name]}
     tokens: dict[str, str] = {}
     for name, index in ids.items():
-        if index is None:
-            continue
         is_id = isinstance(index, int) and index >= 0
         token = tokenizer.id_to_token(index) if is_id else None
         if token is None:
+            # llama.cpp would add a default token, whose id is 1 for "llama" and 11 for
+            # "gpt2". In most vocabularies, token 11 is an ordinary one.
             raise ql.io.CheckpointError(
-                f"`{_PREFIX}{name}_token_id` must be the id of a token. Got {index!r}."
+                f"`{_PREFIX}{name}_token_id` must be the id of a token. Got {index!r}. "
+                "This token is added to each text. If the model needs none, set "
+                f"`{_PREFIX}add_{name}_token` to false."
             )
         tokens[name] = token
     if tokens:

@@ -198,6 +198,40 @@ def test_a_file_has_the_mixture_and_is_read_again(tmp_path):
         np.testing.assert_array_equal(kernel["kernel"][3].T, decoded)
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "fmt"),
+    [
+        ("mlp/up_proj", "ffn_up", "Q4_K"),
+        ("self_attn/v_proj", "attn_v", "Q6_K"),
+        ("mlp/down_proj", "ffn_down", "Q5_0"),
+    ],
+)
+def test_weights_above_float16_fit_if_the_scales_of_blocks_do(
+    tmp_path, module, name, fmt
+):
+    sizes = {"hidden_size": 256, "intermediate_size": 288, "num_hidden_layers": 2}
+    folder = save_tiny(tmp_path / "model", **sizes)
+    _, params = load(folder, progress=False)
+    group, projection = module.split("/")
+    leaf = params["layers"][group][projection]
+    layer = 1 if fmt == "Q6_K" else 0
+    options = {"fmt": "Q4_K_M", "tokenizer": False, "progress": False}
+    path, tensor = tmp_path / "model.gguf", f"blk.{layer}.{name}.weight"
+    kernel = np.asarray(leaf["kernel"])
+    # The scale of a block is about the range of its weights, divided by the largest
+    # code (15 or more) and, in K-quants, by the largest scale of a group.
+    leaf["kernel"] = kernel * (3e5 / np.abs(kernel).max())
+    save_gguf(path, folder, params, **options)
+    stored = stored_tensors(path)[tensor]
+    assert stored.tensor_type.name == fmt
+    expected = leaf["kernel"][layer].T
+    assert relative_error(decode(stored.data, fmt), expected) < 0.1
+    # Float16 ends at 65504, so none of the formats has weights of more than 2.7e8.
+    leaf["kernel"] = kernel * (1e10 / np.abs(kernel).max())
+    with pytest.raises(ValueError, match=f"{name}.weight must fit Q"):
+        save_gguf(path, folder, params, **options)
+
+
 def test_a_packed_base_is_packed_again_with_a_warning(tmp_path):
     folder = save_tiny(tmp_path / "model")
     settings = ql.QLoRAConfig(fmt="nf4", block_size=32, targets="layers/mlp/.*/kernel")

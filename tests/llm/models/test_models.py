@@ -233,6 +233,15 @@ def test_values_that_a_header_cannot_have_are_named(
         open_gguf(tmp_path / "x.gguf")
 
 
+def test_a_vector_in_a_format_without_a_dtype_is_named(tmp_path):
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    bfloat16 = gguf.GGMLQuantizationType.BF16
+    writer.add_tensor("norm", np.zeros(128, np.uint8), raw_dtype=bfloat16)
+    finish(writer)
+    with pytest.raises(ql.io.CheckpointError, match="F32.* 'norm', which is BF16"):
+        open_gguf(tmp_path / "x.gguf")
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
@@ -244,6 +253,9 @@ def test_values_that_a_header_cannot_have_are_named(
             {"bos_token_id": 9},
             "bos_token_id` must be the id of a token. Got 9",
         ),
+        # Without the key, llama.cpp would add tokens of its own choice.
+        ("llama", {"bos_token_id": None}, "bos_token_id` must be the id .* Got None"),
+        ("gpt2", {"eos_token_id": None}, "eos_token_id` must be the id .* Got None"),
         ("llama", {"token_scores": [0.0]}, r"and scores must have .* Got \[3, 3, 1\]"),
     ],
 )
@@ -254,7 +266,8 @@ def test_a_damaged_tokenizer_is_described(tmp_path, model, changes, message):
     fields |= {"add_eos_token": True, "bos_token_id": 0, "eos_token_id": 1}
     writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
     for name, value in (fields | changes).items():
-        getattr(writer, f"add_{name}")(value)
+        if value is not None:
+            getattr(writer, f"add_{name}")(value)
     finish(writer)
     with pytest.raises(ql.io.CheckpointError, match=message):
         gguf_tokenizer(open_gguf(tmp_path / "x.gguf"))
