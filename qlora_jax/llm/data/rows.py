@@ -94,11 +94,14 @@ def find_weights(data: str | pathlib.Path | Mapping[str, float]) -> dict[str, fl
     if isinstance(data, Mapping):
         parts = [*data.items()]
     else:
-        pairs = [part.rpartition("=") for part in str(data).split(",")]
-        # A path may contain commas and equals signs. Without "=", a name is empty.
-        if os.path.exists(data) or not all(name for name, *_ in pairs):
-            return {str(data): 1.0}  # a single data set
-        parts = [(name.strip(), weight) for name, _, weight in pairs]
+        splits = [part.rpartition("=") for part in str(data).split(",")]
+        # `rpartition` leaves the name empty in a part without "=".
+        is_mixture = all(name for name, _, _ in splits)
+        # A single data set may have commas and equals signs in its path. An empty path
+        # is an error, since it would be the current folder.
+        if data and (os.path.exists(data) or not is_mixture):
+            return {str(data): 1.0}
+        parts = [(name.strip(), weight) for name, _, weight in splits]
     try:
         weights = {name: float(weight) for name, weight in parts}
         is_positive = all(0 < weight < math.inf for weight in weights.values())
@@ -121,9 +124,11 @@ def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source
     path = pathlib.Path(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
-        parts = {x.name: parse_file_name(x) for x in files if x.name[0] != "."}
-        stems = {name: x.stem for name, x in parts.items() if x}
-        splits = _assign_splits(stems, str(path), "file", [*parts], notes)
+        files = [file for file in files if not file.name.startswith(".")]
+        parsed = {file.name: parse_file_name(file) for file in files}
+        # Only files that a reader supports.
+        stems = {name: parts.stem for name, parts in parsed.items() if parts}
+        splits = _assign_splits(stems, str(path), "file", parsed, notes)
         return {split: open_file(path / name) for split, name in splits.items()}
     if path.exists() or parse_file_name(path) or not _HUB_ID.fullmatch(str(path)):
         alternatives = ", a folder with a file named train, or the id of a data set"
@@ -253,7 +258,9 @@ class JsonLines:
         for number, row in readers.read_jsonl(file):
             self.line_number = number
             yield number, row
-            self.offset = file.tell()  # of the next row
+            # The caller asks for the next row, which starts here, or is the first one
+            # after blank lines.
+            self.offset = file.tell()
 
     def read_row(self, offset: int) -> Any:
         """Returns the raw row of the line that begins at a byte."""
@@ -277,7 +284,7 @@ class StreamedRows(Sequence["Row"]):
 
     def add(self, file: JsonLines, piece_index: int, row: "Row") -> None:
         """Adds a row: one of the pieces of the row that `file` has read last."""
-        if file not in self._files[-1:]:
+        if not self._files or self._files[-1] is not file:  # its first row
             self._files.append(file)
         position = len(self._files) - 1, piece_index, file.offset, file.line_number
         self._numbers.extend((*position, len(row.ids), row.num_trained))

@@ -174,7 +174,7 @@ def test_a_folder_has_splits_with_examples(folder, tmp_path):
     assert (len(data.train), len(data.valid), data.test) == (2, 1, [])
 
 
-def test_data_sets_with_weights_follow_each_other(folder, tmp_path):
+def test_data_sets_with_weights_follow_each_other(folder, tmp_path, monkeypatch):
     pair = {"prompt": "one?", "completion": "two"}
     texts = write_rows(tmp_path / "one.jsonl", [{"text": "one"}] * 2)
     (tmp_path / "two").mkdir()
@@ -196,6 +196,9 @@ def test_data_sets_with_weights_follow_each_other(folder, tmp_path):
     # The names of many data sets are together longer than a path may be.
     with pytest.raises(ValueError, match="Got '0.jsonl', which is missing"):
         read(folder, ",".join(f"{i}.jsonl=1" for i in range(100)))
+    monkeypatch.chdir(tmp_path / "two")  # which has a file named train
+    with pytest.raises(ValueError, match="must list each data set once, .* Got ''"):
+        read(folder, "")
     with pytest.raises(ValueError, match="must list each data set once, .* None"):
         read(folder, {str(texts): None})
     # A file name with "=" is not a weight.
