@@ -217,15 +217,16 @@ class _BatchSource:
                 raise ValueError("`packing` must be false for rows with images.")
             self.processor = images[0].processor
             lengths = np.array([self._length(row) for row in rows])
-        orders = self._mix_orders(lengths, mix, num_epochs)
+        orders = self._choose_orders(lengths, mix, num_epochs)
         if packing:
             self._choose_shape_of_packs(orders)
         else:
             self._choose_widths(lengths, num_targets)
 
-    def _mix_orders(self, lengths, mix, num_epochs) -> list[Order]:
-        # Returns the order of the rows, or packs of rows, of each data set, which does
-        # not depend on the other data sets. Stores the mixture of these orders.
+    def _choose_orders(self, lengths, mix, num_epochs) -> list[Order]:
+        # Stores the order of all rows, or packs of rows, and the sizes of an epoch and
+        # of a window. Returns the orders of the data sets that are mixed in it, none of
+        # which depends on the other data sets.
         num_rows = len(self.rows)
         counts, weights = zip(*mix, strict=True) if mix else ((num_rows,), (1.0,))
         is_positive = all(0 < weight < math.inf for weight in weights)
@@ -381,6 +382,7 @@ def collate(
             target_span = slice(filled, filled + len(selected))
             select[i, target_span] = start + selected
             targets[i, target_span] = row.labels[1:][selected]
+            # All targets have the weight 1, except those of bad completions.
             weights[i, target_span] = row.label is not False
             if row.label is not None:
                 sign = 1 if row.label else -1

@@ -333,7 +333,8 @@ class Chat:
         text, answers = rendering
 
         def find_end(count, turn, add_generation_prompt):
-            # Returns where the first `count` messages end. `turn` is for the error.
+            # Returns where the text of the first `count` messages ends. `turn` is the
+            # message with the answer, for the error.
             beginning = self.render(messages[:count], tools, add_generation_prompt).text
             if not text.startswith(beginning):
                 raise ValueError(
@@ -345,10 +346,11 @@ class Chat:
             return len(beginning)
 
         def find_span(turn):
-            # An answer is the difference between renderings with and without it.
+            # An answer is the difference between renderings with and without it. It
+            # starts where the `turn` messages before it and the generation prompt end.
+            start = find_end(turn, turn, True)
             is_last = turn + 1 == len(messages)
-            end = len(text) if is_last else find_end(turn + 1, turn, False)
-            return find_end(turn, turn, True), end
+            return start, len(text) if is_last else find_end(turn + 1, turn, False)
 
         if not self.template(tools).marks_answers:
             return AnswerSpans(text, [find_span(turn) for turn in turns], True)

@@ -234,12 +234,14 @@ class _Reader:
                 f"Got {share}, and {sources['valid'].name}."
             )
         old_count = len(self.rows["train"])
-        kinds = {split: self._read_split(split, sources[split]) for split in sources}
+        kinds = {}
+        for split, source in sources.items():
+            kinds[split] = self._read_split(split, source)  # also stores the rows
         if len({*kinds.values()}) > 1:
             raise ValueError(f"all splits must have rows of one kind. Got {kinds}.")
         self.kinds |= dict.fromkeys(kinds.values())
         count = len(self.rows["train"]) - old_count
-        if not count:
+        if not count:  # all rows were drawn for validation
             raise ValueError(_NO_ROWS.format(share, name, "train on"))
         return count
 

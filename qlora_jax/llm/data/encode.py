@@ -135,7 +135,8 @@ class Encoder:
     ):
         """Checks and stores the settings.
 
-        With `ends_text`, an end token is added to rows of `text`.
+        With `ends_text`, an end token is added to rows of `text`. `rows` is a key of
+        `kinds.FORMS`.
         """
         if train_on not in get_args(TrainOn):
             raise ValueError(
@@ -355,8 +356,9 @@ class Encoder:
         indices = np.zeros(0, int)
         for start, end in located.answers:
             is_inside = (starts < end) & (ends > start) & ~added
-            # If the tokenizer added a token after the start of the answer, this is the
-            # token for the end of the text, which belongs to the answer.
+            # A token that the tokenizer added starts where the text before it ends. If
+            # that is after the start of the answer, it is the token for the end of the
+            # text, which belongs to the answer.
             is_inside |= added & (starts > start)
             (indices,) = np.nonzero(is_inside)
             # An answer ends at its last end token: earlier ones are inside it, and the

@@ -15,10 +15,12 @@ from .model_files import ModelError
 
 # The keys of a part of a message that may name the file of an image.
 _FILE_KEYS = ("image", "path", "url")
+# The names that processors give to the output with the types of tokens.
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 # The outputs that a processor may have. If there are others, such as the sizes of
 # images, the number of tokens of an image depends on the image.
-_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _OUTPUTS = {"input_ids", "attention_mask", "pixel_values", "text_replacement_offsets"}
+_OUTPUTS |= {*_TOKEN_TYPES}
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class ImageProcessor:
             return_text_replacement_offsets=True,
             return_mm_token_type_ids=True,
         )
-        if unknown := sorted({*output} - _OUTPUTS - {*_TOKEN_TYPES}):
+        if unknown := sorted({*output} - _OUTPUTS):
             raise ModelError(
                 "images are only supported for models that give all of them the same "
                 f"size. The processor of {self.path} also returns {unknown}."

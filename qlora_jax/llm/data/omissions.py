@@ -8,6 +8,7 @@ part is long and appears in the text, but only once in the row and not in the te
 import bisect
 import copy
 import functools
+import itertools
 import json
 import operator
 import re
@@ -65,14 +66,15 @@ class _Search:
             is_omitted = self._is_same_with(path, _REMOVED)
             is_omitted = is_omitted or self._is_partly_omitted(path, value)
             return [path] if is_omitted else []
+        # For each part: itself if it is omitted, or else its own omitted parts.
         omitted = [self.find(part, value[part[-1]]) for part in part_paths]
         # A value whose parts are all omitted is named instead of its parts, unless it
         # is a message or a list of messages, whose paths have one or two steps.
         is_messages = path[0] != "tools" and len(path) < 3
-        is_total = all(x == [y] for x, y in zip(omitted, part_paths, strict=True))
+        is_total = omitted == [[part] for part in part_paths]
         if is_total and not is_messages:
             return [path]
-        return [part for paths in omitted for part in paths]
+        return [*itertools.chain(*omitted)]
 
     def _is_surely_written(self, value: object) -> bool:
         forms = _dense_forms(value)

@@ -31,22 +31,22 @@ def choose_widths(lengths: np.ndarray) -> np.ndarray:
     num_narrower = np.concatenate([[0], np.cumsum(counts)])
     cost = num_narrower[1:] * widths  # one width for all
     # For each n, and each j: the best i, or 0 if there is no second largest width.
-    previous = [np.zeros(len(widths), int)]
+    best_starts = [np.zeros(len(widths), int)]
     max_widths = min(MAX_WIDTHS, len(widths))
-    while cost[-1] * (1 - _PADDING) > num_tokens and len(previous) < max_widths:
+    while cost[-1] * (1 - _PADDING) > num_tokens and len(best_starts) < max_widths:
         old_cost = np.concatenate([[np.inf], cost])  # at i: cost_(n-1)[i - 1]
-        cost, best = np.empty(len(widths)), np.zeros(len(widths), int)
+        cost, starts = np.empty(len(widths)), np.zeros(len(widths), int)
         for j, width in enumerate(widths):
-            num_last = num_narrower[j + 1] - num_narrower[: j + 1]
-            candidates = old_cost[: j + 1] + num_last * width  # for each i
-            best[j] = int(candidates.argmin())
-            cost[j] = candidates[best[j]]
-        previous.append(best)
+            counts_to_j = num_narrower[j + 1] - num_narrower[: j + 1]  # count(i to j)
+            candidates = old_cost[: j + 1] + counts_to_j * width  # for each i
+            starts[j] = int(candidates.argmin())
+            cost[j] = candidates[starts[j]]
+        best_starts.append(starts)
     # Walk back from the largest width.
     chosen, j = [], len(widths) - 1
-    for best in reversed(previous):
+    for starts in reversed(best_starts):
         chosen.append(int(widths[j]))
-        j = int(best[j]) - 1
+        j = int(starts[j]) - 1
     return np.array(chosen[::-1])
 
 
