@@ -77,7 +77,7 @@ def save_split_tokenizer(folder, pre="qwen2"):
     splits = pre_tokenizers
     vocab = {t: i for i, t in enumerate(sorted(splits.ByteLevel.alphabet()))}
     vocab |= {"he": len(vocab), "ll": len(vocab) + 1}
-    skips = PRE_TOKENIZERS[pre][2]
+    skips = PRE_TOKENIZERS[pre].ignores_merges
     merges = [("h", "e"), ("l", "l")]
     tokenizer = tokenizers.Tokenizer(
         models.BPE(vocab=vocab, merges=merges, ignore_merges=skips)

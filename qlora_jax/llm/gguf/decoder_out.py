@@ -229,15 +229,15 @@ def _plan_tensors(
         hf_names = names.of(path, leaf.shape[:batch_axes])
         if hf_names.ndim > 1:
             hf_names, batch_axes = hf_names[:, 0], 1
-        # 2. The shape, and `parts`: the columns of each tensor that the leaf becomes,
-        # by the text that replaces "_gate_" in the name. Most leaves become one tensor
-        # with all columns, and their names do not change.
-        shape, parts = tuple(leaf.shape[batch_axes:]), {"_gate_": slice(None)}
+        # 2. The shape, and the columns of each tensor that the leaf becomes, by the
+        # text that replaces "_gate_" in its name. Most leaves become one tensor with
+        # all columns, whose name does not change.
+        shape, columns_of = tuple(leaf.shape[batch_axes:]), {"_gate_": slice(None)}
         if is_convolution := path.endswith("/conv1d"):
             shape = (shape[0], shape[2])  # without an axis of size 1
         if "/experts/gate_up_proj/" in path:  # columns of gate and up alternate
             shape = (*shape[:-1], shape[-1] // 2)
-            parts = {"_gate_": slice(0, None, 2), "_up_": slice(1, None, 2)}
+            columns_of = {"_gate_": slice(0, None, 2), "_up_": slice(1, None, 2)}
         shape = (*shape[:-2], shape[-1], shape[-2]) if is_kernel else shape
         # 3. The format. llama.cpp stores vectors, biases, convolutions, routers and
         # gates of experts in F32.
@@ -248,13 +248,23 @@ def _plan_tensors(
         if not is_small:
             leaf_fmt = _choose_format(path, leaf, shape, fmt, is_merged)
         for index, hf_name in np.ndenumerate(hf_names):
-            for part, columns in parts.items():
+            for part, columns in columns_of.items():
                 name = gguf_name_of[hf_name].replace("_gate_", part)
-                location = name, hf_name, path, index, columns
                 tensor_fmt = leaf_fmt
                 if leaf_fmt == "Q4_K_M":  # its tensors have different formats
                     tensor_fmt = q4_k_m_format(name, shape[-1], config, architecture)
-                tensors.append(_PlannedTensor(*location, is_kernel, shape, tensor_fmt))
+                tensors.append(
+                    _PlannedTensor(
+                        name=name,
+                        hf_name=hf_name,
+                        path=path,
+                        batch_index=index,
+                        columns=columns,
+                        is_kernel=is_kernel,
+                        shape=shape,
+                        fmt=tensor_fmt,
+                    )
+                )
     return tensors
 
 

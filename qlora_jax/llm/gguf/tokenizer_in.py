@@ -6,7 +6,7 @@ each token instead: the pair that forms the token with the highest score merges 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import qlora_jax as ql
 
@@ -37,18 +37,23 @@ _WORDS_WITH_MARKS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# For each of llama.cpp's names of pre-tokenizers:
-# - the expression by which it splits text. "" stands for GPT-2's expression. None means
-#   that each digit is split off first, and GPT-2's expression is then applied,
-# - the name of the normalizer, or None,
-# - whether a word that is itself a token skips the merges.
+
+
+class _PreTokenizer(NamedTuple):
+    expression: str | None  # splits text; None for GPT-2's expression
+    normalizer: str | None = None  # its name in `tokenizers`
+    ignores_merges: bool = False  # whether a word that is itself a token skips them
+    splits_digits: bool = False  # whether each digit is split off first
+
+
+# By llama.cpp's names.
 PRE_TOKENIZERS = {
-    "gpt-2": ("", None, False),
-    "smollm": (None, None, False),
-    "llama-bpe": (_WORDS % r"\p{N}{1,3}", None, True),
-    "smaug-bpe": (_WORDS % r"\p{N}{1,3}", None, False),
-    "qwen2": (_WORDS % r"\p{N}", "NFC", False),
-    "qwen35": (_WORDS_WITH_MARKS, "NFC", False),
+    "gpt-2": _PreTokenizer(None),
+    "smollm": _PreTokenizer(None, splits_digits=True),
+    "llama-bpe": _PreTokenizer(_WORDS % r"\p{N}{1,3}", ignores_merges=True),
+    "smaug-bpe": _PreTokenizer(_WORDS % r"\p{N}{1,3}"),
+    "qwen2": _PreTokenizer(_WORDS % r"\p{N}", "NFC"),
+    "qwen35": _PreTokenizer(_WORDS_WITH_MARKS, "NFC"),
 }
 
 
@@ -77,7 +82,7 @@ def _read_bpe(file: GGUFFile) -> "Tokenizer":
             f"pre-tokenizers {tuple(PRE_TOKENIZERS)}. Got {(model, pre)}. Use a folder "
             "with tokenizer.json."
         )
-    _, normalizer, ignores_merges = PRE_TOKENIZERS[pre]
+    settings = PRE_TOKENIZERS[pre]
     _check_lengths(tokens, types)
     vocab = {token: index for index, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
@@ -86,10 +91,10 @@ def _read_bpe(file: GGUFFile) -> "Tokenizer":
             "the merges of a GGUF file must be pairs of tokens with a space between "
             f"them. Got {wrong[:3]}."
         )
-    bpe = models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignores_merges)
+    bpe = models.BPE(vocab=vocab, merges=pairs, ignore_merges=settings.ignores_merges)
     tokenizer = Tokenizer(bpe)
-    if normalizer is not None:
-        tokenizer.normalizer = getattr(normalizers, normalizer)()
+    if settings.normalizer is not None:
+        tokenizer.normalizer = getattr(normalizers, settings.normalizer)()
     tokenizer.pre_tokenizer = make_pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     _add_tokens(tokenizer, tokens, types)
@@ -252,15 +257,15 @@ def make_pre_tokenizer(name: str, space: bool = False) -> "PreTokenizer":
     """
     from tokenizers import Regex, pre_tokenizers
 
-    expression = PRE_TOKENIZERS[name][0]
+    settings = PRE_TOKENIZERS[name]
     # `use_regex` splits by GPT-2's expression.
     byte_level = pre_tokenizers.ByteLevel(
-        add_prefix_space=space, use_regex=expression in ("", None)
+        add_prefix_space=space, use_regex=settings.expression is None
     )
-    if expression == "":
-        return byte_level
-    if expression is None:
+    if settings.splits_digits:
         splitter = pre_tokenizers.Digits(individual_digits=True)
+    elif settings.expression is not None:
+        splitter = pre_tokenizers.Split(Regex(settings.expression), "isolated")
     else:
-        splitter = pre_tokenizers.Split(Regex(expression), "isolated")
+        return byte_level
     return pre_tokenizers.Sequence([splitter, byte_level])

@@ -44,7 +44,11 @@ def check_gguf_tokenizer(source: ModelSource) -> None:
     """Raises if `write_gguf_tokenizer` does not support a model's tokenizer."""
     if not isinstance(source, GGUFModel):
         raw = _read_tokenizer(FolderTokenizer(source.path))
-        scores_of(raw) if _is_spm(raw) else _find_pre_tokenizer(raw)
+        # Both functions raise if llama.cpp would compute other tokens.
+        if _is_spm(raw):
+            scores_of(raw)
+        else:
+            _find_pre_tokenizer(raw)
 
 
 def _read_tokenizer(files: FolderTokenizer) -> dict[str, Any]:
@@ -207,9 +211,10 @@ def _find_pre_tokenizer(raw: Mapping[str, Any]) -> str:
         (raw.get("normalizer") or {}).get("type"),
         bool(model.get("ignore_merges")),
     )
-    for name, (_, normalizer, ignores_merges) in PRE_TOKENIZERS.items():
+    for name, pre_tokenizer in PRE_TOKENIZERS.items():
         split = _drop_offsets(json.loads(make_pre_tokenizer(name).__getstate__()))
-        is_same = settings == (split, normalizer, ignores_merges)
+        expected = split, pre_tokenizer.normalizer, pre_tokenizer.ignores_merges
+        is_same = settings == expected
         if model.get("type") == "BPE" and is_same:
             return name
     raise ValueError(

@@ -152,8 +152,8 @@ def _activation(architecture: str) -> str:
 
 def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, Any]:
     """Returns the keys of a `config.json` that only some families read."""
-    get, count = values.get, values["block_count"]
-    is_27b = count == _LAYERS_OF_27B.get(architecture)
+    get, num_layers = values.get, values["block_count"]
+    is_27b = num_layers == _LAYERS_OF_27B.get(architecture)
     scaled_dim = values["embedding_length"] // values["attention.head_count"]
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     is_capped = architecture == "gemma2"
@@ -163,7 +163,9 @@ def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, 
         "query_pre_attn_scalar": scaled_dim if is_27b else head_dim,
         "moe_intermediate_size": get("expert_feed_forward_length"),
         # Despite its name, this key has 1 for layers with rotary positions.
-        "no_rope_layers": [int((i + 1) % _NO_ROPE_PERIOD > 0) for i in range(count)],
+        "no_rope_layers": [
+            int((layer + 1) % _NO_ROPE_PERIOD > 0) for layer in range(num_layers)
+        ],
         "num_experts_per_tok": get("expert_used_count"),
         "norm_topk_prob": architecture != "olmoe",
         "logit_scale": to_float(get("logit_scale", 0.0)) or 1.0,
@@ -186,8 +188,8 @@ def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, 
     elif default := WINDOW_PERIODS.get(architecture):
         period = get("attention.sliding_window_pattern", default)
         keys["layer_types"] = [
-            "full_attention" if i % period == period - 1 else "sliding_attention"
-            for i in range(count)
+            "full_attention" if layer % period == period - 1 else "sliding_attention"
+            for layer in range(num_layers)
         ]
         keys["sliding_window"] = get("attention.sliding_window", 4096)
     return keys
@@ -290,9 +292,10 @@ def check_values(architecture: str, values: Values, names: Collection[str]) -> N
     optional += ["rope.dimension_count"]
     if architecture in WINDOW_PERIODS:
         optional += ["attention.sliding_window_pattern"]
-        # Only Gemma 2 has a default for the size of the window.
-        keys = optional if architecture == "gemma2" else required
-        keys += ["attention.sliding_window"]
+        if architecture == "gemma2":  # the only one with a default for the window
+            optional += ["attention.sliding_window"]
+        else:
+            required += ["attention.sliding_window"]
     missing = [key for key in required if not is_count(get(key))]
     missing += [key for key in optional if not is_count(get(key, 1))]
     missing = [f"{architecture}.{key}" for key in missing]
