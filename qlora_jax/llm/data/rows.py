@@ -129,6 +129,13 @@ def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source
         # Only files that a reader supports.
         stems = {name: parts.stem for name, parts in parsed.items() if parts}
         splits = _assign_splits(stems, str(path), "file", parsed, notes)
+        # A split may be in a format that no reader supports, as in valid.tsv.
+        absent = [name for x in SPLITS if x not in splits for name in SPLITS[x]]
+        unread = [name for name in parsed if name not in stems]
+        if unread := [name for name in unread if name.partition(".")[0] in absent]:
+            notes.append(
+                f"{path}: ignored, since files must be {FILES}: {', '.join(unread)}"
+            )
         return {split: open_file(path / name) for split, name in splits.items()}
     if path.exists() or parse_file_name(path) or not _HUB_ID.fullmatch(str(path)):
         alternatives = ", a folder with a file named train, or the id of a data set"

@@ -172,6 +172,12 @@ def test_a_folder_has_splits_with_examples(folder, tmp_path):
     assert prompt == f"{BEGIN}is?{ANSWER}" and example.answer == "two"
     assert example.end_ids == (2,)  # <|im_end|>
     assert (len(data.train), len(data.valid), data.test) == (2, 1, [])
+    assert data.notes == ()
+    # A format that no reader supports.
+    (tmp_path / "validation.jsonl").rename(tmp_path / "validation.jsonl.zst")
+    data = read(folder, tmp_path)
+    [note] = data.notes
+    assert data.valid == [] and note.endswith(" or .parquet: validation.jsonl.zst")
 
 
 def test_data_sets_with_weights_follow_each_other(folder, tmp_path, monkeypatch):
