@@ -40,7 +40,8 @@ class Entry:
         parameter: The name of the leaf's parameter in transformers' model, if PEFT can
             adapt it as one of `target_parameters`. It has no {expert} if the parameter
             holds all experts. Leaves of the same parameter are concatenated along N.
-            List the parameters of a module in the order in which it defines them.
+            A table must have the parameters of a module in the order in which the
+            module defines them, because PEFT wraps them in this order.
         stack_roles: The roles of the axes of each part, if the name is that of a part
             of a tensor: "kn" or "nk".
         is_swapped: Whether PEFT takes the outputs of the parameter for its inputs, and
@@ -137,7 +138,8 @@ class Names:
 
     Raises:
         ValueError: If a path has a placeholder that its names lack, if two leaves have
-            the same name, or if `ignored` is a single string.
+            the same name, or if `ignored` is a single string or has an invalid
+            expression.
 
     Example:
         >>> import qlora_jax as ql
@@ -166,6 +168,14 @@ class Names:
             raise ValueError(
                 f"`ignored` must be a tuple of expressions. Got {self.ignored!r}."
             )
+        for expression in self.ignored:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(
+                    f"`ignored` must hold regular expressions. Got {expression!r}: "
+                    f"{error}."
+                ) from error
         for path, entry in entries.items():
             if unnamed := {*_PLACEHOLDER.findall(path)} - {*entry._placeholders}:
                 raise ValueError(
@@ -257,8 +267,25 @@ class Names:
         Raises:
             ValueError: If no entry has that path.
         """
+        return len(self.batch_sizes(path))
+
+    def batch_sizes(self, path: str) -> list[int | None]:
+        """Returns the sizes of a leaf's batch axes that the table determines.
+
+        Args:
+            path: The leaf's path.
+
+        Returns:
+            A size for each batch axis: the number of `Entry.numbers`, or for the last
+            axis, that of several `Entry.names`. None if the table allows any size.
+
+        Raises:
+            ValueError: If no entry has that path.
+        """
         entry, _, axes = self._find(path)
-        return len(axes) + (not isinstance(entry.names, str))
+        counts = {axis: len(numbers) for axis, numbers in entry.numbers.items()}
+        sizes = [counts.get(axis) for axis in axes]
+        return sizes if isinstance(entry.names, str) else [*sizes, len(entry.names)]
 
     def is_swapped(self, path: str) -> bool:
         """Returns `Entry.is_swapped` of a leaf.
@@ -274,10 +301,15 @@ class Names:
     def parameters(
         self, batch_shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, dict[str, list[BatchIndex]]]:
-        """Returns the leaves of each `Entry.parameter`, as batch indices by leaf path.
+        """Returns the parts of leaves that form each `Entry.parameter`.
 
         Args:
             batch_shapes: The sizes of the leaves' batch axes, by path.
+
+        Returns:
+            For the full name of each parameter, the paths of its leaves with the batch
+            indices of its kernels: `{"layers.1.up": {"layers/up": [(1, 0), (1, 1)]}}`
+            for the two experts of layer 1.
         """
         parameters: dict[str, dict[str, list[BatchIndex]]] = {}
         # Parameters concatenate their leaves in the order of the table.
@@ -311,14 +343,15 @@ class Names:
         parts = []
         for pattern, entry in self._expert_parameters:
             if match := pattern.fullmatch(name):
-                in_name = {key: int(text) for key, text in match.groupdict().items()}
-                # Another entry may have this parameter in the other layers.
+                numbers = {key: int(text) for key, text in match.groupdict().items()}
+                # The entry may have only some layers (`Entry.numbers`), and another
+                # entry the same parameter in the other layers.
                 if all(
                     number in entry.numbers.get(key, (number,))
-                    for key, number in in_name.items()
+                    for key, number in numbers.items()
                 ):
                     template = entry._templates[0]
-                    parts.append(template.format(**in_name, expert="{expert}"))
+                    parts.append(template.format(**numbers, expert="{expert}"))
         return parts
 
     def is_ignored(self, name: str) -> bool:
@@ -371,10 +404,14 @@ class Names:
 
     @functools.cached_property
     def _expert_parameters(self) -> list[tuple[re.Pattern, Entry]]:
+        # A parameter of all experts has the other numbers of the names, but not the
+        # expert's.
         return [
             (_pattern(entry.parameter), entry)
             for entry in self.entries.values()
-            if entry.parameter and "{expert}" in entry._templates[0]
+            if entry.parameter
+            and {*entry._placeholders} - {*_PLACEHOLDER.findall(entry.parameter)}
+            == {"expert"}
         ]
 
     @functools.cached_property

@@ -31,6 +31,8 @@ def test_names_of_a_leaf():
     assert NAMES.of("layers_11/norm/scale").item() == "model.layers.11.norm.weight"
     paths = "embed/embedding", "layers/kv/w", "layers/experts/up/kernel"
     assert [*map(NAMES.num_batch_axes, (*paths, "layers_4/norm/scale"))] == [0, 2, 2, 0]
+    sizes = [], [None, 2], [None, None]
+    assert (*map(NAMES.batch_sizes, paths),) == sizes
     assert NAMES.roles("layers/q_proj/kernel") == "kn"
     assert NAMES.roles("layers/kv/w") == "bnkn"
     assert NAMES.roles("layers_3/norm/scale") == ""
@@ -46,6 +48,17 @@ def test_experts_may_be_numbered_by_the_entry():
     assert names.parts_of_parameter("model.layers.0.experts.up") == []
     [part] = names.parts_of_parameter("model.layers.2.experts.up")
     assert part == "model.layers.2.experts.{expert}.up.weight"
+
+
+def test_parameters_without_all_experts_of_a_layer_have_no_parts():
+    name = "model.{layer}.experts.{expert}.up.weight"
+    for parameter, full_name in [
+        ("model.{layer}.experts.{expert}.up", "model.0.experts.1.up"),
+        ("model.experts.up", "model.experts.up"),
+    ]:
+        entry = ql.io.Entry(name, parameter=parameter)
+        names = ql.io.Names({"experts/up/kernel": entry})
+        assert names.parts_of_parameter(full_name) == []
 
 
 def test_the_first_of_two_matching_paths_is_used():
@@ -76,6 +89,10 @@ def test_the_first_of_two_matching_paths_is_used():
         (lambda: ql.io.Entry("a", stack_roles="NK"), "`stack_roles` must be 'kn'"),
         (lambda: ql.io.Entry("a.{i}", numbers={"i": (0, 0)}), "must differ. Got"),
         (lambda: ql.io.Names({"a": "b"}, ignored="b.c"), "`ignored` must be a tuple"),
+        (
+            lambda: ql.io.Names({}, ignored=("*.x",)),
+            r"expressions. Got '\*.x': nothing",
+        ),
     ],
 )
 def test_wrong_tables_are_refused(call, message):
