@@ -1,5 +1,7 @@
 """Errors of `save_merged`. tests/interop compares its files with PEFT."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +94,7 @@ def test_adapters_of_only_the_first_layers_are_refused(tmp_path):
             save_layers(tmp_path / "base", base, {})
             save_layers(tmp_path / "new", tmp_path / "base", lora)
             continue
-        with pytest.raises(ValueError, match=r"\[2\], so layers.2.up has none"):
+        with pytest.raises(ValueError, match=r"\[2\], so layers.2.up has no ad"):
             save_layers(tmp_path / "out", tmp_path / "base", lora)
     assert not (tmp_path / "out").exists()
 
@@ -102,3 +104,68 @@ def test_dtypes_of_integers_are_refused(tmp_path):
     with pytest.raises(TypeError, match="`dtype` must be a floating dtype"):
         save(tmp_path / "out", base, {}, dtype="int8")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        ql.io.Entry("experts.{expert}.weight", numbers={"expert": (4, 5, 6)}),
+        ql.io.Entry(tuple(f"experts.{i}.weight" for i in (4, 5, 6)), "bkn"),
+    ],
+)
+def test_the_table_may_determine_the_experts_of_a_shared_adapter(entry, tmp_path):
+    names = ql.io.Names({"up/kernel": entry})
+    params = {"up": {"kernel": jnp.zeros((3, 4, 2))}}
+    config = ql.QLoRAConfig(fmt=None, rank=1, alpha=2, shared="up/.*")
+    base, lora = ql.init(jax.random.key(0), params, config)
+    lora = jax.tree.map(jnp.ones_like, lora)
+    settings = {"model_type": "mine"}
+    ql.io.save_merged(tmp_path / "base", base, {}, names, settings, progress=False)
+    arguments = tmp_path / "base", lora, names
+    ql.io.save_merged(tmp_path / "new", *arguments, progress=False)
+    tensors = ql.io.open_safetensors(tmp_path / "new")
+    for i in (4, 5, 6):  # alpha / rank is 2
+        np.testing.assert_array_equal(
+            tensors[f"experts.{i}.weight"], np.full((2, 4), 2)
+        )
+
+
+def write_folder(path, tensors, config):
+    path.mkdir()
+    ql.io.write_safetensors(path / "model.safetensors", tensors)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_integers_in_a_folder_keep_their_dtype(tmp_path):
+    weight, ids = np.ones((2, 4), np.float32), np.arange(300)
+    tensors = {"up.weight": weight, "position_ids": ids}
+    write_folder(tmp_path / "base", tensors, {"model_type": "mine"})
+    arguments = tmp_path / "base", {}, NAMES
+    ql.io.save_merged(tmp_path / "new", *arguments, dtype="bfloat16", progress=False)
+    written = ql.io.open_safetensors(tmp_path / "new")
+    assert written["up.weight"].dtype == "bfloat16"
+    np.testing.assert_array_equal(written["position_ids"], ids)
+    assert written["position_ids"].dtype == np.int64
+
+
+@pytest.mark.parametrize("trainable", [(), "up/.*"])
+def test_adapters_of_integers_are_refused(trainable, tmp_path):
+    tensors = {"up.weight": np.ones((2, 4), np.int8)}
+    write_folder(tmp_path / "base", tensors, {"model_type": "mine"})
+    params = {"up": {"kernel": jnp.ones((4, 2))}}
+    targets = () if trainable else "up/.*"
+    config = ql.QLoRAConfig(fmt=None, rank=1, targets=targets, trainable=trainable)
+    _, lora = ql.init(jax.random.key(0), params, config)
+    with pytest.raises(ValueError, match=r"up.weight .*must be floating-.*, is int8"):
+        ql.io.save_merged(tmp_path / "out", tmp_path / "base", lora, NAMES)
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_packed_weights_are_removed_from_a_text_config(tmp_path):
+    quantization = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    config = {"model_type": "mine", "text_config": {"vocab_size": 8} | quantization}
+    write_folder(tmp_path / "base", {"up.weight": np.ones((2, 4), np.float32)}, config)
+    arguments = tmp_path / "base", {}, NAMES
+    ql.io.save_merged(tmp_path / "new", *arguments, progress=False)
+    written = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert written == {"model_type": "mine", "text_config": {"vocab_size": 8}}

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ...adapters.base import Adapter, misfit_reason, replace_arrays
-from ...quant.formats import check_dtype
+from ...quant.formats import FLOAT_DTYPES, check_dtype
 from ...quant.geometry import Geometry
 from ...quant.kernel import FloatKernel
 from ...trees.adapters import adapters_by_path, checked_adapters
@@ -50,15 +50,16 @@ def save_merged(
         lora: The lora tree; {} writes the base alone.
         names: The names of the leaves' tensors in the checkpoint.
         config: As in `save_bitsandbytes`; by default `base`, if that is a folder.
-        dtype: The dtype of the tensors; by default, that of each tensor.
+        dtype: The dtype of the floating-point tensors; by default, that of each tensor.
+            Other tensors in the folder, such as integers, are always kept.
         max_shard_bytes: The largest size of a file, unless one tensor is larger.
         progress: Whether to show a progress bar.
 
     Raises:
         TypeError: If `dtype` is not a floating dtype.
-        ValueError: If an adapter has no kernel in `base` or does not fit it, if the
-            name table lacks a leaf, if `dtype` cannot represent a weight, or if the
-            folder is not empty.
+        ValueError: If an adapter has no kernel in `base` or does not fit it, if its
+            tensors in the folder are not floating-point, if the name table lacks a
+            leaf, if `dtype` cannot represent a weight, or if the folder is not empty.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, qlora_jax as ql
@@ -97,7 +98,12 @@ def save_merged(
     # 3. Write them and all other tensors.
     config_changes: dict[str, Any] = {"quantization_config": None}
     if dtype is not None:
-        tensors = {name: _cast_later(name, x, dtype) for name, x in tensors.items()}
+        tensors = {
+            name: _cast_later(name, x, dtype)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+            else x
+            for name, x in tensors.items()
+        }
         config_changes |= {"dtype": jnp.dtype(dtype).name, "torch_dtype": None}
     written = join_experts({**tensors, **changed}, names)
     options: Any = dict(max_shard_bytes=max_shard_bytes, progress=progress)
@@ -113,6 +119,8 @@ def _check_trained(
         shape, trained_shape = tuple(tensors[name].shape), trained[name].shape
         if shape != trained_shape:
             mismatched.append(f"{name} (must be {shape}, is {trained_shape})")
+        elif str(dtype := tensors[name].dtype) not in FLOAT_DTYPES:
+            mismatched.append(f"{name} (must be floating-point, is {dtype})")
     refuse_names({"missing": missing, "mis-shaped": mismatched})
 
 
@@ -136,7 +144,7 @@ def _merged_tensors(
             problems.append(f"{path}: {error}")
             continue
         problems += [
-            f"{path}: its batch axes are {list(batch_shape)}, so {name} has none."
+            f"{path}: its batch axes are {list(batch_shape)}, so {name} has no adapter."
             for name in _next_names(path, batch_shape, names)
             if name in tensors and not names.is_ignored(name)
         ]
@@ -145,6 +153,9 @@ def _merged_tensors(
                 missing.append(name)
                 continue
             x = tensors[name]
+            if str(x.dtype) not in FLOAT_DTYPES:
+                problems.append(f"{path}: {name} must be floating-point, is {x.dtype}.")
+                continue
             # A shared adapter has a single position for all experts of a layer.
             matrix_lora = lora.at((*index[:-1], 0) if lora.is_shared else index)
             kernel_shape = x.shape if is_table else x.shape[::-1]
@@ -169,6 +180,7 @@ def _next_names(path: str, batch_shape: tuple[int, ...], names: Names) -> list[s
         shape = [n + (i == axis) for i, n in enumerate(batch_shape)]
         # The table may limit the axis (`Entry.numbers`), so that nothing follows.
         with contextlib.suppress(ValueError):
+            # One name is enough: the last one is a tensor of the additional index.
             next_names += names.of(path, tuple(shape)).ravel().tolist()[-1:]
     return next_names
 
@@ -178,8 +190,11 @@ def _batch_shape(
 ) -> tuple[int, ...]:
     if not lora.is_shared:
         return lora.batch_shape
-    # A shared adapter does not store the number of experts, so count their tensors.
+    # A shared adapter does not store the number of experts. If the table does not
+    # determine it either, count their tensors.
     *layers, num_experts = lora.batch_shape
+    if (sizes := names.batch_sizes(path)) and sizes[-1] is not None:
+        return *layers, sizes[-1]
     while names.of(path, (*layers, num_experts + 1)).flat[-1] in tensors:
         num_experts += 1
     return *layers, num_experts
