@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .._jax.progress import progress_bar
-from .files import Path, member, new_folder, read_json, write_json
+from .files import Path, member, new_folder, read_json, require, write_json
 from .safetensors import INDEX, write_safetensors
 from .tensors import DeferredTensor, TensorLike
 
@@ -69,6 +69,12 @@ def write_folder(
     new_config = {k: x for k, x in merged.items() if x is not None or k not in changes}
     if "quantization_config" in changes:
         new_config.pop("quantization", None)  # MLX's name for the same settings
+        # The config of a multimodal model may have them in that of its language model.
+        if isinstance(text := new_config.get("text_config"), Mapping):
+            names = ("quantization_config", "quantization")
+            new_config["text_config"] = {
+                k: x for k, x in text.items() if k not in names
+            }
     # mlx-lm and older versions of transformers read the older keys.
     new_config |= older_config_keys(new_config)
     shards = _shards(tensors, max_shard_bytes)
@@ -109,30 +115,44 @@ def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The older keys that `config` lacks, with their values.
 
+    Raises:
+        CheckpointError: If `rope_parameters` or a part of it is not a JSON object.
+
     Example:
         >>> import qlora_jax as ql
         >>> rope = {"rope_type": "default", "rope_theta": 5e5}
         >>> ql.io.older_config_keys({"rope_parameters": rope})
         {'rope_theta': 500000.0}
     """
-    parameters = config.get("rope_parameters") or {}
+    parameters = _section(config, "rope_parameters")
     if "full_attention" in parameters:
         # There is a section for each kind of layer. Only Gemma 3 has older keys for
         # such settings, among them a base frequency for its sliding layers. In other
         # models, transformers would apply the older keys to all kinds of layers.
         is_gemma3 = str(config.get("model_type")).startswith("gemma3")
         parameters = parameters if is_gemma3 else {}
-    rope = parameters.get("full_attention", parameters)
-    sliding = parameters.get("sliding_attention") or {}
+        rope = _section(parameters, "full_attention")
+    else:
+        rope = parameters
+    sliding = _section(parameters, "sliding_attention")
     keys = {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     keys["rope_local_base_freq"] = sliding.get("rope_theta")
-    if rope.get("rope_type", "default") != "default":
+    # As in transformers, the key may be `type` in either form.
+    rope_type = rope.get("rope_type", rope.get("type")) or "default"
+    if rope_type != "default":
         # Readers of the older form expect the key `type`, some also `rope_type`.
-        keys["rope_scaling"] = {**rope, "type": rope["rope_type"]}
+        keys["rope_scaling"] = {**rope, "type": rope_type}
     # transformers 5 has also renamed the number of experts.
     if config.get("model_type") == "qwen3_moe":
         keys["num_experts"] = config.get("num_local_experts")
     return {k: x for k, x in keys.items() if x is not None and config.get(k) is None}
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = config.get(key)
+    message = f"`{key}` must be a JSON object. Got {section!r:.80}."
+    require(section is None or isinstance(section, Mapping), message)
+    return section or {}
 
 
 def _copy_files(source: pathlib.Path, folder: pathlib.Path) -> None:

@@ -272,3 +272,25 @@ def test_config_json_is_strict(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ql.io.CheckpointError, match=message):
         ql.io.read_config_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rope, expected",
+    [
+        ({"rope_type": None, "rope_theta": 5.0}, {"rope_theta": 5.0}),
+        # transformers reads the key `type`, too.
+        (
+            {"type": "linear", "factor": 2.0},
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        ),
+    ],
+)
+def test_older_keys_of_rotary_embeddings(rope, expected):
+    assert ql.io.older_config_keys({"rope_parameters": rope}) == expected
+
+
+def test_sections_of_rotary_embeddings_must_be_objects():
+    for rope, key in [(["x"], "rope_parameters"), ({"full_attention": 1}, "full_att")]:
+        config = {"model_type": "gemma3_text", "rope_parameters": rope}
+        with pytest.raises(CheckpointError, match=f"`{key}.* must be a JSON object"):
+            ql.io.older_config_keys(config)
