@@ -34,7 +34,7 @@ from .tensors import TensorLike, Tensors
 
 FORMAT = "qlora_jax"
 VERSION = "1"
-UNKNOWN = "0" * 64  # a placeholder for the checksum while it is computed
+CHECKSUM_PLACEHOLDER = "0" * 64  # in the header that the checksum is computed from
 _CHUNK_BYTES = 8 << 20
 
 LeafJson = dict[str, Any]  # describes a leaf
@@ -73,9 +73,9 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
     Args:
         path: The file, which is replaced if it exists.
         tree: A base tree, a lora tree, or both as `{"base": base, "lora": lora}`, in
-            dicts and lists; tuples are restored as lists. Dicts without arrays and None
-            are not stored, nor are boxes such as `nn.Partitioned`: after `restore`,
-            pass rules or specs to `qlora_jax.sharding.place`.
+            dicts and lists; tuples are restored as lists. Empty lists, dicts without
+            arrays and None are not stored, nor are boxes such as `nn.Partitioned`:
+            after `restore`, pass rules or specs to `qlora_jax.sharding.place`.
         config: A config to store with the tree.
 
     Raises:
@@ -113,7 +113,7 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "checksum": UNKNOWN,
+        "checksum": CHECKSUM_PLACEHOLDER,
         "leaves": json.dumps(entries),
         "config": json.dumps(None if config is None else _config_to_json(config)),
     }
@@ -128,7 +128,7 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
         write_hashed(header)
         write_tensors(write_hashed, arrays, order)
         # The checksum is filled in last, so that each tensor is computed only once.
-        file.seek(header.index(UNKNOWN.encode()))
+        file.seek(header.index(CHECKSUM_PLACEHOLDER.encode()))
         file.write(hasher.hexdigest().encode())
 
 
@@ -198,9 +198,11 @@ def _check_checksum(path: pathlib.Path, checksum: str) -> None:
     with path.open("rb") as file:
         prefix = file.read(8)
         header = file.read(int.from_bytes(prefix, "little"))
-        # The hash is that of the file with UNKNOWN in place of the checksum.
+        # `save` has hashed the file with the placeholder.
         is_valid = len(checksum) == 64 and header.count(checksum.encode()) == 1
-        hasher.update(prefix + header.replace(checksum.encode(), UNKNOWN.encode()))
+        hasher.update(
+            prefix + header.replace(checksum.encode(), CHECKSUM_PLACEHOLDER.encode())
+        )
         while is_valid and (chunk := file.read(_CHUNK_BYTES)):
             hasher.update(chunk)
     if not is_valid or hasher.hexdigest() != checksum:
@@ -219,8 +221,11 @@ def describe(keys: tuple, leaf: Any) -> tuple[LeafJson, dict[str, Any]]:
     elif is_adapter(leaf) and not leaf.untrained_leaves:
         # Version 1 of the format stores the settings of a LoRA for every kind.
         scaling = getattr(leaf, "scaling", 1.0)
+        # Numbers of NumPy and JAX cannot be written as JSON.
+        has_several = isinstance(scaling, tuple)  # one for each matrix of a stack
+        scaling = [*map(float, scaling)] if has_several else float(scaling)
         entry |= {"kind": type(leaf).__name__, "scaling": scaling}
-        entry |= {"dropout": leaf.dropout, "axes": leaf.geometry.kinds}
+        entry |= {"dropout": float(leaf.dropout), "axes": leaf.geometry.kinds}
         entry |= {"sizes": [*leaf.geometry.sizes]}
         names = _extra_settings(type(leaf))
         entry |= {name: _setting_to_json(getattr(leaf, name)) for name in names}

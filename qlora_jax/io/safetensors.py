@@ -213,8 +213,8 @@ def write_safetensors(
         metadata: Strings to store in the header.
 
     Raises:
-        TypeError: If safetensors does not support a dtype, or if the metadata are not
-            strings.
+        TypeError: If safetensors does not support a dtype, or if names or metadata are
+            not strings.
         ValueError: If a tensor is called `__metadata__`, which is the format's name for
             the metadata.
 
@@ -237,8 +237,12 @@ def make_header(
     """Returns the bytes before the tensors, and the order of the tensors."""
     if "__metadata__" in tensors:
         raise ValueError("a tensor must not be called `__metadata__`.")
-    if others := {k: x for k, x in (metadata or {}).items() if not isinstance(x, str)}:
-        raise TypeError(f"`metadata` must map strings to strings. Got {others}.")
+    # JSON would silently turn other keys into strings.
+    if others := [name for name in tensors if not isinstance(name, str)]:
+        raise TypeError(f"names of tensors must be strings. Got {others}.")
+    pairs = (metadata or {}).items()
+    if others := [pair for pair in pairs if not all(isinstance(x, str) for x in pair)]:
+        raise TypeError(f"`metadata` must map strings to strings. Got {dict(others)}.")
     dtypes = {name: _stored_dtype(name, x) for name, x in tensors.items()}
     # Wide values come first, so that each tensor is aligned to the size of its values.
     order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
@@ -278,7 +282,10 @@ def write_tensors(
 
 
 def _stored_dtype(name: str, x: TensorLike) -> np.dtype:
-    dtype = np.dtype(x.dtype).newbyteorder("<")
+    try:
+        dtype = np.dtype(x.dtype).newbyteorder("<")
+    except TypeError:  # the dtype of JAX's keys of random numbers is not NumPy's
+        dtype = x.dtype
     if dtype not in _CODES:
         raise TypeError(
             f"{name} must have one of the dtypes {', '.join(map(str, _CODES))}. Got "

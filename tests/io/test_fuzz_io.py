@@ -313,10 +313,10 @@ def read_native(files: Files, rng: random.Random):
         for key in rng.sample(["leaves", "config"], rng.randint(1, 2)):
             value = change_json(rng, json.loads(metadata[key]))
             metadata[key] = json.dumps(value)
-        metadata["checksum"] = native.UNKNOWN
+        metadata["checksum"] = native.CHECKSUM_PLACEHOLDER
         data = join(header, tensors)
         checksum = native.hashlib.sha256(data).hexdigest()
-        data = data.replace(native.UNKNOWN.encode(), checksum.encode(), 1)
+        data = data.replace(native.CHECKSUM_PLACEHOLDER.encode(), checksum.encode(), 1)
     files.path.write_bytes(data)
     native.restore(files.path)
 

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import qlora_jax as ql
 from qlora_jax.adapters.base import KINDS
 from qlora_jax.io import CheckpointError, native, restore, save
+from qlora_jax.quant.geometry import Geometry
 
 CONFIG = ql.QLoRAConfig(
     rank=2,
@@ -143,6 +144,17 @@ def test_trees_that_a_file_cannot_keep_are_refused(tmp_path):
     ]:
         assert part in str(error.value)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("scaling", [np.float32(3), jnp.float32(3), (np.float32(3),)])
+def test_settings_may_be_numbers_of_numpy(scaling, tmp_path):
+    batch = (1,) if isinstance(scaling, tuple) else ()
+    a, b = jnp.ones((*batch, 4, 1)), jnp.ones((*batch, 1, 2))
+    adapter = ql.LoRA(a, b, scaling, np.float32(0.5), Geometry())
+    save(tmp_path / "x", {"up": adapter})
+    restored = restore(tmp_path / "x").tree["up"]
+    expected = (3.0,) if batch else 3.0
+    assert (restored.scaling, restored.dropout) == (expected, 0.5)
 
 
 def test_an_adapter_of_an_unregistered_kind_is_named(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -256,6 +257,12 @@ def test_nothing_is_left_half_written(tmp_path):
         write_safetensors(path, {"__metadata__": np.ones(2)})
     with pytest.raises(TypeError, match="`metadata` must map strings to strings"):
         write_safetensors(path, {"a": np.ones(2)}, metadata={"step": 1})
+    with pytest.raises(TypeError, match="to strings. Got {1: 'step'}"):
+        write_safetensors(path, {"a": np.ones(2)}, metadata={1: "step"})
+    with pytest.raises(TypeError, match=r"names of tensors must be strings. Got \[3\]"):
+        write_safetensors(path, {3: np.ones(2)})
+    with pytest.raises(TypeError, match="seed must have one of the dtypes .* Got key<"):
+        write_safetensors(path, {"seed": jax.random.key(0)})
     assert os.listdir(tmp_path) == []
 
 
