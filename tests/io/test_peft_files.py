@@ -286,12 +286,42 @@ def test_a_half_of_a_parameter_without_adapter_has_zeros(tmp_path):
     [
         ({"extra_settings": {"r": 4}}, "`extra_settings` must not have `r`"),
         ({"extra_settings": {"lora_bias": True}}, "must not have `lora_bias`"),
+        ({"extra_settings": None}, "`extra_settings` must be a dict .* Got None"),
+        ({"extra_settings": {1: 2}}, "`extra_settings` must be a dict .* Got {1: 2}"),
+        ({"extra_settings": {"init_lora_weights": "pissa"}}, "change the base weights"),
         ({"saved_base_weights": "x"}, "`saved_base_weights` must be a list of names"),
     ],
 )
 def test_settings_in_the_wrong_place_are_refused(settings, message):
     with pytest.raises(ql.io.CheckpointError, match=message):
         ql.io.PeftConfig(target_modules=("q_proj",), **settings)
+
+
+def test_an_empty_list_of_layers_is_all_layers():
+    """As in PEFT, whose `check_target_module_exists` ignores an empty list."""
+    config = ql.io.PeftConfig(target_modules=".*q_proj", layers_to_transform=[])
+    assert config.layers is None and config.to_json()["layers_to_transform"] is None
+
+
+@pytest.mark.parametrize("keys", ["", "abm", "m"])
+def test_plain_adapters_must_have_a_and_b(keys):
+    factors = {"model.q_proj": {key: np.ones((2, 2), np.float32) for key in keys}}
+    message = "must have `a` and `b`, and nothing else, of .*:\n  model.q_proj"
+    with pytest.raises(ValueError, match=message):
+        ql.io.PlainLoRA(8, factors).to_peft()
+
+
+@pytest.mark.parametrize(
+    "module, shape, message",
+    [
+        ("model.layers.2.up", (4, 4), "`num_layers` must be greater than 2,.* Got 2"),
+        ("model.layers.1.up", (4,), "matrices `a` and `b` of these modules:\n  model"),
+    ],
+)
+def test_adapters_that_mlx_would_ignore_are_refused(module, shape, message, tmp_path):
+    adapter = ql.io.PlainLoRA(8, {module: dict.fromkeys("ab", np.ones(shape))})
+    with pytest.raises(ValueError, match=message):
+        ql.io.save_mlx(tmp_path, adapter, 2)
 
 
 def test_a_string_of_modules_to_save_is_refused(base):

@@ -115,6 +115,8 @@ class PeftConfig:
             value = getattr(self, setting.name)
             if isinstance(value, list):
                 object.__setattr__(self, setting.name, tuple(value))
+        if self.layers_to_transform == ():  # which means all layers in PEFT
+            object.__setattr__(self, "layers_to_transform", None)
         refuse("these settings of a PEFT adapter are invalid", _problems_of(self))
 
     @property
@@ -187,11 +189,6 @@ class PeftConfig:
             # `runtime_config` says only on which devices PEFT computes.
             elif key not in ("peft_type", "runtime_config") and value not in _OFF:
                 problems.append(f"`{key}` is not known. Got {value!r:.80}.")
-        if raw.get("init_lora_weights", True) not in _INITIALIZATIONS:
-            problems.append(
-                f"`init_lora_weights` must be one of {_INITIALIZATIONS}: others change "
-                f"the base weights. Got {raw['init_lora_weights']!r:.80}."
-            )
         refuse("this adapter is not supported", problems)
         return cls(**settings, extra_settings=extra_settings)
 
@@ -378,6 +375,11 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("bias", lambda x: x in _BIASES, '"none", "all" or "lora_only"'),
     (
+        "extra_settings",
+        partial(_is_dict_of, lambda x: True),
+        "a dict of settings by name",
+    ),
+    (
         "trainable_token_indices",
         lambda x: x is None or _is_token_ids(x) or _is_dict_of(_is_token_ids, x),
         "distinct token ids",
@@ -397,12 +399,21 @@ def _problems_of(config: PeftConfig) -> list[str]:
         for name in setting_names.split()
         if not is_valid(value := getattr(config, name))
     ]
-    reserved = {setting.name for setting in fields(config)} | {"peft_type"}
-    for name in sorted(config.extra_settings.keys() & (reserved | _UNSUPPORTED.keys())):
-        problems.append(
-            f"`extra_settings` must not have `{name}`, which has an effect."
-        )
     # The checks below need settings of the right types.
+    if problems:
+        return problems
+    extra_settings = config.extra_settings
+    reserved = {setting.name for setting in fields(config)} | {"peft_type"}
+    problems += [
+        f"`extra_settings` must not have `{name}`, which has an effect."
+        for name in sorted(extra_settings.keys() & (reserved | _UNSUPPORTED.keys()))
+    ]
+    initialization = extra_settings.get("init_lora_weights", True)
+    if initialization not in _INITIALIZATIONS:
+        problems.append(
+            f"`init_lora_weights` must be one of {_INITIALIZATIONS}: others change the "
+            f"base weights. Got {initialization!r:.80}."
+        )
     if problems:
         return problems
     if config.target_parameters and (config.lora_dropout or config.use_dora):

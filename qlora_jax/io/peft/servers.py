@@ -22,6 +22,7 @@ from .modules import array_keys
 from .settings import peft_config
 
 _MLX_WEIGHTS = "adapters.safetensors"  # the name that mlx-lm requires
+_LAYER = re.compile(r".*\.layers\.(\d+)\.")  # the start of the name of a module
 
 
 def portable(base: Tree, lora: Tree) -> Tree:
@@ -134,12 +135,20 @@ class PlainLoRA:
         return cls(config.lora_alpha, factors, config.lora_dropout)
 
     def to_peft(self) -> tuple[PeftConfig, dict[str, np.ndarray]]:
-        """Returns the settings and the tensors that PEFT would store."""
+        """Returns the settings and the tensors that PEFT would store.
+
+        Raises:
+            ValueError: If a module has neither `"a"` nor `"b"`, or other arrays.
+        """
+        title = "`factors` must have `a` and `b`, and nothing else, of these modules"
+        wrong = [m for m, x in self.factors.items() if not x or {*x} - {*"ab"}]
+        raise_if_any(title, wrong)
         tensors, ranks = {}, {}
         for module, arrays in self.factors.items():
             keys = array_keys(LoRA, module)
             tensors |= {keys[name]: x for name, x in arrays.items()}
-            # A hostile file may lack A, or contain a scalar; `load_peft` reports both.
+            # A hostile file may lack A or B, or contain a scalar. `load_peft` reports
+            # these, because it knows the shapes.
             shape = arrays["a"].shape if "a" in arrays else arrays["b"].shape[::-1]
             ranks[module] = shape[0] if shape else 0
         # The most common rank is the default, and other ranks are exceptions.
@@ -163,9 +172,10 @@ def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
         num_layers: The number of the model's layers.
 
     Raises:
-        ValueError: If `path` has files, if a module lacks `"a"` or `"b"`, if ranks
-            differ, or if experts have adapters. mlx-lm has one tensor for all experts,
-            and would ignore these adapters.
+        ValueError: If `path` has files, if a module lacks the matrices `"a"` or `"b"`,
+            if ranks differ, or if mlx-lm would ignore adapters: those of experts,
+            because it has one tensor for all experts, or those of layers from
+            `num_layers` on.
 
     Example:
         >>> import numpy as np, qlora_jax as ql, tempfile
@@ -181,8 +191,19 @@ def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
             "adapters for mlx-lm must not include adapters of experts: export a merged "
             f"model. Got {len(experts)}, such as {experts[0]}."
         )
-    incomplete = [m for m, arrays in adapter.factors.items() if {*arrays} != {*"ab"}]
-    raise_if_any("`adapter` must have `a` and `b` of these modules", incomplete)
+    incomplete = [
+        module
+        for module, arrays in adapter.factors.items()
+        if {*arrays} != {*"ab"} or any(len(x.shape) != 2 for x in arrays.values())
+    ]
+    title = "`adapter` must have matrices `a` and `b` of these modules"
+    raise_if_any(title, incomplete)
+    layers = [int(match[1]) for m in adapter.factors if (match := _LAYER.match(m))]
+    if layers and max(layers) >= num_layers:
+        raise ValueError(
+            f"`num_layers` must be greater than {max(layers)}, the number of the last "
+            f"layer with an adapter. Got {num_layers}."
+        )
     factors = adapter.factors.values()
     ranks = {rank for x in factors for rank in (x["a"].shape[0], x["b"].shape[1])}
     if len(ranks) != 1:
@@ -270,4 +291,4 @@ def _mlx_settings(raw: Mapping[str, Any]) -> tuple[int, float, float, list[str] 
 
 def _in_layer(module: str) -> str:
     """Returns a module's name within its layer, or its full name without a layer."""
-    return re.sub(r".*\.layers\.\d+\.", "", module)
+    return _LAYER.sub("", module)

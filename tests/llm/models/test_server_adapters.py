@@ -204,7 +204,7 @@ def test_ranks_that_differ_are_not_for_mlx(tmp_path):
         ql.io.save_mlx(tmp_path, ql.io.PlainLoRA(8.0, inner_ranks), 2)
     without_b = {"x": {"a": np.ones((2, 8))}}
     with pytest.raises(
-        ValueError, match="must have `a` and `b` of these modules:\n  x"
+        ValueError, match="must have matrices `a` and `b` of these modules:\n  x"
     ):
         ql.io.save_mlx(tmp_path, ql.io.PlainLoRA(8.0, without_b), 2)
     assert not [*pathlib.Path(tmp_path).iterdir()]
