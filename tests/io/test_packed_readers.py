@@ -146,6 +146,7 @@ OF_POWERS = e2m1(np.exp2(POWERS.astype(np.float32) - 127))
 OF_E4M3 = E4M3.astype(np.float32)
 V2 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}
 GROUPS = {"group_size": SIZE, "bits": 4}
+BNB = {"quant_method": "bitsandbytes"}
 INT4 = "int4_f16", "float16", SCALES, values()
 FILES = {name: of_compressed(name) for name in SCHEMES} | {
     "awq": (awq(), {"quant_method": "awq", "bits": 4, "version": "gemm"}, *INT4),
@@ -508,6 +509,7 @@ INT8_GROUP = {
         ),
         (compressed("int4_f16 32"), INT8_GROUP, "`config_groups.g.weights.num_bits` i"),
         ({}, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "`load_in_8bit`"),
+        ({}, BNB | {"bnb_4bit_quant_type": "int4"}, "must be fp4 or nf4. Got 'int4'"),
         (mlx(), GROUPS | {"mode": "mxfp8"}, "Got 'mxfp8'"),
         (MODELOPT, {"quant_method": "modelopt", "quant_algo": "FP8"}, "Got 'FP8'"),
         (gptq(), {"quant_method": ["gptq"]}, "`quant_method` must be one of"),

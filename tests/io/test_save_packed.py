@@ -215,3 +215,16 @@ def test_a_packed_head_is_not_listed_as_a_float_module(layout, tmp_path):
         name.startswith("lm_head.")
         for name in ql.io.open_safetensors(tmp_path / layout)
     )
+
+
+def test_experts_in_float_are_stacked(tmp_path):
+    """As in `save_merged`: the checkpoint has one tensor for all experts of a layer."""
+    names = {"up/kernel": "up.weight", "experts/kernel": "experts.gate_up.{expert}"}
+    experts = np.arange(3 * K * N, dtype=np.float32).reshape(3, K, N)
+    base = {"up": {"kernel": ql.quantize(jnp.ones((K, N)), "nf4")}}
+    base["experts"] = {"kernel": jnp.asarray(experts)}
+    arguments = tmp_path / "new", base, ql.io.Names(names), {"model_type": "mine"}
+    ql.io.save_bitsandbytes(*arguments, progress=False)
+    tensors = ql.io.open_safetensors(tmp_path / "new")
+    assert not any(name.startswith("experts.gate_up.") for name in tensors)
+    np.testing.assert_array_equal(tensors["experts.gate_up"], experts)

@@ -268,7 +268,7 @@ BITSANDBYTES = FileFormat(
     marker=r"(.*)\.quant_state\.bitsandbytes__.*",
     parts=("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"),
     read=_read,
-    methods={"bitsandbytes": {}},
+    methods={"bitsandbytes": {"bnb_4bit_quant_type": ("fp4", "nf4")}},
     read_settings=_read_settings,
     write=Writer(
         "bitsandbytes",

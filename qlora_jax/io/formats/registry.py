@@ -15,7 +15,13 @@ from ...quant.qtensor import QTensor
 from ...trees.paths import Tree, raise_if_any
 from ..files import CheckpointError, Path, member, read_json, require
 from ..model_folder import SHARD_BYTES, read_config_json, write_folder
-from ..named_leaves import NamedLeaf, exported_leaves, float_tensors_of, matrix_of
+from ..named_leaves import (
+    NamedLeaf,
+    exported_leaves,
+    float_tensors_of,
+    join_experts,
+    matrix_of,
+)
 from ..names import Names
 from ..stored_weight import packing_of
 from .awq import AWQ
@@ -278,7 +284,9 @@ def save_packed(
         for index, name in np.ndenumerate(leaf.tensor_names):
             kernels[name] = matrix_of(x, index)
             tensors |= writer.tensors(name, kernels[name])
-    # Without a head of its own, the model multiplies with the embedding.
+    tensors = join_experts(tensors, names)  # for experts in float
+    # Without a weight of its own, the head multiplies with the embedding, which is in
+    # float. Readers would otherwise expect a packed weight.
     if "lm_head.weight" not in {*tensors, *kernels}:
         float_modules.append("lm_head")
     # 3. Describe the kernels in the config.

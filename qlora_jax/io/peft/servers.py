@@ -174,8 +174,8 @@ def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
     Raises:
         ValueError: If `path` has files, if a module lacks the matrices `"a"` or `"b"`,
             if ranks differ, or if mlx-lm would ignore adapters: those of experts,
-            because it has one tensor for all experts, or those of layers from
-            `num_layers` on.
+            because it has one tensor for all experts, or if `num_layers` is too small,
+            because it reads adapters of only that many layers, the last ones.
 
     Example:
         >>> import numpy as np, qlora_jax as ql, tempfile
