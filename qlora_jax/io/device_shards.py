@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ..quant.host_codes import HostShaped
+from ..trees.paths import Tree, leaves_by_path
 from .files import CheckpointError
 
 PIECE = 1 << 21  # the number of weights to read at once: 8 MiB in float32
@@ -58,6 +59,21 @@ def on_devices(
         jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, x)
         for struct, x in zip(structs, shards, strict=True)
     )
+
+
+def place_leaves(shapes: Tree, place: Callable[[Tree], Tree] | None) -> Tree:
+    """Returns `place(shapes)`, which must have the same leaves; None places nothing."""
+    if place is None:
+        return shapes
+    placed = place(shapes)
+    paths, placed_paths = leaves_by_path(shapes).keys(), leaves_by_path(placed).keys()
+    if paths != placed_paths:
+        raise ValueError(
+            "`place` must return a tree with the leaves that it gets. Missing: "
+            f"{sorted(paths - placed_paths)[:5]}. Unexpected: "
+            f"{sorted(placed_paths - paths)[:5]}."
+        )
+    return placed
 
 
 def put(x: Any, struct: Array | jax.ShapeDtypeStruct) -> Array:

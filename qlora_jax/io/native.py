@@ -27,7 +27,7 @@ from ..quant.kernel import is_packed
 from ..quant.qtensor import QTensor
 from ..quant.search import check_scale_rule
 from ..trees.paths import Tree, leaves_by_keys, path_string, raise_if_any
-from .device_shards import put
+from .device_shards import place_leaves, put
 from .files import CheckpointError, Path, new_path, parse_json
 from .safetensors import make_header, open_safetensors, write_tensors
 from .tensors import TensorLike, Tensors
@@ -143,6 +143,7 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
     Raises:
         CheckpointError: If `save` did not write the file, if it has another version, if
             its bytes have changed, or if it does not hold the tree that it describes.
+        ValueError: If `place` returns other leaves than it gets.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
@@ -173,7 +174,7 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
     except _DESCRIPTION_ERRORS as error:
         reason = f"{path} must describe a tree of qlora_jax. {str(error)[:300]}"
         raise CheckpointError(reason) from error
-    structs, treedef = jax.tree.flatten(shapes if place is None else place(shapes))
+    structs, treedef = jax.tree.flatten(place_leaves(shapes, place))
     pairs = zip(jax.tree.leaves(names), structs, strict=True)
     arrays = [put(tensors[name], struct) for name, struct in pairs]
     return Restored(jax.tree.unflatten(treedef, arrays), config)

@@ -113,6 +113,24 @@ def test_each_device_gets_its_part(tmp_path):
     assert restored["b"].sharding == NamedSharding(mesh, P("fsdp"))
 
 
+def test_place_must_return_all_leaves(tmp_path):
+    x = np.ones((2, 4), np.float32)
+    save(tmp_path / "x", {"a": x, "b": x})
+    names = ql.io.Names({"a": "a.weight", "b": "b.weight"})
+    tensors = {"a.weight": x, "b.weight": x}
+
+    def place(tree):
+        return {"a": tree["a"], "c": tree["b"]}
+
+    for read in (
+        lambda: restore(tmp_path / "x", place=place),
+        lambda: ql.io.load(tensors, names, {"a": x, "b": x}, place=place),
+    ):
+        message = r"`place` must .* Missing: \['b'\]. Unexpected: \['c'\]"
+        with pytest.raises(ValueError, match=message):
+            read()
+
+
 def test_what_is_no_leaf_is_listed(tmp_path):
     tree = {
         "a": {"b": 1.0, "c": jnp.ones(2), "d": jax.random.key(0)},

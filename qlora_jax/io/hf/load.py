@@ -21,6 +21,7 @@ from ...quant.qtensor import QTensor
 from ...quant.search import ScaleRule
 from ...trees.paths import Tree, leaves_by_path, map_by_path, raise_if_any
 from ...trees.targets import find_targets
+from ..device_shards import place_leaves
 from ..files import CheckpointError, Path
 from ..formats.registry import packed_tensors
 from ..named_leaves import NamedLeaf, find_leaves, split_experts
@@ -61,6 +62,7 @@ def load(
         config: Which kernels to pack, and how.
         dtype: The dtype of the parameters, and of the weights of packed kernels; by
             default, that of each tensor. Weights of bitsandbytes keep their dtype.
+            As everywhere in JAX, float64 becomes float32 without `jax_enable_x64`.
         recode: Whether to convert packed weights whose byte layout has no equivalent
             here. A weight whose blocks cross rows is stored in smaller blocks, or in
             float if these would be below 16; a weight with zero points or reordered
@@ -77,7 +79,8 @@ def load(
             missing, unexpected, mis-shaped, or packed in a way that needs `recode`. All
             such tensors are listed.
         TypeError: If `dtype` is not a floating dtype.
-        ValueError: If the config does not fit the tree.
+        ValueError: If the config does not fit the tree, or `place` returns other
+            leaves than it gets.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -98,7 +101,7 @@ def load(
     tensors = _convert_packed(tensors, leaves, config, dtype, recode)
     # 2. Check everything and place the leaves, as shapes only.
     base = _abstract_base(tensors, leaves, like, config, dtype)
-    base = base if place is None else place(base)
+    base = place_leaves(base, place)
     # 3. Read the values.
     total = sum(math.prod(leaf.shape) for leaf in leaves.values())
     bar_settings = {"total": total, "unit_scale": True}
@@ -199,7 +202,8 @@ def _abstract_base(
         lambda path, x: jax.ShapeDtypeStruct(leaves[path].shape, dtypes[path]), like
     )
 
-    # 2. Build the packed tree. Checks need arrays, which `eval_shape` makes of shapes.
+    # 2. Build the packed tree. `eval_shape` gives the functions that check targets and
+    # pack kernels abstract arrays, so that nothing is computed.
     def pack(tree: Tree) -> Tree:
         targets = _check_targets(tree, leaves, config, stored_packings)
         packings = stored_packings | targets
