@@ -124,8 +124,10 @@ def checked_tensors(
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[Array], None]]]:
     """Yields each tensor's name, its index in the part, and a function `check`.
 
-    The loop's body passes a boolean scalar to `check` for each piece of the tensor; JAX
-    may still be computing it. If one is false, the next iteration raises an error.
+    `names` are those of an entire leaf. `batch` is the slices of its batch axes that
+    the part has. The loop's body passes a boolean scalar to `check` for each piece of
+    the tensor; JAX may still be computing it. If one is false, the next iteration
+    raises an error.
     """
     for index, local in batch_indices(batch):
         flags: list[Array] = []

@@ -13,7 +13,7 @@ from .files import Path, member, new_folder, read_json, require, write_json
 from .safetensors import INDEX, write_safetensors
 from .tensors import DeferredTensor, TensorLike
 
-SHARD_BYTES = 5 << 30
+SHARD_BYTES = 5 << 30  # the default of functions that write a model's folder
 _TEMPLATES = "additional_chat_templates"  # a folder that transformers writes
 # Files of tokenizers, templates and generation settings, copied if they exist.
 _COPIED = (
@@ -55,8 +55,8 @@ def write_folder(
     config: Path | Mapping[str, Any],
     changes: Mapping[str, object],
     *,
-    max_shard_bytes: int = SHARD_BYTES,
-    progress: bool = True,
+    max_shard_bytes: int,
+    progress: bool,
 ) -> None:
     """Writes a model's folder atomically; it must be new or empty.
 

@@ -72,7 +72,8 @@ def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> NamedLeaf:
     if "k" not in roles:  # not a kernel
         batch_shape = shape[: names.num_batch_axes(path)]
         tensor_names = names.of(path, batch_shape)
-        return NamedLeaf(path, shape, None, bool(roles), tensor_names)
+        is_vector = roles != ""  # such as "nn"; see `Entry.roles`
+        return NamedLeaf(path, shape, None, is_vector, tensor_names)
     # A convolution contracts its window, so w counts as k: a kernel "wwkn" of shape
     # [3, 3, K, N] has matrices [9 K, N].
     geometry = Geometry.contracting(roles.replace("w", "k"), shape)
@@ -263,23 +264,23 @@ def join_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
 
     Tensors that do not form a stack, because a number is missing, stay as they are.
     """
-    positions: dict[str, tuple[str, int]] = {}  # the stack and the number of each part
-    stacks: dict[str, dict[int, Any]] = {}
+    stack_names: dict[str, str] = {}  # the name of the stack of each part
+    stacks: dict[str, dict[int, Any]] = {}  # the parts of each stack by number
     for name, x in tensors.items():
         match = re.fullmatch(r"(.*)\.(0|[1-9][0-9]*)", name)
         if match and len(x.shape) == 2 and names.is_stack(match[1]):
-            positions[name] = stem, number = match[1], int(match[2])
-            stacks.setdefault(stem, {})[number] = x
+            stack_names[name] = match[1]
+            stacks.setdefault(match[1], {})[int(match[2])] = x
     joined: dict[str, Any] = {}
     for name, x in tensors.items():
-        stem, _ = positions.get(name, ("", 0))
-        parts = stacks.get(stem, {})
-        if not parts or stem in tensors or {*parts} != {*range(len(parts))}:
+        stack_name = stack_names.get(name, "")
+        parts = stacks.get(stack_name, {})
+        if not parts or stack_name in tensors or {*parts} != {*range(len(parts))}:
             joined[name] = x
-        elif stem not in joined:
+        elif stack_name not in joined:
             # Files list names in alphabetical order, in which 10 comes before 2.
             experts = [parts[i] for i in range(len(parts))]
-            joined[stem] = _stack_experts(experts, names.stack_roles(stem))
+            joined[stack_name] = _stack_experts(experts, names.stack_roles(stack_name))
     return joined
 
 

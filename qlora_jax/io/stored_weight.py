@@ -36,7 +36,10 @@ class StoredWeight:
 
     @cached_property
     def problem(self) -> str | None:
-        """Why a `QTensor` cannot hold its bytes; None if it can."""
+        """Why a `QTensor` cannot hold its bytes; None if it can.
+
+        The reason follows the name of the weight in messages: "has reordered inputs".
+        """
         raise NotImplementedError
 
     def codes_and_scales(self) -> tuple[SliceableTensor, SliceableTensor]:

@@ -99,8 +99,9 @@ def _read_settings(settings: Settings) -> dict[str, Any]:
         has_activations = any(section.get(kind) for kind in kinds)
         message = f"{name} must quantize only weights, not activations. Got {group}."
         require(not has_activations, message)
-    floats = {_SCHEMES[fmt][0]: fmt for fmt in ("mxfp4", "nvfp4")}
-    fmt = floats.get(str(settings.get("format")), settings["fmt"])
+    # Other formats, such as pack-quantized, store integers.
+    e2m1_formats = {_SCHEMES[fmt][0]: fmt for fmt in ("mxfp4", "nvfp4")}
+    fmt = e2m1_formats.get(str(settings.get("format")), settings["fmt"])
     return {**settings, "fmt": fmt}
 
 

@@ -78,7 +78,12 @@ class Writer:
 
 @dataclass(frozen=True, kw_only=True)
 class FileFormat:
-    """How a library stores packed weights, in tensors and in `config.json`."""
+    """How a library stores packed weights, in tensors and in `config.json`.
+
+    For AWQ, the marker matches `up.qweight`, and its group is `up.`. The parts `qzeros`
+    and `scales` are then the tensors `up.qzeros` and `up.scales`. All three go to
+    `read`, which returns the weight under the name `weight`, as `up.weight`.
+    """
 
     # A pattern that matches the name of one tensor of each weight. Its group is the
     # start of the names of all of the weight's tensors.

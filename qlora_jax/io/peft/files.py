@@ -197,7 +197,7 @@ def _updated_leaf(
         dtype = jnp.promote_types(dtype, values.dtype)
     values = values.astype(dtype)
     for index, tensor in tensors.items():
-        # Kernels are stored as A is; see `_base_tensor`.
+        # A kernel [K, N] is stored in the same layout as an adapter's A [K, r].
         tensor = from_stored("a", tensor, window) if is_matrix_stack else tensor
         values[index] = tensor.reshape(values[index].shape)
     array = jnp.asarray(values)
@@ -318,7 +318,7 @@ def _base_tensor(model: NamedBase, name: str) -> np.ndarray:
     path, index = model.positions[name]
     leaf = model.leaves[path]
     if is_kernel(leaf):
-        # Kernels [K, N] are stored as A is: transposed, with the window moved.
+        # A kernel [K, N] is stored in the same layout as an adapter's A [K, r].
         matrix = np.asarray(leaf.dequantize_matrix())[index]
         tensor = to_stored("a", matrix, model.named_leaves[path].window)
     else:

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ...adapters.base import Adapter, replace_arrays
-from ...adapters.lora import SETTINGS, LoRA
+from ...adapters.lora import LoRA
 from ...quant.geometry import Geometry
 from ...quant.kernel import Kernel, as_kernel
 from ...trees.adapters import checked_adapters
@@ -177,11 +177,13 @@ class ModuleAdapter(FileAdapter):
 
     def read(self, arrays: Arrays) -> dict[Position, Adapter]:
         """Returns the adapter of one matrix [K, N], without the kernel's axes."""
+        if self.rank == 0:
+            return {}
         window = self.matrix_shape[2:]
         matrices = {name: from_stored(name, x, window) for name, x in arrays.items()}
-        settings = self.scaling, self.dropout, Geometry()
-        kwargs = matrices | dict(zip(SETTINGS, settings, strict=True))
-        return {self.position: self.kind(**kwargs)} if self.rank else {}
+        settings = {"scaling": self.scaling, "dropout": self.dropout}
+        kwargs: Any = {**matrices, **settings, "geometry": Geometry()}
+        return {self.position: self.kind(**kwargs)}
 
     def write(self, adapters: Mapping[str, Adapter]) -> Arrays:
         """Inverts `read`, for the adapters of stacks; raises ValueError otherwise."""
@@ -294,16 +296,14 @@ class ParameterAdapter(FileAdapter):
     ) -> tuple[np.ndarray, list[np.ndarray], list[slice]]:
         """Returns the parameter's A, and each kernel's B and block of the rank."""
 
-        def cut_factors(rank: int) -> list[list[np.ndarray]]:
+        def cut_factors(rank: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
             # Returns A [E, K, r] of each kernel and B [E, r, N] of each, cut to a rank.
-            experts_of_kernels = [
-                [unstack(adapter, index, rank).arrays for index in self.kernels[path]]
-                for path, adapter in adapted.items()
-            ]
-            return [
-                [np.stack([x[name] for x in experts]) for experts in experts_of_kernels]
-                for name in "ab"
-            ]
+            kernel_as, kernel_bs = [], []
+            for path, adapter in adapted.items():
+                experts = [unstack(adapter, i, rank).arrays for i in self.kernels[path]]
+                kernel_as.append(np.stack([arrays["a"] for arrays in experts]))
+                kernel_bs.append(np.stack([arrays["b"] for arrays in experts]))
+            return kernel_as, kernel_bs
 
         # Kernels that share A, as PEFT trains them, use the full rank together.
         count, rank = len(adapted), self.rank

@@ -271,8 +271,8 @@ def _mlx_settings(raw: Mapping[str, Any]) -> tuple[int, float, float, list[str] 
     settings: Any = raw.get("lora_parameters")
     hint = f"Got {kind!r:.80}: fuse it into the model."
     require(kind == "lora", f'`fine_tune_type` must be "lora". {hint}')
-    is_given = isinstance(settings, dict)
-    require(is_given, f"`lora_parameters` must be given. Got {settings!r:.80}.")
+    is_dict = isinstance(settings, dict)
+    require(is_dict, f"`lora_parameters` must be given. Got {settings!r:.80}.")
     unknown = sorted(settings.keys() - {"rank", "scale", "dropout", "keys"})
     problems = [f"`{key}` is not known." for key in unknown]
     rank, scale = settings.get("rank", 0), settings.get("scale", 0)

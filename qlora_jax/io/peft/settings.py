@@ -121,16 +121,19 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterLayout:
     wrapped = adapted | {module_of(name) for name in parameters}
     in_parameters = {path for name in parameters for path in model.parameters[name]}
     return AdapterLayout(
-        model,
-        [
+        model=model,
+        modules=[
             _module_adapter(config, model, module, module in adapted)
             for module, position in model.modules.items()
             if position.path not in in_parameters
         ],
-        [_parameter_adapter(config, model, *item) for item in parameters.items()],
-        rows,
-        {name: _possible_keys(name, wrapped) for name in saved},
-        {name: _possible_keys(name, wrapped) for name in optional},
+        parameters=[
+            _parameter_adapter(config, model, name, module)
+            for name, module in parameters.items()
+        ],
+        rows=rows,
+        saved={name: _possible_keys(name, wrapped) for name in saved},
+        optional={name: _possible_keys(name, wrapped) for name in optional},
     )
 
 
@@ -175,10 +178,15 @@ def _parameter_adapter(
     config: PeftConfig, model: NamedBase, name: str, module: str
 ) -> ParameterAdapter:
     kernels = model.parameters[name]
-    settings = config.rank_of(name), config.scaling_of(name)
-    shapes = [model.named_leaves[path].tensor_shape for path in kernels]
-    keys, is_swapped = array_keys(LoRA, module), name in model.swapped
-    return ParameterAdapter(name, keys, *settings, kernels, shapes, is_swapped)
+    return ParameterAdapter(
+        label=name,
+        keys=array_keys(LoRA, module),
+        rank=config.rank_of(name),
+        scaling=config.scaling_of(name),
+        kernels=kernels,
+        kernel_shapes=[model.named_leaves[path].tensor_shape for path in kernels],
+        is_swapped=name in model.swapped,
+    )
 
 
 def _adapted_modules(
@@ -350,10 +358,10 @@ def peft_config(
             of transformers 5 (`target_parameters`), instead of for the modules of
             transformers 4. With False, this is still done if PEFT could not convert the
             modules to parameters: if the experts have no modules, if only some of their
-            kernels have adapters, or if ranks or scalings differ. An exception are
-            different scalings of the matrices of one kernel. A parameter has only one
-            scaling, so the modules are written, and PEFT raises an error when it
-            converts them.
+            kernels have adapters, or if ranks or scalings differ. But if the matrices
+            of one kernel have different scalings, modules are written, because a
+            parameter has only one scaling. PEFT then raises an error when it converts
+            the modules, instead of computing with other scalings.
 
     Raises:
         TypeError: If `base` is a combined tree.
