@@ -66,13 +66,23 @@ def place_leaves(shapes: Tree, place: Callable[[Tree], Tree] | None) -> Tree:
     if place is None:
         return shapes
     placed = place(shapes)
-    paths, placed_paths = leaves_by_path(shapes).keys(), leaves_by_path(placed).keys()
-    if paths != placed_paths:
+    leaves, placed_leaves = leaves_by_path(shapes), leaves_by_path(placed)
+    missing = sorted(leaves.keys() - placed_leaves.keys())
+    unexpected = sorted(placed_leaves.keys() - leaves.keys())
+    if missing or unexpected:
         raise ValueError(
             "`place` must return a tree with the leaves that it gets. Missing: "
-            f"{sorted(paths - placed_paths)[:5]}. Unexpected: "
-            f"{sorted(placed_paths - paths)[:5]}."
+            f"{missing[:5]}. Unexpected: {unexpected[:5]}."
         )
+    for path, leaf in leaves.items():
+        # Adapters have no shape.
+        shape, placed_shape = (
+            getattr(x, "shape", None) for x in (leaf, placed_leaves[path])
+        )
+        if shape != placed_shape:
+            raise ValueError(
+                f"`place` must return {path} with shape {shape}. Got {placed_shape}."
+            )
     return placed
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,19 @@ def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> NamedLeaf:
     return NamedLeaf(path, shape, geometry, False, tensor_names, window)
 
 
+def refuse_shared_names(leaves: Iterable[NamedLeaf]) -> None:
+    """Raises ValueError if two leaves have a tensor of the same name."""
+    # `Names` cannot detect this. For example, `x.1` is one of the names `x.{layer}` if
+    # the leaf has more than one layer.
+    path_of: dict[str, str] = {}
+    problems = []
+    for leaf in leaves:
+        for name in leaf.tensor_names.flat:
+            if (path := path_of.setdefault(name, leaf.path)) != leaf.path:
+                problems.append(f"{name}: it belongs to {path} and to {leaf.path}")
+    raise_if_any("each name must belong to one leaf", problems)
+
+
 def find_leaves(
     tensors: Mapping[str, TensorLike], names: Names, like: Tree
 ) -> dict[str, NamedLeaf]:
@@ -117,6 +130,7 @@ def find_leaves(
         and not names.is_ignored(name)
         and not _is_zero_bias(name, tensors)
     ]
+    refuse_shared_names(leaves.values())
     problems = {"missing": missing, "unexpected": unexpected}
     refuse_names(problems | {"mis-shaped": mismatched, "no name": unnamed})
     return leaves
@@ -161,6 +175,7 @@ def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:
                 )
         leaves.append((leaf, value))
     raise_if_any("these leaves cannot be written", problems)
+    refuse_shared_names(leaf for leaf, _ in leaves)
     return leaves
 
 

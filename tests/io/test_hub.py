@@ -188,3 +188,9 @@ def test_what_cannot_be_fetched(hub, tmp_path):
         file.unlink()
     with pytest.raises(FileNotFoundError, match="weights as safetensors"):
         get("some/model")
+
+
+def test_revisions_of_paths_are_refused(tmp_path):
+    assert fetch(tmp_path) == tmp_path
+    with pytest.raises(ValueError, match="`revision` must be left out .* Got 'v2'"):
+        fetch(tmp_path, revision="v2")

@@ -1,5 +1,6 @@
 """The table of names between our leaves and a Hugging Face model's tensors."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -98,6 +99,22 @@ def test_the_first_of_two_matching_paths_is_used():
 def test_wrong_tables_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_two_leaves_with_one_tensor_are_refused(tmp_path):
+    names = ql.io.Names({"a/kernel": "x.{layer}.weight", "b/kernel": "x.1.weight"})
+    params = {"a": {"kernel": jnp.ones((2, 4, 3))}, "b": {"kernel": jnp.ones((4, 3))}}
+    base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(fmt=None, rank=1))
+    tensors = {f"x.{i}.weight": np.ones((3, 4), np.float32) for i in range(2)}
+    settings, out = {"model_type": "mine"}, tmp_path / "out"
+    for call in (
+        lambda: ql.io.load(tensors, names, params, progress=False),
+        lambda: ql.io.save_merged(out, params, {}, names, settings, progress=False),
+        lambda: ql.io.save_peft(out, base, lora, names),
+    ):
+        message = "x.1.weight: it belongs to a/kernel and to b/kernel"
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_models_with_convolutions_are_refused(tmp_path):

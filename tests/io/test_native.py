@@ -129,6 +129,9 @@ def test_place_must_return_all_leaves(tmp_path):
         message = r"`place` must .* Missing: \['b'\]. Unexpected: \['c'\]"
         with pytest.raises(ValueError, match=message):
             read()
+    struct = jax.ShapeDtypeStruct((2, 2), "float32")
+    with pytest.raises(ValueError, match=r"b with shape \(2, 4\). Got \(2, 2\)"):
+        restore(tmp_path / "x", place=lambda tree: {**tree, "b": struct})
 
 
 def test_what_is_no_leaf_is_listed(tmp_path):

@@ -33,7 +33,7 @@ def fetch(
 
     Args:
         model: A path, or the id of a repository: `"HuggingFaceTB/SmolLM2-135M"`.
-        revision: A branch, a tag or a commit; `main` by default.
+        revision: A branch, a tag or a commit of a repository; `main` by default.
         token: A token for private repositories; by default, that of the user's login.
         cache: The folder of the cache; by default, that of `huggingface_hub`.
         offline: Whether to use only the cache.
@@ -42,6 +42,7 @@ def fetch(
         FileNotFoundError: If the path or repository does not exist, if access to a
             private or gated repository is not granted, if the hub cannot be reached and
             the model is not cached, or if it has no weights in safetensors.
+        ValueError: If `model` is a path that exists, and `revision` is not None.
 
     Example:
         >>> import tempfile, qlora_jax as ql
@@ -52,6 +53,10 @@ def fetch(
     name, path = str(model), pathlib.Path(model).expanduser()
     # pathlib takes "" for the current folder.
     if name and path.exists():
+        if revision is not None:
+            raise ValueError(
+                f"`revision` must be left out for the path {name!r}. Got {revision!r}."
+            )
         return path
     problem = f"`model` must be a path or a hub id. Got {name!r}. This path is missing"
     # "folder/model.gguf" has the form of an id, but is meant as a path.

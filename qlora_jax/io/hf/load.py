@@ -79,8 +79,8 @@ def load(
             missing, unexpected, mis-shaped, or packed in a way that needs `recode`. All
             such tensors are listed.
         TypeError: If `dtype` is not a floating dtype.
-        ValueError: If the config does not fit the tree, or `place` returns other
-            leaves than it gets.
+        ValueError: If the config does not fit the tree, if `names` has a tensor twice,
+            or if `place` returns other leaves than it gets.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

@@ -27,7 +27,7 @@ from ...quant.geometry import Geometry
 from ...quant.kernel import Kernel, as_kernel
 from ...trees.adapters import checked_adapters
 from ...trees.paths import Tree, leaves_by_path, raise_if_any
-from ..named_leaves import NamedLeaf, leaf_of
+from ..named_leaves import NamedLeaf, leaf_of, refuse_shared_names
 from ..names import BatchIndex, Names
 from .config import PREFIX
 
@@ -88,6 +88,7 @@ class NamedBase:
                 if kind == "weight" and is_table:
                     tables.add(module)
         raise_if_any("`names` must name every leaf of `base`", problems)
+        refuse_shared_names(named_leaves.values())
         # The table of a tied model ignores the head, which a file may still have.
         is_tied = names.is_ignored(f"{HEAD}.weight")
         batch_shapes = {path: x.tensor_names.shape for path, x in named_leaves.items()}
