@@ -315,7 +315,7 @@ def _read_gemma3(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, layers=layers, qk_norms=True, logit_soft_cap=cap)
 
 
-def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+def text_only_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config without its vision part, in the form for text-only models."""
     if str(raw.get("model_type")) not in TEXT_HALVES:
         return dict(raw)
@@ -331,7 +331,7 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
-    text = text_config(raw)
+    text = text_only_config(raw)
     config = FAMILIES[text["model_type"]].read_config(text)
     # In Llama 4, the text half is a whole model with a head, in other families not.
     is_whole = raw["model_type"] == "llama4"

@@ -18,7 +18,7 @@ import qlora_jax as ql
 
 from .config import DecoderConfig
 from .decoder_names import decoder_names
-from .families import config_from_hf, text_config
+from .families import config_from_hf, text_only_config
 from .tokenizer import FolderTokenizer, folder_templates, read_object
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class ModelFolder:
     @property
     def context_length(self) -> int:
         """The context length in tokens."""
-        raw = text_config(ql.io.read_config_json(self.path))
+        raw = text_only_config(ql.io.read_config_json(self.path))
         if not (length := raw.get(key := "max_position_embeddings")):
             raise ValueError(f"{self.path} must have a context length, `{key}`.")
         return int(length)
@@ -128,7 +128,7 @@ class ModelFolder:
         if not has_vision(self.config):
             yield self.path
             return
-        config = text_config(ql.io.read_config_json(self.path))
+        config = text_only_config(ql.io.read_config_json(self.path))
         with tempfile.TemporaryDirectory() as temporary:
             folder = pathlib.Path(temporary)
             for file in self.path.iterdir():
