@@ -9,11 +9,15 @@ from .family import (
     is_count,
     read_biases,
     read_count,
+    read_flag,
+    read_list,
+    read_number,
+    read_optional,
     read_rope,
+    read_size,
     require_if_present,
     rope_section,
     shared_fields,
-    to_float,
 )
 
 _Scores = Literal["softmax", "sigmoid"]
@@ -53,8 +57,8 @@ def read_deepseek_v3(raw: Mapping[str, Any]) -> DecoderConfig:
 def read_glm_lite(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the config of GLM-4.7-Flash."""
     require_if_present(raw, {"topk_method": "noaux_tc"})
-    raw, types = _GLM | dict(raw), raw.get("mlp_layer_types")
-    count = raw["num_hidden_layers"]
+    types = read_list(raw, "mlp_layer_types")
+    raw, count = _GLM | dict(raw), read_count(raw, "num_hidden_layers")
     if types is None:
         types = ["dense"] + ["sparse"] * (count - 1)
     if len(types) != count or {*types} - {"dense", "sparse"}:
@@ -83,8 +87,8 @@ def read_deepseek_v2(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _is_dense(raw: Mapping[str, Any]) -> list[bool]:
-    first = _read_size(raw, "first_k_dense_replace")
-    return [layer < first for layer in range(raw["num_hidden_layers"])]
+    first = read_size(raw, "first_k_dense_replace")
+    return [layer < first for layer in range(read_count(raw, "num_hidden_layers"))]
 
 
 def _read(
@@ -97,13 +101,15 @@ def _read(
     query_rank, kv_rank = raw["q_lora_rank"], raw["kv_lora_rank"]
     nope_dim, rope_dim = raw["qk_nope_head_dim"], raw["qk_rope_head_dim"]
     heads = LatentHeads(query_rank, kv_rank, nope_dim, rope_dim, raw["v_head_dim"])
+    num_heads = read_count(raw, "num_attention_heads")
     # If these keys are present, they must repeat other sizes. Other values would change
-    # the rotary positions, or leave some heads without keys.
+    # the rotary positions, or leave some heads without keys. `head_dim` in a file is
+    # only the rotated part of a head; in `DecoderConfig`, it is the whole head.
     total = "the sum of `qk_nope_head_dim` and `qk_rope_head_dim`"
     expected = {
         "head_dim": (heads.rope_dim, "`qk_rope_head_dim`"),
         "qk_head_dim": (heads.head_dim, total),
-        "num_key_value_heads": (raw["num_attention_heads"], "`num_attention_heads`"),
+        "num_key_value_heads": (num_heads, "`num_attention_heads`"),
     }
     for key, (value, description) in expected.items():
         if raw.get(key) not in (None, value):
@@ -125,51 +131,47 @@ def _read(
     return DecoderConfig(
         **fields,
         layers=tuple(dense if x else sparse for x in is_dense),
-        interleaved_rope=bool(raw["rope_interleave"]),
+        interleaved_rope=read_flag(raw, "rope_interleave"),
         attention_scale=heads.head_dim**-0.5 * _rope_scale(raw),
-        num_ignored_layers=_read_size(raw, mtp_key),
+        num_ignored_layers=read_size(raw, mtp_key),
     )
 
 
 def _read_experts(raw: Mapping[str, Any], scores: _Scores) -> Experts:
-    num_groups = raw["n_group"]
+    count, num_groups = read_count(raw, "n_routed_experts"), raw["n_group"]
     # With sigmoids, the score of a group is the sum of its two best scores.
-    if scores == "sigmoid" and not (
-        is_count(num_groups) and raw["n_routed_experts"] >= 2 * num_groups
-    ):
+    if scores == "sigmoid" and not (is_count(num_groups) and count >= 2 * num_groups):
         raise ValueError(
             "`n_group` must leave at least two experts in each group. Got "
             f"{num_groups!r}."
         )
+    width = read_count(raw, "moe_intermediate_size")
     return Experts(
-        raw["n_routed_experts"],
+        count,
         read_count(raw, "num_experts_per_tok"),
-        normalized=bool(raw["norm_topk_prob"]),
+        normalized=read_flag(raw, "norm_topk_prob"),
         scores=scores,
         has_score_bias=scores == "sigmoid",
         num_groups=num_groups,
         groups_per_token=raw["topk_group"],
-        scale=to_float(raw["routed_scaling_factor"]),
-        shared_width=raw["moe_intermediate_size"] * raw["n_shared_experts"],
+        scale=read_number(raw, "routed_scaling_factor"),
+        shared_width=width * read_size(raw, "n_shared_experts"),
         shared_name="shared_experts",
         has_shared_gate=False,
     )
 
 
 def _rope_scale(raw: Mapping[str, Any]) -> float:
-    """Returns YaRN's factor of all attention scores, in addition to `Rope.scale`."""
+    """Returns YaRN's factor of all attention scores, in addition to `Rope.scale`.
+
+    It is the square of the factor that `mscale_all_dim` describes, since that one
+    multiplies both queries and keys.
+    """
     section = rope_section(raw)
-    mscale = section.get("mscale_all_dim")
+    mscale = read_optional(section, "mscale_all_dim")
     kind = section.get("rope_type", section.get("type")) or "default"
     if kind == "default" or not mscale:
         return 1.0
     if (factor := section.get("factor")) is None:
         raise ValueError(f"`mscale_all_dim` must come with `factor`. Got {section}.")
     return (0.1 * mscale * math.log(factor) + 1) ** 2 if factor > 1 else 1.0
-
-
-def _read_size(raw: Mapping[str, Any], key: str) -> int:
-    """Returns a value that must be 0 or a positive integer."""
-    if (size := raw[key]) != 0 and not is_count(size):
-        raise ValueError(f"`{key}` must be 0 or a positive integer. Got {size!r}.")
-    return size

@@ -9,15 +9,18 @@ from .family import (
     Family,
     is_count,
     read_biases,
+    read_count,
+    read_flag,
     read_layers,
+    read_number,
     read_partial_rope,
     read_positive,
     read_rope,
     read_uniform_layers,
     require_if_present,
     rope_section,
+    rope_sections,
     shared_fields,
-    to_float,
 )
 
 # - OLMo 2 has norms after attention and the MLP instead of before them, and norms of q
@@ -56,16 +59,10 @@ def _read_olmo2(raw: Mapping[str, Any]) -> DecoderConfig:
 def _read_olmo3(raw: Mapping[str, Any]) -> DecoderConfig:
     # transformers uses this base in layers with a window, whatever the file says.
     require_if_present(raw, {"rope_theta": 500_000.0})
-    fields, sections = _olmo_fields(raw), raw.get("rope_parameters") or {}
-    if unknown := sorted(sections.keys() - {"full_attention", "sliding_attention"}):
-        raise ValueError(
-            "`rope_parameters` must have a section for each kind of layers. Got the "
-            f"keys {unknown}."
-        )
-    full = {**sections.get("full_attention", {}), **(raw.get("rope_scaling") or {})}
+    fields = _olmo_fields(raw)
     ropes = (
         read_rope(raw, fields["head_dim"], theta=500_000.0, section=section)
-        for section in (full, sections.get("sliding_attention", {}))
+        for section in rope_sections(raw)
     )
     window = raw.get("sliding_window", 4096)
     layers = read_layers(raw, lambda i: (i + 1) % 4 != 0, window, *ropes)
@@ -77,7 +74,7 @@ def _read_granite(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         **fields,
         layers=(LayerKind(read_rope(raw, fields["head_dim"])),),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        mlp_bias=read_flag(raw, "mlp_bias"),
         embedding_scale=read_positive(raw, "embedding_multiplier", 1.0),
         residual_scale=read_positive(raw, "residual_multiplier", 1.0),
         attention_scale=read_positive(raw, "attention_multiplier", 1.0),
@@ -95,16 +92,16 @@ def _read_glm4(raw: Mapping[str, Any]) -> DecoderConfig:
         interleaved_rope=True,
         post_norms="glm",
         fused="mlp",
-        qkv_bias=bool(raw.get("attention_bias", True)),
+        qkv_bias=read_flag(raw, "attention_bias", True),
     )
 
 
 def _read_cohere2(raw: Mapping[str, Any]) -> DecoderConfig:
     require_if_present(raw, _COHERE2_VALUES)
     fields = shared_fields(raw, tied=True) | read_biases(raw)
-    fields["rms_norm_eps"] = to_float(raw.get("layer_norm_eps", 1e-5))
+    fields["rms_norm_eps"] = read_number(raw, "layer_norm_eps", 1e-5)
     rope, window = read_rope(raw, fields["head_dim"]), raw.get("sliding_window", 4096)
-    period = raw.get("sliding_window_pattern", 4)
+    period = read_count(raw, "sliding_window_pattern", 4)
     return DecoderConfig(
         **fields,
         layers=read_layers(raw, lambda i: (i + 1) % period != 0, window, None, rope),
@@ -120,16 +117,16 @@ def _read_seed_oss(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         **fields,
         layers=(LayerKind(read_rope(raw, fields["head_dim"])),),
-        qkv_bias=bool(raw.get("attention_bias", True)),
-        o_bias=bool(raw.get("attention_out_bias", False)),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        qkv_bias=read_flag(raw, "attention_bias", True),
+        o_bias=read_flag(raw, "attention_out_bias"),
+        mlp_bias=read_flag(raw, "mlp_bias"),
     )
 
 
 def _read_arcee(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, eps=1e-5, activation=("hidden_act", "relu2"))
     layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
-    mlp_bias = bool(raw.get("mlp_bias", False))
+    mlp_bias = read_flag(raw, "mlp_bias")
     fields |= read_biases(raw)
     return DecoderConfig(**fields, layers=layers, gated_mlp=False, mlp_bias=mlp_bias)
 
@@ -149,7 +146,7 @@ def _read_ministral3(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, head_dim=128, kv_heads=8, eps=1e-5)
     rope = read_rope(raw, fields["head_dim"])
     layers = read_uniform_layers(raw, rope, default=None)
-    scaling = QueryScaling(to_float(beta), length)
+    scaling = QueryScaling(read_number(section, beta_key), length)
     return DecoderConfig(**fields, layers=layers, query_scaling=scaling)
 
 
@@ -157,8 +154,8 @@ def _read_starcoder2(raw: Mapping[str, Any]) -> DecoderConfig:
     require_if_present(raw, {"mlp_type": "default", "norm_type": "layer_norm"})
     activation = ("hidden_act", "gelu_pytorch_tanh")
     fields = shared_fields(raw, kv_heads=2, tied=True, activation=activation)
-    fields["rms_norm_eps"] = to_float(raw.get("norm_epsilon", 1e-5))
-    has_bias = bool(raw.get("use_bias", True))
+    fields["rms_norm_eps"] = read_number(raw, "norm_epsilon", 1e-5)
+    has_bias = read_flag(raw, "use_bias", True)
     rope = read_rope(raw, fields["head_dim"])
     return DecoderConfig(
         **fields,

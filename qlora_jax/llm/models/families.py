@@ -23,14 +23,20 @@ from .family import (
     read_biases,
     read_count,
     read_experts,
+    read_flag,
+    read_layer_numbers,
     read_layer_types,
     read_layers,
+    read_optional,
     read_partial_rope,
+    read_positive,
     read_rope,
     read_rotary_flags,
+    read_size,
     read_uniform_layers,
     require_if_present,
     rope_section,
+    rope_sections,
     shared_fields,
 )
 from .gemma4 import GEMMA4_KEYS, read_gemma4, read_gemma4_unified
@@ -72,7 +78,7 @@ def _read_llama(raw: Mapping[str, Any]) -> DecoderConfig:
     require_if_present(raw, {"sliding_window": None})
     fields = shared_fields(raw)
     layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
-    mlp_bias = bool(raw.get("mlp_bias", False))
+    mlp_bias = read_flag(raw, "mlp_bias")
     return DecoderConfig(**fields, **read_biases(raw), layers=layers, mlp_bias=mlp_bias)
 
 
@@ -85,8 +91,9 @@ def _read_mistral(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def _qwen_layers(raw: Mapping[str, Any], rope: Rope) -> tuple[LayerKind, ...]:
     """Returns the layers; those from `max_window_layers` on may have a window."""
-    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
-    first = None if window is None else raw.get("max_window_layers", 28)
+    has_windows = read_flag(raw, "use_sliding_window")
+    window = raw.get("sliding_window", 4096) if has_windows else None
+    first = None if window is None else read_size(raw, "max_window_layers", 28)
     return read_layers(raw, lambda i: first is not None and i >= first, window, rope)
 
 
@@ -106,14 +113,14 @@ def _read_smollm3(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, kv_heads=4, tied=True)
     is_rotary = read_rotary_flags(raw)
     window = raw.get("sliding_window")
-    has_windows = bool(raw.get("use_sliding_window", False)) and window is not None
+    has_windows = read_flag(raw, "use_sliding_window") and window is not None
     rope = read_rope(raw, fields["head_dim"], theta=2e6)
     kinds = read_layers(raw, lambda i: has_windows and not is_rotary[i], window, rope)
     layers = tuple(
         kind if rotary else replace(kind, rope=None)
         for kind, rotary in zip(kinds, is_rotary, strict=True)
     )
-    mlp_bias = bool(raw.get("mlp_bias", False))
+    mlp_bias = read_flag(raw, "mlp_bias")
     return DecoderConfig(**fields, **read_biases(raw), layers=layers, mlp_bias=mlp_bias)
 
 
@@ -143,7 +150,7 @@ def _read_mixtral(raw: Mapping[str, Any]) -> DecoderConfig:
 def _read_olmoe(raw: Mapping[str, Any]) -> DecoderConfig:
     require_if_present(raw, {"clip_qkv": None})
     fields = shared_fields(raw, eps=1e-5) | read_biases(raw)
-    normalized = bool(raw.get("norm_topk_prob", False))
+    normalized = read_flag(raw, "norm_topk_prob")
     experts = read_experts(raw, 64, 8, balance=0.01, normalized=normalized)
     layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
     return DecoderConfig(**fields, layers=layers, experts=experts, qk_norms="whole")
@@ -152,24 +159,25 @@ def _read_olmoe(raw: Mapping[str, Any]) -> DecoderConfig:
 def _read_qwen3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
     fields: dict[str, Any] = shared_fields(raw, kv_heads=4) | read_biases(raw)
     fields["qk_norms"] = True
-    windows = raw if raw.get("use_sliding_window") else {"sliding_window": None}
-    [kind] = read_uniform_layers(windows, read_rope(raw, fields["head_dim"]), 4096)
+    if not read_flag(raw, "use_sliding_window"):
+        raw = {**raw, "sliding_window": None}
+    [kind] = read_uniform_layers(raw, read_rope(raw, fields["head_dim"]), 4096)
     kinds = (kind,) * fields["num_layers"]
     return _read_sparse(raw, fields, kinds, width=768, count=128, per_token=8)
 
 
 def _read_qwen2_moe(raw: Mapping[str, Any]) -> DecoderConfig:
     fields: dict[str, Any] = shared_fields(raw, kv_heads=16)
-    fields["qkv_bias"] = bool(raw.get("qkv_bias", True))
+    fields["qkv_bias"] = read_flag(raw, "qkv_bias", True)
     # In Qwen2, only layers from `max_window_layers` on have a window. Here, it is the
     # layers before it, and only every other one of them.
-    has_windows = bool(raw.get("use_sliding_window", False))
-    end = raw.get("max_window_layers", 28) if has_windows else 0
+    has_windows = read_flag(raw, "use_sliding_window")
+    end = read_size(raw, "max_window_layers", 28) if has_windows else 0
     window = raw.get("sliding_window", 4096) if has_windows else None
     rope = read_rope(raw, fields["head_dim"])
     kinds = read_layers(raw, lambda i: i % 2 == 0 and i < end, window, rope)
     settings = {"count": 60, "per_token": 4}
-    settings["shared_width"] = raw.get("shared_expert_intermediate_size", 5632)
+    settings["shared_width"] = read_size(raw, "shared_expert_intermediate_size", 5632)
     return _read_sparse(raw, fields, kinds, width=1408, **settings)
 
 
@@ -188,9 +196,7 @@ def _read_sparse(
     """
     # Every `decoder_sparse_step`-th layer has experts, except `mlp_only_layers`.
     step = read_count(raw, "decoder_sparse_step", 1)
-    dense = raw.get("mlp_only_layers") or ()
-    if unknown := [x for x in dense if type(x) is not int]:
-        raise ValueError(f"`mlp_only_layers` must be integers. Got {unknown}.")
+    dense = read_layer_numbers(raw, "mlp_only_layers") or ()
     is_sparse = [(i + 1) % step == 0 and i not in dense for i in range(len(kinds))]
     if not any(is_sparse):
         return DecoderConfig(**fields, layers=kinds)
@@ -201,7 +207,7 @@ def _read_sparse(
     )
     width = read_count(raw, "moe_intermediate_size", width)
     fields = fields | {"intermediate_size": width}
-    normalized = bool(raw.get("norm_topk_prob", False))
+    normalized = read_flag(raw, "norm_topk_prob")
     experts = read_experts(raw, **settings, normalized=normalized)
     return DecoderConfig(**fields, layers=layers, experts=experts)
 
@@ -211,7 +217,7 @@ def _read_gpt_oss(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, head_dim=64, kv_heads=8, eps=1e-5)
     fields |= {"activation": "clamped_swiglu", "mlp_bias": True, "sinks": True}
     fields |= read_biases({"attention_bias": True, **raw})
-    section = raw.get("rope_scaling") or raw.get("rope_parameters") or _GPT_OSS_ROPE
+    section = rope_section(raw) or _GPT_OSS_ROPE
     rope = read_rope(raw, fields["head_dim"], theta=150_000.0, section=section)
     window = raw.get("sliding_window", 128)
     layers = read_layers(raw, lambda i: i % 2 == 0, window, rope)
@@ -230,7 +236,7 @@ def _read_qwen3_5(raw: Mapping[str, Any], kv_heads: int = 4) -> DecoderConfig:
     defaults = zip((*names, "conv_kernel_dim"), (16, 32, 128, 128, 4), strict=True)
     rule = DeltaRule(*(raw.get(f"linear_{name}", size) for name, size in defaults))
     # By default, every `full_attention_interval`-th layer has attention.
-    interval = raw.get("full_attention_interval", 4)
+    interval = read_count(raw, "full_attention_interval", 4)
     types = read_layer_types(
         raw, (_FULL, _LINEAR), lambda i: _LINEAR if (i + 1) % interval else _FULL
     )
@@ -248,7 +254,7 @@ def _read_qwen3_5(raw: Mapping[str, Any], kv_heads: int = 4) -> DecoderConfig:
 def _read_qwen3_5_moe(raw: Mapping[str, Any]) -> DecoderConfig:
     width = read_count(raw, "moe_intermediate_size", 512)
     config = _read_qwen3_5({**raw, "intermediate_size": width}, kv_heads=2)
-    shared_width = raw.get("shared_expert_intermediate_size", 512)
+    shared_width = read_size(raw, "shared_expert_intermediate_size", 512)
     experts = read_experts(raw, 256, 8, shared_width=shared_width)
     return replace(config, experts=experts)
 
@@ -279,7 +285,7 @@ def _read_gemma(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def _gemma2_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     fields = _gemma_fields(raw, 4, "hidden_activation")
-    scale = raw.get("query_pre_attn_scalar", 256) ** -0.5
+    scale = read_positive(raw, "query_pre_attn_scalar", 256) ** -0.5
     return fields | {"post_norms": True, "attention_scale": scale}
 
 
@@ -290,28 +296,25 @@ def _read_gemma2(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         **fields,
         layers=read_layers(raw, lambda i: i % 2 == 0, window, rope),
-        attention_soft_cap=raw.get("attn_logit_softcapping", 50.0),
-        logit_soft_cap=raw.get("final_logit_softcapping", 30.0),
+        attention_soft_cap=read_optional(raw, "attn_logit_softcapping", 50.0),
+        logit_soft_cap=read_optional(raw, "final_logit_softcapping", 30.0),
     )
 
 
 def _read_gemma3(raw: Mapping[str, Any]) -> DecoderConfig:
     require_if_present(raw, {"attn_logit_softcapping": None})
     fields = _gemma2_fields(raw)
-    # Newer files have one rotary section for each kind of layer.
-    sections = raw.get("rope_parameters") or {}
-    full = raw.get("rope_scaling") or sections.get("full_attention") or {}
-    local = {"rope_theta": raw.get("rope_local_base_freq")}
-    local |= sections.get("sliding_attention") or {}
+    full, local = rope_sections(raw)
+    local = {"rope_theta": raw.get("rope_local_base_freq"), **local}
     dim, window = fields["head_dim"], raw.get("sliding_window", 4096)
     ropes = (
         read_rope(raw, dim, theta=1e6, section=full),
         # The `rope_theta` of the file is for layers with full attention only.
         read_rope({**raw, "rope_theta": None}, dim, section=local),
     )
-    period = raw.get("sliding_window_pattern", 6)
+    period = read_count(raw, "sliding_window_pattern", 6)
     layers = read_layers(raw, lambda i: (i + 1) % period != 0, window, *ropes)
-    cap = raw.get("final_logit_softcapping")
+    cap = read_optional(raw, "final_logit_softcapping")
     return DecoderConfig(**fields, layers=layers, qk_norms=True, logit_soft_cap=cap)
 
 

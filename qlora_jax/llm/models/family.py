@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -145,14 +145,14 @@ def shared_fields(
         "num_kv_heads": raw.get("num_key_value_heads", kv_heads) or heads,
         "head_dim": size,
         "activation": value,
-        "rms_norm_eps": to_float(raw.get("rms_norm_eps", eps)),
-        "tie_embeddings": bool(raw.get("tie_word_embeddings", tied)),
+        "rms_norm_eps": read_number(raw, "rms_norm_eps", eps),
+        "tie_embeddings": read_flag(raw, "tie_word_embeddings", tied),
     }
 
 
 def read_biases(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Reads `attention_bias`: whether the projections q, k, v and o have biases."""
-    has_bias = bool(raw.get("attention_bias", False))
+    has_bias = read_flag(raw, "attention_bias")
     return {"qkv_bias": has_bias, "o_bias": has_bias}
 
 
@@ -169,11 +169,11 @@ def read_experts(
     `count`, `per_token` and `balance` are the family's defaults for missing keys.
     `balance` is the weight of the load-balancing loss, which is off by default.
     """
-    balance = to_float(raw.get("router_aux_loss_coef", balance))
+    balance = read_number(raw, "router_aux_loss_coef", balance)
     return Experts(
         raw.get("num_experts", raw.get("num_local_experts", count)),
         raw.get("num_experts_per_tok", per_token),
-        balance=balance if raw.get("output_router_logits", False) else 0.0,
+        balance=balance if read_flag(raw, "output_router_logits") else 0.0,
         **settings,
     )
 
@@ -217,7 +217,7 @@ def read_layer_types(
 
     `choices` are the two types of layers that the family has.
     """
-    count, types = raw["num_hidden_layers"], raw.get("layer_types")
+    count, types = raw["num_hidden_layers"], read_list(raw, "layer_types")
     if types is None:
         types = [default(i) for i in range(count)]
     if len(types) != count or {*types} - {*choices}:
@@ -234,7 +234,7 @@ def read_rotary_flags(raw: Mapping[str, Any]) -> list[bool]:
     Despite its name, `no_rope_layers` has 1 for layers with rotary positions. If it is
     missing, every `no_rope_layer_interval`-th layer has none.
     """
-    count, flags = raw["num_hidden_layers"], raw.get("no_rope_layers")
+    count, flags = raw["num_hidden_layers"], read_list(raw, "no_rope_layers")
     if flags is None:
         interval = read_count(raw, "no_rope_layer_interval", 4)
         return [(i + 1) % interval != 0 for i in range(count)]
@@ -243,6 +243,8 @@ def read_rotary_flags(raw: Mapping[str, Any]) -> list[bool]:
             f"`no_rope_layers` must have an entry for each of {count} layers. Got "
             f"{len(flags)}."
         )
+    if wrong := [flag for flag in flags if flag not in (0, 1)]:
+        raise ValueError(f"`no_rope_layers` must be 0 or 1. Got {wrong}.")
     return [bool(flag) for flag in flags[:count]]
 
 
@@ -262,11 +264,37 @@ def read_uniform_layers(
     return (LayerKind(rope, window),)
 
 
+def read_flag(raw: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """Returns a value that must be true or false; null means false."""
+    # Text would always be true, even "false". Some files have numbers as flags.
+    value = raw.get(key, default)
+    if not (value is None or isinstance(value, int | float)):
+        raise ValueError(f"`{key}` must be true or false. Got {value!r}.")
+    return bool(value)
+
+
+def read_number(
+    raw: Mapping[str, Any], key: str, default: float | None = None
+) -> float:
+    """Returns a value that must be a number, as a float."""
+    if not is_number(value := raw.get(key, default)):
+        raise ValueError(f"`{key}` must be a number. Got {value!r}.")
+    return float(value)
+
+
 def read_positive(raw: Mapping[str, Any], key: str, default: float) -> float:
     """Returns a value that must be a positive number."""
-    if not (value := to_float(raw.get(key, default))) > 0:
+    if not (value := read_number(raw, key, default)) > 0:
         raise ValueError(f"`{key}` must be positive. Got {value}.")
     return value
+
+
+def read_optional(
+    raw: Mapping[str, Any], key: str, default: float | None = None
+) -> float | None:
+    """Returns a value that must be a number or null, as a float or None."""
+    is_null = raw.get(key, default) is None
+    return None if is_null else read_number(raw, key, default)
 
 
 def read_count(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -276,14 +304,48 @@ def read_count(raw: Mapping[str, Any], key: str, default: int | None = None) -> 
     return value
 
 
+def read_size(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Returns a value that must be 0 or a positive integer."""
+    if type(size := raw.get(key, default)) is not int or not 0 <= size <= _MAX_COUNT:
+        raise ValueError(f"`{key}` must be 0 or a positive integer. Got {size!r}.")
+    return size
+
+
+def read_list(raw: Mapping[str, Any], key: str) -> list[Any] | None:
+    """Returns a value that must be a list, or None if it is missing or null."""
+    if not isinstance(values := raw.get(key), list | tuple | None):
+        raise ValueError(f"`{key}` must be a list. Got {values!r}.")
+    return None if values is None else [*values]
+
+
+def read_layer_numbers(raw: Mapping[str, Any], key: str) -> list[int] | None:
+    """Returns a list of numbers of layers, or None if it is missing or null."""
+    numbers = read_list(raw, key)
+    if wrong := [x for x in numbers or () if type(x) is not int]:
+        raise ValueError(f"`{key}` must be integers. Got {wrong}.")
+    return numbers
+
+
+def read_section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Returns a value that must be an object; an empty one if missing or null."""
+    if not isinstance(section := raw.get(key), Mapping | None):
+        raise ValueError(f"`{key}` must be an object. Got {section!r}.")
+    return section or {}
+
+
 def is_count(value: object, largest: int = _MAX_COUNT) -> bool:
     """Whether a value is a positive integer of plausible size."""
     return type(value) is int and 0 < value <= largest
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a number, and not a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def to_float(value: object) -> float:
     """Returns a number as a float; raises for bools and text."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         raise TypeError(f"{value!r} is not a number")
     return float(value)
 
@@ -296,8 +358,8 @@ _ROPE_KEYS = {
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 }
 _ORIGINAL, _LONGEST = "original_max_position_embeddings", "max_position_embeddings"
-_POSITIVE = ("factor", _ORIGINAL, _LONGEST, "low_freq_factor", "high_freq_factor")
-_POSITIVE += ("beta_fast", "beta_slow", "attention_factor")
+_POSITIVE = ("rope_theta", "factor", _LONGEST, _ORIGINAL, "low_freq_factor")
+_POSITIVE += ("high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
 
 
 def read_rope(
@@ -328,25 +390,34 @@ def read_rope(
         )
     # 2. The numbers. If `factor` is missing, it is computed as the ratio of the two
     # context lengths. LongRoPE does not need it if there is an `attention_factor`.
-    theta = to_float(section.get("rope_theta") or raw.get("rope_theta") or theta)
-    longest = raw.get(_LONGEST)
-    original = raw.get(_ORIGINAL) or section.get(_ORIGINAL) or longest
-    values = {**section, _ORIGINAL: original, _LONGEST: longest}
-    has_factor = any(section.get(key) for key in ("factor", "attention_factor"))
-    if kind not in ("default", "linear") and not (original and (has_factor or longest)):
+    values = {**section, _LONGEST: raw.get(_LONGEST)}
+    values["rope_theta"] = _first_present(
+        section.get("rope_theta"), raw.get("rope_theta"), theta
+    )
+    values[_ORIGINAL] = _first_present(
+        raw.get(_ORIGINAL), section.get(_ORIGINAL), raw.get(_LONGEST)
+    )
+    numbers = {
+        key: read_number(values, key)
+        for key in _POSITIVE
+        if values.get(key) is not None
+    }
+    if wrong := {key: x for key, x in numbers.items() if not x > 0}:
+        raise ValueError(f"{[*wrong]} must be positive. Got {wrong}.")
+    has_lengths = _ORIGINAL in numbers and bool(
+        {"factor", "attention_factor", _LONGEST} & {*numbers}
+    )
+    if kind not in ("default", "linear") and not has_lengths:
         raise ValueError(
             f'`rope_type` "{kind}" must come with `max_position_embeddings`, or with '
             f"`original_max_position_embeddings` and `factor`. Got {section}."
         )
-    present = [key for key in _POSITIVE if values.get(key) is not None]
-    wrong = [key for key in present if not to_float(values[key]) > 0]
-    if wrong or not theta > 0:
-        raise ValueError(f"{wrong or 'rope_theta'} must be positive. Got {section}.")
+    theta = numbers["rope_theta"]
     # 3. The divisors. NumPy need not warn about numbers that are not finite, because
     # `DecoderConfig` rejects them.
     with np.errstate(all="ignore"):
-        frequency = theta ** (-np.arange(0, dim, 2) / dim)
-        return Rope(theta, **compute_fields(values, frequency, theta))
+        frequencies = theta ** (-np.arange(0, dim, 2) / dim)
+        return Rope(theta, **compute_fields(values | numbers, frequencies, theta))
 
 
 def read_partial_rope(
@@ -358,9 +429,8 @@ def read_partial_rope(
     for `partial_rotary_factor`.
     """
     section, key = dict(rope_section(raw)), "partial_rotary_factor"
-    if (stored := section.pop(key, None)) is None:
-        stored = raw.get(key)
-    fraction = fraction if stored is None else to_float(stored)
+    stored = _first_present(section.pop(key, None), raw.get(key), fraction)
+    fraction = read_number({key: stored}, key)
     if (dim := int(head_dim * fraction)) < 2:
         raise ValueError(
             f"`{key}` must rotate at least one pair of the {head_dim} values of a "
@@ -371,7 +441,7 @@ def read_partial_rope(
 
 def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the section of a config about rotary positions, or an empty one."""
-    section = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    section = read_section(raw, "rope_scaling") or read_section(raw, "rope_parameters")
     if nested := [key for key, x in section.items() if isinstance(x, Mapping)]:
         raise ValueError(
             "`rope_parameters` must be the same for all layers. Got a section for each "
@@ -380,25 +450,47 @@ def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return section
 
 
-def _linear(values, frequency, theta) -> dict[str, Any]:
-    return {"divisors": (to_float(values["factor"]),) * len(frequency)}
+def rope_sections(
+    raw: Mapping[str, Any],
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Returns the rotary sections of layers without and with a window.
+
+    Older files have the first one in `rope_scaling`, which overrides the newer key.
+    """
+    sections = read_section(raw, "rope_parameters")
+    if unknown := sorted(sections.keys() - {_FULL, _SLIDING}):
+        raise ValueError(
+            "`rope_parameters` must have a section for each kind of layers. Got the "
+            f"keys {unknown}."
+        )
+    full, sliding = (read_section(sections, key) for key in (_FULL, _SLIDING))
+    return {**full, **read_section(raw, "rope_scaling")}, sliding
 
 
-def _llama3(values, frequency, theta) -> dict[str, Any]:
+def _first_present(*values: Any) -> Any:
+    """Returns the first value that is not null, or None."""
+    return next((value for value in values if value is not None), None)
+
+
+def _linear(values, frequencies, theta) -> dict[str, Any]:
+    return {"divisors": (values["factor"],) * len(frequencies)}
+
+
+def _llama3(values, frequencies, theta) -> dict[str, Any]:
     """Llama 3.1: divides slow frequencies by `factor`, and keeps fast ones."""
     # `factor` divides the frequencies of pairs with fewer than `low` rotations in the
     # original context. Pairs with more than `high` rotations keep their frequencies,
     # and the frequencies of the pairs in between are interpolated.
     low, high = values["low_freq_factor"], values["high_freq_factor"]
-    rotations = values[_ORIGINAL] * frequency / (2 * np.pi)
+    rotations = values[_ORIGINAL] * frequencies / (2 * np.pi)
     unchanged = np.clip((rotations - low) / (high - low), 0, 1)
     divisors = 1 / (unchanged + (1 - unchanged) / values["factor"])
-    return {"divisors": _floats(divisors.tolist())}
+    return {"divisors": tuple(divisors.tolist())}
 
 
-def _yarn(values, frequency, theta) -> dict[str, Any]:
+def _yarn(values, frequencies, theta) -> dict[str, Any]:
     """YaRN (arXiv:2309.00071): divisors that grow with the pair index, and a scale."""
-    half, original = len(frequency), values[_ORIGINAL]
+    half, original = len(frequencies), values[_ORIGINAL]
     factor = values.get("factor") or values[_LONGEST] / original
 
     def find_pair(rotations: float) -> float:
@@ -411,7 +503,7 @@ def _yarn(values, frequency, theta) -> dict[str, Any]:
     # the factor, and those of the pairs in between are interpolated.
     low = find_pair(values.get("beta_fast") or 32)
     high = find_pair(values.get("beta_slow") or 1)
-    if values.get("truncate", True):
+    if read_flag(values, "truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * half - 1)
     width = (high - low) or 0.001
@@ -425,43 +517,43 @@ def _yarn(values, frequency, theta) -> dict[str, Any]:
     scale = values.get("attention_factor")
     if scale is None:
         scale = compute_scale(1)
-        mscale, mscale_all = values.get("mscale"), values.get("mscale_all_dim")
+        keys = ("mscale", "mscale_all_dim")
+        mscale, mscale_all = (read_optional(values, key) for key in keys)
         if mscale and mscale_all:
             scale = compute_scale(mscale) / compute_scale(mscale_all)
     return {
-        "divisors": _floats(divisors.tolist()),
+        "divisors": tuple(divisors.tolist()),
         "original_length": int(original),
-        "scale": to_float(scale),
+        "scale": scale,
     }
 
 
-def _longrope(values, frequency, theta) -> dict[str, Any]:
+def _longrope(values, frequencies, theta) -> dict[str, Any]:
     """LongRoPE (arXiv:2402.13753): divisors for short and for long sequences."""
-    half, original = len(frequency), values[_ORIGINAL]
+    half, original = len(frequencies), values[_ORIGINAL]
     for key in ("short_factor", "long_factor"):
-        if (count := len(values[key])) != half:
-            raise ValueError(f"`{key}` must have {half} values. Got {count}.")
+        divisors = read_list(values, key) or ()
+        if len(divisors) != half:
+            raise ValueError(f"`{key}` must have {half} values. Got {len(divisors)}.")
+        if wrong := [x for x in divisors if not is_number(x)]:
+            raise ValueError(f"`{key}` must be numbers. Got {wrong}.")
     scale = values.get("attention_factor")
     if scale is None:
         factor = values.get("factor") or values[_LONGEST] / original
         log = math.log(factor) / math.log(original)
         scale = math.sqrt(1 + log) if factor > 1 else 1.0
     return {
-        "divisors": _floats(values["short_factor"]),
-        "long_divisors": _floats(values["long_factor"]),
+        "divisors": tuple(map(float, values["short_factor"])),
+        "long_divisors": tuple(map(float, values["long_factor"])),
         "original_length": int(original),
-        "scale": to_float(scale),
+        "scale": scale,
     }
-
-
-def _floats(values: list[Any]) -> tuple[float, ...]:
-    return tuple(to_float(x) for x in values)
 
 
 # For each `rope_type`: the keys that it requires, and the function that computes fields
 # of `Rope` from them.
 _ROPE_TYPES: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, Any]]]] = {
-    "default": ((), lambda values, frequency, theta: {}),
+    "default": ((), lambda values, frequencies, theta: {}),
     "linear": (("factor",), _linear),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), _llama3),
     "yarn": ((), _yarn),

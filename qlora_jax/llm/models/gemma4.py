@@ -11,11 +11,16 @@ from .family import (
     is_count,
     read_biases,
     read_count,
-    read_layers,
+    read_flag,
+    read_layer_types,
+    read_number,
+    read_optional,
+    read_positive,
     read_rope,
+    read_section,
+    read_size,
     require_if_present,
     shared_fields,
-    to_float,
 )
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -65,10 +70,11 @@ def _read(
     sizes = {"head_dim": 256, "kv_heads": 4, "tied": True, "activation": gelu}
     # `shared_fields` rejects `per_layer_config`, which `_read_heads` reads.
     fields = shared_fields({**raw, "per_layer_config": None}, **sizes)
-    # 1. The windows. `types` says which layers have one, so the function that would
-    # decide it by default is not called. The rotary positions are set in step 3.
-    types, window = _layer_types(raw), raw.get("sliding_window", window)
-    kinds = read_layers({**raw, "layer_types": types}, lambda i: False, window, Rope())
+    # 1. The windows. The rotary positions are set in step 3.
+    types = _read_types(raw)
+    if _SLIDING in types:
+        window = read_count(raw, "sliding_window", window)
+    kinds = [LayerKind(window=window if x == _SLIDING else None) for x in types]
     # 2. In E2B and E4B, each layer has an additional input (see `per_layer_input.py`),
     # and the last layers use the keys and values of earlier layers.
     width = raw.get("hidden_size_per_layer_input", per_layer_width)
@@ -103,8 +109,8 @@ def _read(
         per_layer_width=width or 0,
         embedding_scale=fields["hidden_size"] ** 0.5,
         attention_scale=1.0,
-        logit_soft_cap=raw.get("final_logit_softcapping"),
-        experts=_read_experts(raw) if raw.get("enable_moe_block", False) else None,
+        logit_soft_cap=read_optional(raw, "final_logit_softcapping"),
+        experts=_read_experts(raw) if read_flag(raw, "enable_moe_block") else None,
     )
 
 
@@ -119,12 +125,11 @@ def _read_experts(raw: Mapping[str, Any]) -> Experts:
     )
 
 
-def _layer_types(raw: Mapping[str, Any]) -> list[str]:
+def _read_types(raw: Mapping[str, Any]) -> list[str]:
     """Returns the types of layers; the last layer always has full attention."""
-    types = raw.get("layer_types")
-    if types is None:
-        types = [_SLIDING] * raw["num_hidden_layers"]
-        types[5::6] = [_FULL] * len(types[5::6])
+    types = read_layer_types(
+        raw, (_SLIDING, _FULL), lambda i: _SLIDING if (i + 1) % 6 else _FULL
+    )
     return [*types[:-1], _FULL]
 
 
@@ -136,7 +141,7 @@ def _share_kv(
     These `num_kv_shared_layers` layers use the keys and values of an earlier layer of
     the same type. Their MLPs may be twice as wide.
     """
-    num_shared = raw.get("num_kv_shared_layers", 0)
+    num_shared = read_size(raw, "num_kv_shared_layers", 0)
     if not num_shared:
         return [*kinds]
     first = len(types) - num_shared
@@ -145,7 +150,7 @@ def _share_kv(
             "`num_kv_shared_layers` must leave a layer of each type with keys and "
             f"values. Got {num_shared}."
         )
-    is_wide = bool(raw.get("use_double_wide_mlp", False))
+    is_wide = read_flag(raw, "use_double_wide_mlp")
     wide = 2 * raw["intermediate_size"] if is_wide else None
     shared = {"has_kv": False, "mlp_width": wide}
     return [
@@ -157,9 +162,9 @@ def _share_kv(
 def _read_heads(
     raw: Mapping[str, Any], types: Sequence[str], default: Heads
 ) -> list[Heads]:
-    has_shared_projection = bool(raw.get("attention_k_eq_v", False))
+    has_shared_projection = read_flag(raw, "attention_k_eq_v")
     if "per_layer_config" in raw:  # transformers 5 writes it, with keys such as "05"
-        by_number = raw["per_layer_config"] or {}
+        by_number = read_section(raw, "per_layer_config")
         overrides = {int(layer): values for layer, values in by_number.items()}
     else:
         full = {"head_dim": raw.get("global_head_dim", 512)}
@@ -180,6 +185,7 @@ def _read_heads(
         head_dim = values.get("head_dim", default.head_dim)
         is_full = layer_type == _FULL
         heads.append(Heads(num_kv_heads, head_dim, is_full and has_shared_projection))
+    # More pairs than types mean that a type has heads of several sizes.
     if len({*zip(types, heads, strict=True)}) > len({*types}):
         raise ValueError(
             "`per_layer_config` must be the same for all layers of a type in "
@@ -190,8 +196,10 @@ def _read_heads(
 
 def _read_rope(raw: Mapping[str, Any], layer_type: str, dim: int) -> Rope | None:
     """Reads the rotary positions of the layers of a type, with heads of size `dim`."""
-    sections = raw.get("rope_parameters")
-    section = (_ROPES if sections is None else sections).get(layer_type)
+    sections = read_section(raw, "rope_parameters")
+    if raw.get("rope_parameters") is None:
+        sections = _ROPES
+    section = sections.get(layer_type)
     if not isinstance(section, Mapping) or "rope_theta" not in section:
         raise ValueError(
             f"`rope_parameters` must have a `rope_theta` for {layer_type!r}. Got "
@@ -201,11 +209,11 @@ def _read_rope(raw: Mapping[str, Any], layer_type: str, dim: int) -> Rope | None
         return replace(read_rope(raw, dim, section=section), dim=dim)
     # Only the first pairs are rotated. Each has the frequency that it would have if all
     # pairs were rotated.
-    num_pairs = int(section.get("partial_rotary_factor", 1.0) * dim // 2)
+    num_pairs = int(read_number(section, "partial_rotary_factor", 1.0) * dim // 2)
     if num_pairs == 0:
         return None
-    factor = to_float(section.get("factor", 1.0))
+    factor = read_positive(section, "factor", 1.0)
     divisors = () if factor == 1 else (factor,) * (dim // 2)
     is_partial = num_pairs < dim // 2
-    theta = to_float(section["rope_theta"])
+    theta = read_number(section, "rope_theta")
     return Rope(theta, divisors, dim=dim, num_pairs=num_pairs if is_partial else 0)

@@ -6,11 +6,14 @@ from typing import Any
 from .config import DecoderConfig, LayerKind
 from .family import (
     read_count,
+    read_flag,
+    read_layer_numbers,
     read_layer_types,
+    read_number,
+    read_optional,
     read_rope,
     require_if_present,
     shared_fields,
-    to_float,
 )
 
 LFM2_KEYS = """
@@ -47,7 +50,7 @@ def read_lfm2(raw: Mapping[str, Any]) -> DecoderConfig:
     renamed = {key: raw[name] for key, name in older.items() if name in raw}
     defaults = {"tie_word_embeddings": True, "intermediate_size": 12_288}
     raw = {**defaults, **raw, **renamed}
-    eps = raw.get("norm_eps", 1e-5)
+    eps = read_number(raw, "norm_eps", 1e-5)
     fields = shared_fields({**raw, "rms_norm_eps": eps}, kv_heads=8)
     fields["intermediate_size"] = _mlp_width(raw)
     width = read_count(raw, "conv_L_cache", 3)
@@ -59,13 +62,13 @@ def read_lfm2(raw: Mapping[str, Any]) -> DecoderConfig:
         **fields,
         layers=tuple(kinds[layer_type] for layer_type in _layer_types(raw)),
         qk_norms=True,
-        convolution_bias=bool(raw.get("conv_bias", False)),
+        convolution_bias=read_flag(raw, "conv_bias"),
         module_names=_MODULE_NAMES,
     )
 
 
 def _layer_types(raw: Mapping[str, Any]) -> list[str]:
-    full = raw.get("full_attn_idxs")
+    full = read_layer_numbers(raw, "full_attn_idxs")
     types = read_layer_types(
         raw,
         (_FULL, _CONVOLUTION),
@@ -79,13 +82,17 @@ def _layer_types(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _mlp_width(raw: Mapping[str, Any]) -> int:
-    """Returns two thirds of `intermediate_size`, scaled and rounded up, by default."""
+    """Returns the width of MLPs.
+
+    Unless `block_auto_adjust_ff_dim` is false, it is two thirds of `intermediate_size`,
+    scaled, and rounded up to a multiple.
+    """
     width = raw["intermediate_size"]
-    if not raw.get("block_auto_adjust_ff_dim", True):
+    if not read_flag(raw, "block_auto_adjust_ff_dim", True):
         return width
     width = int(2 * width / 3)
-    multiplier = raw.get("block_ffn_dim_multiplier", 1.0)
+    multiplier = read_optional(raw, "block_ffn_dim_multiplier", 1.0)
     if multiplier is None:
         return width
     multiple = read_count(raw, "block_multiple_of", 256)
-    return -(-int(to_float(multiplier) * width) // multiple) * multiple
+    return -(-int(multiplier * width) // multiple) * multiple

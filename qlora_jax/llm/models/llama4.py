@@ -8,11 +8,14 @@ from .family import (
     is_count,
     read_biases,
     read_count,
+    read_flag,
+    read_layer_numbers,
     read_layer_types,
+    read_list,
+    read_number,
     read_rope,
     read_rotary_flags,
     shared_fields,
-    to_float,
 )
 
 LLAMA4_KEYS = """
@@ -31,7 +34,7 @@ def read_llama4(raw: Mapping[str, Any]) -> DecoderConfig:
     # 1. Attention. Most layers have rotary positions, norms of queries and keys, and
     # chunks. The others scale their queries instead. An empty list means the default.
     is_rotary = read_rotary_flags(
-        {**raw, "no_rope_layers": raw.get("no_rope_layers") or None}
+        {**raw, "no_rope_layers": read_list(raw, "no_rope_layers") or None}
     )
     chunk = raw.get("attention_chunk_size", 8192)
     types = read_layer_types(
@@ -45,11 +48,11 @@ def read_llama4(raw: Mapping[str, Any]) -> DecoderConfig:
             f"{_CHUNKED!r}. Got {chunk!r}."
         )
     rope = read_rope(raw, fields["head_dim"], theta=500_000.0)
-    has_norms = bool(raw.get("use_qk_norm", True))
+    has_norms = read_flag(raw, "use_qk_norm", True)
     scaling = None
-    if raw.get("attn_temperature_tuning", True) and not all(is_rotary):
+    if read_flag(raw, "attn_temperature_tuning", True) and not all(is_rotary):
         length = read_count(raw, "floor_scale", 8192)
-        beta = to_float(raw.get("attn_scale", 0.1))
+        beta = read_number(raw, "attn_scale", 0.1)
         scaling = QueryScaling(beta, length, offset=1)
     # 2. MLPs and experts.
     is_sparse = _sparse_layers(raw, count)
@@ -79,9 +82,7 @@ def read_llama4(raw: Mapping[str, Any]) -> DecoderConfig:
 
 def _sparse_layers(raw: Mapping[str, Any], count: int) -> list[bool]:
     """Returns whether each layer has experts."""
-    if (layers := raw.get("moe_layers")) is not None:
-        if wrong := [x for x in layers if type(x) is not int]:
-            raise ValueError(f"`moe_layers` must be integers. Got {wrong}.")
+    if (layers := read_layer_numbers(raw, "moe_layers")) is not None:
         return [i in layers for i in range(count)]
     step = read_count(raw, "interleave_moe_layer_step", 1)
     return [(i + 1) % step == 0 for i in range(count)]

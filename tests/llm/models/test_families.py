@@ -409,6 +409,24 @@ def test_pairs_that_are_not_rotated_stay_so_in_long_sequences(length):
     [
         ("gemma3n", {}, "`model_type` must be one of"),
         ("gemma3", {"text_config": 3}, "must have values of the expected types"),
+        ("llama", {"architectures": 3}, "must have values of the expected types"),
+        ("llama", {"tie_word_embeddings": "false"}, "must be true or false. Got 'fal"),
+        ("llama", {"attention_bias": "no"}, "`attention_bias` must be true or false"),
+        ("llama", {"rms_norm_eps": None}, "`rms_norm_eps` must be a number. Got None"),
+        ("llama", {"max_position_embeddings": "4k"}, "`max_position_embeddings` must"),
+        ("llama", {"rope_theta": 0}, r"\['rope_theta'\] must be positive"),
+        ("llama", {"rope_theta": "1e4"}, "`rope_theta` must be a number. Got '1e4'"),
+        (
+            "llama",
+            {"original_max_position_embeddings": 0},
+            r"\['original_max_position_embeddings'\] must be positive",
+        ),
+        (
+            "llama",
+            {"rope_scaling": YARN | {"mscale": "1", "mscale_all_dim": 1}},
+            "`mscale` must be a number. Got '1'",
+        ),
+        ("llama", {"rope_scaling": YARN | {"truncate": "false"}}, "`truncate` must be"),
         ("llama", {"architectures": ["LlamaModel"]}, "`architectures` must be"),
         ("llama", {"hidden_act": "gelu"}, '`hidden_act` must be "silu"'),
         ("llama", {"sliding_window": 16}, "`sliding_window` must be null"),
@@ -418,12 +436,18 @@ def test_pairs_that_are_not_rotated_stay_so_in_long_sequences(length):
         ("llama", {"rope_scaling": {"type": "ntk"}}, "`rope_type` must be one of"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, r"with \['factor'\]"),
         ("llama", {"rope_scaling": YARN | {"factor": 0}}, r"\['factor'\] must be pos"),
-        ("llama", {"rope_scaling": 3}, "must have values of the expected types"),
+        ("llama", {"rope_scaling": 3}, "`rope_scaling` must be an object. Got 3"),
         ("llama", {"partial_rotary_factor": 0.5}, "`partial_rotary_factor` must be 1"),
         ("llama", {"rope_parameters": {"a": {}}}, "must be the same for all layers"),
         ("mistral", {"sliding_window": "all"}, "must be a positive integer or null"),
         ("mistral", {"layer_types": ["full_attention"]}, "`layer_types` must be null"),
         ("qwen2", {"layer_types": ["full_attention"]}, "must have 4 entries"),
+        ("qwen2", {"layer_types": 4}, "`layer_types` must be a list. Got 4"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "max_window_layers": None},
+            "`max_window_layers` must be 0 or a positive integer. Got None",
+        ),
         ("qwen3", {"layer_types": ["linear_attention"] * 4}, "must be .sliding_att"),
         ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "`sliding_window` must"),
         ("gemma", {"use_bidirectional_attention": True}, "must be false"),
@@ -431,10 +455,20 @@ def test_pairs_that_are_not_rotated_stay_so_in_long_sequences(length):
         ("gemma", {"hidden_activation": "relu"}, 'must be "gelu_pytorch_tanh"'),
         ("gemma2", {"use_bidirectional_attention": True}, "must be false"),
         ("gemma2", {"hidden_activation": "gelu"}, 'must be "gelu_pytorch_tanh"'),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "`query_pre_attn_scalar` must be pos"),
+        ("gemma2", {"final_logit_softcapping": True}, "must be a number. Got True"),
         ("gemma3_text", {"attn_logit_softcapping": 5.0}, "must be null. Got 5.0"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "`sliding_window_pattern` must"),
+        ("gemma3_text", {"rope_parameters": YARN}, "a section for each kind of layers"),
         ("smollm3", {"no_rope_layers": [1]}, "an entry for each of 4 layers"),
+        ("smollm3", {"no_rope_layers": ["0"] * 4}, "`no_rope_layers` must be 0 or 1"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2}}, '"longrope"'),
         ("phi3", {"rope_scaling": LONGROPE}, "`short_factor` must have 4 values"),
+        (
+            "phi3",
+            {"rope_scaling": SHORT | {"long_factor": ["2"] * 4}},
+            "`long_factor` must be numbers. Got",
+        ),
         (
             "phi3",
             {"rope_scaling": SHORT, "max_position_embeddings": None},
@@ -444,7 +478,10 @@ def test_pairs_that_are_not_rotated_stay_so_in_long_sequences(length):
         ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 0}, "positive integer. Got 0"),
         ("qwen3_moe", EXPERTS | {"mlp_only_layers": ["1"]}, r"integers. Got \['1'\]"),
         ("qwen3_moe", EXPERTS | {"num_experts_per_tok": 5}, "`per_token` an integer"),
+        ("qwen3_moe", EXPERTS | {"mlp_only_layers": 1}, "must be a list. Got 1"),
+        ("qwen3_moe", EXPERTS | {"norm_topk_prob": "no"}, "must be true or false"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "`swiglu_limit` must be 7.0"),
+        ("gpt_oss", {"rope_parameters": {"full_attention": YARN}}, "for all layers"),
         ("olmoe", EXPERTS | {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
         ("arcee", {"hidden_act": "silu"}, '`hidden_act` must be "relu2"'),
         ("cohere2", {"use_parallel_block": False}, "`use_parallel_block` must be true"),
@@ -468,6 +505,10 @@ def test_pairs_that_are_not_rotated_stay_so_in_long_sequences(length):
             "`num_attention_heads`, 4",
         ),
         ("deepseek_v3", LATENT | {"n_group": 256}, "two experts in each group"),
+        ("deepseek_v3", LATENT | {"n_routed_experts": None}, "`n_routed_experts` must"),
+        ("deepseek_v3", LATENT | {"n_shared_experts": None}, "`n_shared_experts` must"),
+        ("deepseek_v3", LATENT | {"num_hidden_layers": None}, "`num_hidden_layers` mu"),
+        ("deepseek_v3", {"num_attention_heads": None}, "`num_attention_heads` must be"),
         ("deepseek_v3", LATENT | {"topk_group": 9}, "from 1 to `num_groups`"),
         ("deepseek_v3", LATENT | {"rope_scaling": NO_FACTOR}, "come with `factor`"),
         ("deepseek_v3", LATENT | {"num_nextn_predict_layers": None}, "must be 0 or a"),
@@ -475,6 +516,8 @@ def test_pairs_that_are_not_rotated_stay_so_in_long_sequences(length):
         ("deepseek_v3", LATENT | {"kv_lora_rank": 0}, "must be positive. Got"),
         ("glm4_moe_lite", LATENT | {"mlp_layer_types": ["dense"]}, "as many entries"),
         ("lfm2", {"conv_L_cache": 0}, "`conv_L_cache` must be a positive"),
+        ("lfm2", {"full_attn_idxs": ["2"]}, r"must be integers. Got \['2'\]"),
+        ("lfm2", {"norm_eps": None}, "`norm_eps` must be a number. Got None"),
         ("lfm2", {"layer_types": ["conv"] * 4}, "at least one 'full_attention'"),
         ("lfm2", {"block_multiple_of": 0}, "`block_multiple_of` must be a positive"),
         ("gemma4_text", GEMMA4 | {"enable_moe_block": True}, "`num_experts` must be"),
@@ -498,6 +541,11 @@ def test_pairs_that_are_not_rotated_stay_so_in_long_sequences(length):
         ("gemma4_text", GEMMA4 | {"num_kv_shared_layers": 4}, "must leave a layer of"),
         (
             "gemma4_text",
+            GEMMA4 | {"num_kv_shared_layers": -1},
+            "must be 0 or a positiv",
+        ),
+        (
+            "gemma4_text",
             GEMMA4 | {"per_layer_config": {"0": {"head_dim": 4}}},
             "must be the same for all layers of a type",
         ),
@@ -508,6 +556,7 @@ def test_pairs_that_are_not_rotated_stay_so_in_long_sequences(length):
         ),
         ("gemma4_text", GEMMA4 | {"num_key_value_heads": 3}, "must divide `num_heads`"),
         ("qwen3_5_text", {"attn_output_gate": False}, "must be true"),
+        ("qwen3_5_text", {"full_attention_interval": 0}, "must be a positive integer"),
         ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "at least one"),
         ("qwen3_5_text", {"linear_num_key_heads": 3}, "must divide `num_value_heads`"),
         (
@@ -516,8 +565,22 @@ def test_pairs_that_are_not_rotated_stay_so_in_long_sequences(length):
             "`moe_intermediate_size` must be",
         ),
         ("glm4", {"partial_rotary_factor": 0.0}, "must rotate at least one pair"),
+        (
+            "glm4",
+            {"partial_rotary_factor": "1"},
+            "`partial_rotary_factor` must be a nu",
+        ),
     ],
 )
 def test_unsupported_configs_are_refused(kind, change, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf({"model_type": kind} | SIZES | change)
+
+
+def test_rotary_sections_of_gemma_3_are_joined():
+    """transformers reads `rope_scaling` in addition to the section, not instead."""
+    sections = {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}
+    raw = {"model_type": "gemma3_text", **SIZES, "head_dim": 8, "rope_scaling": None}
+    raw |= {"rope_parameters": sections, "layer_types": ["full_attention"] * 4}
+    raw |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert config_from_hf(raw).layers[0].rope == Rope(5e5, (8.0,) * 4)
