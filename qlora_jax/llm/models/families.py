@@ -326,7 +326,7 @@ def text_only_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     is_ministral3 = text.get("model_type") == "ministral3"
     family = FAMILIES["ministral3" if is_ministral3 else half.model_type]
     names = {"architectures": [*family.architectures], "model_type": family.model_type}
-    shared_keys = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
+    shared_keys = ("dtype", "torch_dtype", "eos_token_id")
     shared = {key: raw[key] for key in shared_keys if key in raw}
     sizes = zip(SIZE_KEYS, half.sizes, strict=False)
     defaults = {key: size for key, size in sizes if size is not None}

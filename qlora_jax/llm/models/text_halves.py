@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .family import SIZES
+from .family import SIZES, read_section
 
 # A position in an image has several dimensions (M-RoPE), which these keys describe. The
 # position of a text token is the same in all dimensions, so the keys do not matter.
@@ -72,7 +72,8 @@ def read_text_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
         raw: The `config.json` of a model with a vision part.
 
     Raises:
-        ValueError: If the text half of a Mistral is of an unknown family.
+        ValueError: If the text half of a Mistral is of an unknown family, or if a value
+            that must be an object is not.
 
     Example:
         >>> rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
@@ -80,16 +81,22 @@ def read_text_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
         >>> read_text_settings(raw)["rope_scaling"]
         {'type': 'default'}
     """
-    kind, text = raw["model_type"], raw.get("text_config")
-    if text is None and kind == "qwen2_5_vl":
+    kind, text = raw["model_type"], read_section(raw, "text_config")
+    if raw.get("text_config") is None and kind == "qwen2_5_vl":
         # Published files have all settings in one section.
         text = {key: x for key, x in raw.items() if key not in _IMAGE_KEYS}
-    text = {key: x for key, x in (text or {}).items() if x is not None}
+    text = {key: x for key, x in text.items() if x is not None}
     if kind == "mistral3" and text.get("model_type", "mistral") not in _MISTRALS:
         raise ValueError(
             f"`model_type` in `text_config` must be one of {_MISTRALS}. Got "
             f"{text['model_type']!r}."
         )
+    # The whole model's config says whether the head is tied, except in Llama 4, where
+    # the head belongs to the text half. Qwen2.5-VL is tied if either config says so.
+    tied_key = "tie_word_embeddings"
+    is_tied_text = kind == "qwen2_5_vl" and bool(text.get(tied_key))
+    if kind != "llama4" and not is_tied_text and raw.get(tied_key) is not None:
+        text[tied_key] = raw[tied_key]
     if kind not in _DEFAULTS:
         return text
     # Drop the keys of M-RoPE, which Qwen2 and Qwen3 do not know. The other families
@@ -98,7 +105,7 @@ def read_text_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
         if name in text:
             text[name] = {
                 key: "default" if x == "mrope" else x
-                for key, x in text[name].items()
+                for key, x in read_section(text, name).items()
                 if key not in _MROPE_KEYS
             }
     return _DEFAULTS[kind] | text

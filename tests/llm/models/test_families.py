@@ -408,7 +408,7 @@ def test_pairs_that_are_not_rotated_stay_so_in_long_sequences(length):
     ("kind", "change", "message"),
     [
         ("gemma3n", {}, "`model_type` must be one of"),
-        ("gemma3", {"text_config": 3}, "must have values of the expected types"),
+        ("gemma3", {"text_config": 3}, "`text_config` must be an object. Got 3"),
         ("llama", {"architectures": 3}, "must have values of the expected types"),
         ("llama", {"tie_word_embeddings": "false"}, "must be true or false. Got 'fal"),
         ("llama", {"attention_bias": "no"}, "`attention_bias` must be true or false"),
@@ -575,6 +575,31 @@ def test_pairs_that_are_not_rotated_stay_so_in_long_sequences(length):
 def test_unsupported_configs_are_refused(kind, change, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf({"model_type": kind} | SIZES | change)
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole", "text", "is_tied"),
+    [
+        ("mistral3", True, False, True),
+        ("mistral3", False, True, False),
+        ("mistral3", None, True, True),
+        ("gemma3", False, None, False),
+        ("qwen3_vl", True, False, True),
+        ("qwen2_5_vl", True, False, True),
+        ("qwen2_5_vl", False, True, True),
+        ("llama4", True, False, False),
+    ],
+)
+def test_the_config_of_the_whole_model_says_if_its_head_is_tied(
+    kind, whole, text, is_tied
+):
+    """As in transformers 5.24, by the tensors that `save_pretrained` writes."""
+    head_dim = 8 if kind in ("gemma3", "llama4") else None
+    settings = SIZES | {"tie_word_embeddings": text, "head_dim": head_dim}
+    raw = {"model_type": kind, "text_config": settings, "vision_config": {}}
+    raw |= {"tie_word_embeddings": whole}
+    raw["text_config"]["sliding_window"] = None if kind != "gemma3" else 8
+    assert config_from_hf(raw).tie_embeddings is is_tied
 
 
 def test_rotary_sections_of_gemma_3_are_joined():
