@@ -112,9 +112,11 @@ class ModelFolder:
     def read_chat(self) -> ChatSettings:
         """Returns the chat templates and the special tokens."""
         settings = read_object(self.path / "tokenizer_config.json")
-        ids = []
-        for name in ("generation_config.json", "config.json"):
-            value = read_object(self.path / name).get("eos_token_id")
+        generation = read_object(self.path / "generation_config.json")
+        config, ids = read_object(self.path / "config.json"), []
+        # Some models with a vision part have the token only in their text settings.
+        for section in (generation, config, config.get("text_config")):
+            value = section.get("eos_token_id") if isinstance(section, dict) else None
             ids += value if isinstance(value, list) else [value]
         # `type(x) is int` excludes booleans. A dict removes duplicates, in order.
         end_ids = dict.fromkeys(x for x in ids if type(x) is int and x >= 0)

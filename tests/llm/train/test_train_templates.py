@@ -420,6 +420,10 @@ def test_the_end_of_an_answer_is_known(tmp_path):
     generation_config = tmp_path / "model" / "generation_config.json"
     generation_config.write_text(json.dumps({"eos_token_id": [2, 1]}))
     assert open_tokenizer(tmp_path / "model").end_ids == (0, 2, 1)
+    # Some models with a vision part have the tokens only in their text settings.
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({"text_config": {"eos_token_id": [7, 1]}}))
+    assert open_tokenizer(tmp_path / "model").end_ids == (0, 2, 1, 7)
 
 
 OUTSIDE = "must not reach outside its sandbox"
