@@ -117,9 +117,14 @@ class FolderTokenizer:
             ValueError: If a setting would change tokens and is not supported.
         """
         # 1. The settings and the class.
-        file = folder / "tokenizer.json"
+        self._file = file = folder / "tokenizer.json"
         self._text = read_text(file) if file.exists() else "{}"
-        self._raw = json.loads(self._text)
+        try:
+            self._raw = json.loads(self._text)
+        except ValueError as error:
+            raise ValueError(f"{file} must be JSON. {error}") from error
+        if not isinstance(self._raw, dict):
+            raise ValueError(f"{file} must contain a JSON object.")
         self._settings, extra_named = _read_settings(folder)
         config = read_object(folder / "config.json")
         self.class_name = _find_class(self._settings, config, self._text)
@@ -147,7 +152,7 @@ class FolderTokenizer:
         from tokenizers import AddedToken, Tokenizer
 
         if not self._raw:
-            raise ValueError("the folder must contain tokenizer.json.")
+            raise ValueError(f"{self._file} must exist, and contain a tokenizer.")
         is_rebuilt = self.class_name != AS_IN_FILE
         tokenizer = self._rebuild() if is_rebuilt else Tokenizer.from_str(self._text)
         # Tokens in the vocabulary keep their ids. The others get the next ids, in the

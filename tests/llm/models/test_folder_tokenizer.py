@@ -63,3 +63,19 @@ def test_a_setting_that_is_not_supported_is_refused(tmp_path, key, value):
     change_settings(tmp_path / "model", **{key: value})
     with pytest.raises(ValueError, match=f"`{key}` in tokenizer_config.json would"):
         open_tokenizer(tmp_path / "model").encode("the")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "tokenizer.json must be JSON"),
+        ("[]", "tokenizer.json must contain a JSON object"),
+        (None, "tokenizer.json must exist"),
+    ],
+)
+def test_a_file_without_a_tokenizer_is_named(tmp_path, text, message):
+    save_tokenizer(tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path / "model")
