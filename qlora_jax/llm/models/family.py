@@ -333,7 +333,7 @@ def read_section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return section or {}
 
 
-def is_count(value: object, largest: int = _MAX_COUNT) -> bool:
+def is_count(value: object, largest: int = _MAX_COUNT) -> TypeGuard[int]:
     """Whether a value is a positive integer of plausible size."""
     return type(value) is int and 0 < value <= largest
 

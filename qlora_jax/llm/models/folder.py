@@ -19,6 +19,7 @@ import qlora_jax as ql
 from .config import DecoderConfig
 from .decoder_names import decoder_names
 from .families import config_from_hf, text_only_config
+from .family import is_count
 from .tokenizer import FolderTokenizer, folder_templates, read_object
 
 if TYPE_CHECKING:
@@ -62,9 +63,12 @@ class ModelFolder:
     def context_length(self) -> int:
         """The context length in tokens."""
         raw = text_only_config(ql.io.read_config_json(self.path))
-        if not (length := raw.get(key := "max_position_embeddings")):
-            raise ValueError(f"{self.path} must have a context length, `{key}`.")
-        return int(length)
+        if not is_count(length := raw.get(key := "max_position_embeddings")):
+            raise ValueError(
+                f"{self.path} must have a context length, `{key}`, which is a positive "
+                f"integer. Got {length!r}."
+            )
+        return length
 
     @property
     def quantization(self) -> Mapping[str, Any]:
@@ -120,8 +124,12 @@ class ModelFolder:
         for section in (generation, config, config.get("text_config")):
             value = section.get("eos_token_id") if isinstance(section, dict) else None
             ids += value if isinstance(value, list) else [value]
-        # `type(x) is int` excludes booleans. A dict removes duplicates, in order.
-        end_ids = dict.fromkeys(x for x in ids if type(x) is int and x >= 0)
+        if wrong := [x for x in ids if not (x is None or type(x) is int)]:
+            raise ValueError(
+                f"`eos_token_id` must be an integer, or a list of them. Got {wrong}."
+            )
+        # Some files have -1 instead of null. A dict removes duplicates, in order.
+        end_ids = dict.fromkeys(x for x in ids if x is not None and x >= 0)
         templates = folder_templates(self.path, settings)
         special = FolderTokenizer(self.path).special
         return ChatSettings(templates, special, tuple(end_ids))
@@ -151,12 +159,13 @@ def check_tied(tensors: ql.io.Tensors, name: str, other_name: str) -> None:
     if not {name, other_name} <= tensors.keys():
         return
     tensor, other = tensors[name], tensors[other_name]
-    # Slices read only a part of large arrays at a time.
-    starts = range(0, tensor.shape[0], _ROWS_PER_PART)
-    parts = (slice(start, start + _ROWS_PER_PART) for start in starts)
-    if tensor.shape != other.shape or not all(
-        np.array_equal(tensor[part], other[part]) for part in parts
-    ):
+    is_equal = tensor.shape == other.shape
+    if is_equal:
+        # Slices read only a part of large arrays at a time.
+        starts = range(0, tensor.shape[0], _ROWS_PER_PART)
+        parts = (slice(start, start + _ROWS_PER_PART) for start in starts)
+        is_equal = all(np.array_equal(tensor[part], other[part]) for part in parts)
+    if not is_equal:
         raise ValueError(
             "`tie_word_embeddings` in config.json must be false, since the file "
             f"has an {name} that differs from {other_name}. Got true."

@@ -137,6 +137,11 @@ class FolderTokenizer:
         named = {name: values.get(name) for name in NAMED} | extra_named
         older_extra = self._settings.get(_OLDER_EXTRA)
         self._unnamed = self._settings.get(_EXTRA, older_extra) or []
+        if not isinstance(self._unnamed, list):
+            # If it were text, its characters would become tokens.
+            raise ValueError(
+                f"`{_EXTRA}` must be a list or an object. Got {self._unnamed!r:.60}."
+            )
         for token in [*named.values(), *self._unnamed]:
             if token is not None and not _is_token(token):
                 raise ValueError(f"a special token must be text. Got {token!r:.40}.")
@@ -154,7 +159,12 @@ class FolderTokenizer:
         if not self._raw:
             raise ValueError(f"{self._file} must exist, and contain a tokenizer.")
         is_rebuilt = self.class_name != AS_IN_FILE
-        tokenizer = self._rebuild() if is_rebuilt else Tokenizer.from_str(self._text)
+        try:
+            tokenizer = (
+                self._rebuild() if is_rebuilt else Tokenizer.from_str(self._text)
+            )
+        except Exception as error:  # tokenizers raises no other class
+            raise ValueError(f"{self._file} must be a tokenizer. {error}") from error
         # Tokens in the vocabulary keep their ids. The others get the next ids, in the
         # order of this list.
         tokens: list[str | AddedToken] = [x for _, x in sorted(self._added.items())]
@@ -270,9 +280,18 @@ def _read_added(
     """Returns the added tokens by id, from `added_tokens_decoder` if present."""
     from tokenizers import AddedToken
 
-    if "added_tokens_decoder" in settings:
-        decoder = settings["added_tokens_decoder"].items()
-        return {int(index): token for index, token in decoder}
+    if (key := "added_tokens_decoder") in settings:
+        by_id = settings[key]
+        is_valid = isinstance(by_id, dict) and all(
+            index.isdecimal() and isinstance(token, AddedToken)
+            for index, token in by_id.items()
+        )
+        if not is_valid:
+            raise ValueError(
+                f"`{key}` must have an object with `content` for each id. Got "
+                f"{by_id!r:.60}."
+            )
+        return {int(index): token for index, token in by_id.items()}
     special = {str(settings.get(name)) for name in NAMED}
     special |= {str(token) for token in settings.get(_EXTRA) or ()}
     added = {}

@@ -1,5 +1,7 @@
 """The decoder's parts, and how the families' configs are read; see also interop/."""
 
+import json
+import re
 from functools import partial
 
 import jax
@@ -20,6 +22,7 @@ from qlora_jax.llm.models.config import (
 )
 from qlora_jax.llm.models.decoder import Decoder, init_cache
 from qlora_jax.llm.models.families import config_from_hf
+from qlora_jax.llm.models.folder import ModelFolder
 from qlora_jax.llm.models.tiny import save_tiny
 
 LONG = Rope(1e4, (1.0, 1.5, 2.0), (3.0, 4.0, 5.0), original_length=9, scale=1.2)
@@ -316,10 +319,21 @@ def test_a_head_of_its_own_in_a_tied_model_is_refused(tmp_path):
     load(folder, progress=False)
     changed_head = embedding.copy()
     changed_head[-1, -1] += 1
-    for head in (changed_head, embedding[1:]):
+    for head in (changed_head, embedding[1:], embedding[0, 0]):
         ql.io.write_safetensors(file, tensors | {"lm_head.weight": head})
         with pytest.raises(ValueError, match="`tie_word_embeddings` in config.json"):
             load(folder, progress=False)
+
+
+@pytest.mark.parametrize("length", [None, 0, 512.5, "512"])
+def test_a_context_length_is_a_positive_integer(tmp_path, length):
+    save_tiny(tmp_path)
+    file = tmp_path / "config.json"
+    raw = json.loads(file.read_text()) | {"max_position_embeddings": length}
+    file.write_text(json.dumps(raw))
+    message = f"`max_position_embeddings`, which is a positive integer. Got {length!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _ = ModelFolder(tmp_path).context_length
 
 
 @pytest.mark.filterwarnings("error")

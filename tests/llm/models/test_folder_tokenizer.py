@@ -70,6 +70,7 @@ def test_a_setting_that_is_not_supported_is_refused(tmp_path, key, value):
     [
         ("{", "tokenizer.json must be JSON"),
         ("[]", "tokenizer.json must contain a JSON object"),
+        ('{"model": {"type": "none"}}', "tokenizer.json must be a tokenizer"),
         (None, "tokenizer.json must exist"),
     ],
 )
@@ -77,5 +78,23 @@ def test_a_file_without_a_tokenizer_is_named(tmp_path, text, message):
     save_tokenizer(tmp_path / "model")
     file = tmp_path / "model" / "tokenizer.json"
     file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"extra_special_tokens": "<image>"}, "must be a list or an object. Got '<ima"),
+        ({"extra_special_tokens": 5}, "`extra_special_tokens` must be a list or an"),
+        ({"additional_special_tokens": "<image>"}, "must be a list or an object. Got"),
+        ({"added_tokens_decoder": ["<late>"]}, "an object with `content` for each id"),
+        ({"added_tokens_decoder": {"7": "<late>"}}, "an object with `content`"),
+        ({"added_tokens_decoder": {"x": {"content": "<late>"}}}, "for each id. Got"),
+    ],
+)
+def test_tokens_of_the_wrong_form_are_refused(tmp_path, changes, message):
+    save_tokenizer(tmp_path / "model")
+    change_settings(tmp_path / "model", **changes)
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path / "model")

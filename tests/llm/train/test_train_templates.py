@@ -424,6 +424,9 @@ def test_the_end_of_an_answer_is_known(tmp_path):
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps({"text_config": {"eos_token_id": [7, 1]}}))
     assert open_tokenizer(tmp_path / "model").end_ids == (0, 2, 1, 7)
+    config.write_text(json.dumps({"eos_token_id": "7"}))
+    with pytest.raises(ValueError, match="`eos_token_id` must be an integer, or a lis"):
+        _ = open_tokenizer(tmp_path / "model").end_ids
 
 
 OUTSIDE = "must not reach outside its sandbox"
