@@ -21,7 +21,7 @@ from qlora_jax.llm.models.config import (
     Rope,
 )
 from qlora_jax.llm.models.decoder import Decoder, init_cache
-from qlora_jax.llm.models.families import config_from_hf
+from qlora_jax.llm.models.families import config_from_hf, text_only_config
 from qlora_jax.llm.models.folder import ModelFolder
 from qlora_jax.llm.models.tiny import save_tiny
 
@@ -614,6 +614,23 @@ def test_the_config_of_the_whole_model_says_if_its_head_is_tied(
     raw |= {"tie_word_embeddings": whole}
     raw["text_config"]["sliding_window"] = None if kind != "gemma3" else 8
     assert config_from_hf(raw).tie_embeddings is is_tied
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "default"),
+    [("mistral3", "sliding_window", 4096), ("llama4", "attention_chunk_size", 8192)],
+)
+def test_null_in_text_settings_is_not_a_missing_key(kind, key, default):
+    """As in transformers. The published Mistral Small 3.1 has no window."""
+
+    def find_windows(raw):
+        return {layer.window for layer in config_from_hf(raw).layers} - {None}
+
+    text = SIZES | {"head_dim": 8}
+    raw = {"model_type": kind, "text_config": text | {key: None}}
+    assert find_windows(raw) == set()
+    assert text_only_config(raw)[key] is None
+    assert find_windows(raw | {"text_config": text}) == {default}
 
 
 def test_rotary_sections_of_gemma_3_are_joined():
