@@ -79,6 +79,8 @@ def make_run(config: TrainConfig, today: str) -> Run:
     folder, started_config = pathlib.Path(config.output.out), config
     if config.output.resume:
         started_config = read_run_config(folder / CONFIG)
+        if started_config.is_sweep:  # and `config` is not
+            raise _other_values_error(config, started_config)
     check_template(config.data.template)
     _check_libraries(config.output.loggers)
     _check_devices(config.model)
@@ -395,7 +397,7 @@ def member_configs(config: TrainConfig) -> list[TrainConfig]:
     """Returns the settings of each run of a sweep; without one, those of the run.
 
     Runs that failed are left out when the others are resumed. Raises ValueError if all
-    have failed.
+    have failed, or if the resumed sweep never had one of the runs.
     """
     if not config.is_sweep:
         return [config]
@@ -414,7 +416,21 @@ def member_configs(config: TrainConfig) -> list[TrainConfig]:
             "`out` must have a run to resume. Got a sweep whose runs have all failed; "
             f"see {FAILED} in the folders in {config.output.out}."
         )
+    folders = [pathlib.Path(x.output.out) for x in members]
+    if config.output.resume and not all((x / CONFIG).is_file() for x in folders):
+        started_config = read_run_config(pathlib.Path(config.output.out) / CONFIG)
+        raise _other_values_error(config, started_config)
     return members
+
+
+def _other_values_error(config: TrainConfig, started_config: TrainConfig) -> ValueError:
+    """Returns the error for a resumed sweep that would have other runs."""
+    return ValueError(
+        "`resume` must be used with the learning rates and seeds of the run in "
+        f"{config.output.out}. Got {config.sweepable} instead of "
+        f"{started_config.sweepable}. Use the same values, or start a new run in "
+        "another `out`."
+    )
 
 
 def make_sibling(run: Run, config: TrainConfig) -> Run:

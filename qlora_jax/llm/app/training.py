@@ -227,9 +227,13 @@ def _find_resumed_step(
         step = max(common_steps, default=None)
     if step is None:
         if config.output.resume:
+            missing = f"{config.output.out} has no saved state"
+            if len(runs) > 1:
+                folder = runs[0].folder.parent
+                missing = f"No step has a saved state of every run in {folder}"
             log(
-                f"{config.output.out} has no saved state. The run starts again at step "
-                f"0, and overwrites {METRICS}."
+                f"{missing}. Training starts again at step 0, and overwrites saved "
+                f"states and {METRICS}."
             )
         return None
     saved_stamps = [x.metadata(step)["settings"] for x in checkpoints]
@@ -291,6 +295,8 @@ class Trainer:
         loss_scale = make_loss_scale(self.run.config.model.dtype)
         state = State.create(lora, optimizer, seed, loss_scale)
         if resume_after is None:
+            # A sweep that was killed while it saved its first states has some of them.
+            self.checkpoints.remove_after(-1)
             return state
         state, metadata = self.checkpoints.restore(state, resume_after)
         batches.set_state(metadata["position"])

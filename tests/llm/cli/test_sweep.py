@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import commands
 import pytest
@@ -80,6 +81,50 @@ def test_a_sweep_resumes_and_goes_on_without_a_failed_run(sweep, capfd):
     assert last.runs[bad] is None and "1e+38  failed" in str(last)
     expected_losses = losses(work / "out" / f"{good}_seed=3")
     assert_close(losses(work / "again" / good), expected_losses)
+
+
+@pytest.fixture(scope="module")
+def short_sweep(tmp_path_factory):
+    """The settings of a sweep with seeds 0 and 1, after a step, and its folder."""
+    work = tmp_path_factory.mktemp("short")
+    folder, data = save_tiny(work / "base"), commands.write_letters(work)
+    options = dict(eval_examples=0, seed=[0, 1], data_seed=0, steps=1, warmup=0)
+    config = settings(folder, data, work / "out", **options)
+    app.train(config)
+    return config, work / "out"
+
+
+@pytest.mark.parametrize("seed", [[0, 5], [5, 0], 0])
+def test_a_sweep_does_not_resume_with_other_values(short_sweep, seed):
+    config, out = short_sweep
+    before = {x: x.read_bytes() for x in out.rglob("*") if x.is_file()}
+    message = re.escape(f"'seed': {seed}}} instead of {{'learning_rate': 0.02, 'seed'")
+    with pytest.raises(ValueError, match=message):
+        app.train(config.replace(seed=seed, steps=2, resume=True))
+    assert {x: x.read_bytes() for x in out.rglob("*") if x.is_file()} == before
+
+
+def test_a_run_does_not_resume_as_a_sweep(short_sweep, tmp_path):
+    config, out = short_sweep
+    shutil.copytree(out / "seed=0", tmp_path / "run")
+    with pytest.raises(ValueError, match="`resume` must be used with the learning rat"):
+        app.train(config.replace(out=str(tmp_path / "run"), resume=True))
+
+
+def test_a_sweep_that_was_killed_between_its_first_states_starts_again(
+    short_sweep, tmp_path, capfd
+):
+    config, out = short_sweep
+    again = tmp_path / "out"
+    shutil.copytree(out, again)
+    shutil.rmtree(again / "seed=1" / "state")
+    app.train(config.replace(out=str(again), resume=True))
+    assert "No step has a saved state of every run in" in capfd.readouterr().err
+    for name in ("seed=0", "seed=1"):
+        assert losses(again / name) == losses(out / name)
+        assert (again / name / ADAPTER).read_bytes() == (
+            out / name / ADAPTER
+        ).read_bytes()
 
 
 def test_a_sweep_that_failed_as_a_whole_does_not_resume(tmp_path):

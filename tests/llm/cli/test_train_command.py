@@ -606,7 +606,7 @@ def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys
     for step in ("4", "6"):
         shutil.rmtree(out / "state" / step)
     app.train(again)
-    assert "run has no saved state. The run starts again" in capsys.readouterr().err
+    assert "run has no saved state. Training starts again" in capsys.readouterr().err
     assert (out / ADAPTER).read_bytes() == adapter
     assert [row["step"] for row in rows_of(out)] == list(range(1, 7))
     assert not yaml.safe_load((out / "config.yaml").read_text())["resume_step"]
