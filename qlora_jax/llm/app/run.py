@@ -97,7 +97,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
             push(config.output.push_to_hub)  # fails now rather than after training
     packing_config = packing_config_for(config.model, model, fmt)
     if packing_config is None:
-        _check_unpacked(config.model, config.adapter.merge_aware, model)
+        _check_unpacked(config, model)
     # The adapters.
     lora_config = lora_config_for(
         config.adapter, model, packing_config, config.model.scales
@@ -291,11 +291,22 @@ def _check_torch_settings(config: TrainConfig, engine: TorchEngine) -> None:
         )
 
 
-def _check_unpacked(
-    settings: ModelConfig, is_merge_aware: bool, model: BaseModel
-) -> None:
+def _check_unpacked(config: TrainConfig, model: BaseModel) -> None:
     """Checks the settings of a run whose base stays as it is stored."""
-    if settings.scales != "absmax" and not is_merge_aware:
+    settings = config.model
+    # Old runs may have any values of these options, and must still resume.
+    if model.stored_fmt is None and not config.output.resume:
+        defaults = ql.QLoRAConfig(fmt=None)
+        for name in ("block_size", "double_quant"):
+            # The config.yaml of every run has the defaults, with `fmt` none too. A new
+            # run may use this file.
+            value = getattr(settings, name)
+            if value not in (None, getattr(defaults, name)):
+                raise ValueError(
+                    f"`{name}` must be left out with `fmt` none, which packs nothing. "
+                    f"Got {value}."
+                )
+    if settings.scales != "absmax" and not config.adapter.merge_aware:
         raise ValueError(
             "`scales` must be absmax unless training packs weights. Got "
             f"{settings.scales}, and a base that stays as it is stored."
@@ -370,7 +381,8 @@ def _complete_settings(
     if data.valid:  # also raises if rows do not fit the batches
         text_rows = [row._replace(images=None) for row in data.valid]
         make_eval_batches(config.training, text_rows)
-    # `QLoRAConfig` replaces unset values by the defaults of the format.
+    # `QLoRAConfig` replaces unset values by the defaults of the format. Those of `fmt`
+    # none have no effect, but the stamps of earlier runs have them.
     packing = stored_packing or ql.QLoRAConfig(
         fmt=None if config.model.fmt == "none" else config.model.fmt,
         block_size=config.model.block_size,
@@ -384,10 +396,14 @@ def _complete_settings(
         block_size=packing.block_size,
         double_quant=packing.double_quant,
     )
-    # Raises if the schedule does not fit the steps.
-    optimizer = resolved.optimizer
-    make_schedule(optimizer, resolved.training.steps, optimizer.learning_rate)
+    _check_schedule(resolved)
     return resolved
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    """Raises ValueError if the schedule does not fit the steps or the learning rate."""
+    optimizer = config.optimizer
+    make_schedule(optimizer, config.training.steps, optimizer.learning_rate)
 
 
 # Runs of a sweep
@@ -435,9 +451,11 @@ def _other_values_error(config: TrainConfig, started_config: TrainConfig) -> Val
 
 def make_sibling(run: Run, config: TrainConfig) -> Run:
     """Returns the run with other settings of the same sweep, from `member_configs`."""
+    config = run.config.replace(out=config.output.out, **config.sweepable)
+    _check_schedule(config)
     return dataclasses.replace(
         run,
-        config=run.config.replace(out=config.output.out, **config.sweepable),
+        config=config,
         stamp=run.stamp | config.sweepable,
         folder=pathlib.Path(config.output.out),
     )

@@ -383,6 +383,10 @@ SPLASH = dict(batch_size=8, attention="splash")
             dict(end_learning_rate=1.0, schedule="linear"),
             "`end_learning_rate` must be at least 0 and at most `learning_rate`. Got 1",
         ),
+        (
+            dict(end_learning_rate=0.1, schedule="linear", learning_rate=[0.2, 0.02]),
+            "at most `learning_rate`. Got 0.1",
+        ),
         (dict(data="nowhere.jsonl"), "nowhere"),
         (dict(validation_split=0.1), "left out for data with validation rows. Got 0.1"),
         (dict(validation_split=1.0), "`validation_split` must be between 0 and 1. Got"),
@@ -396,6 +400,8 @@ SPLASH = dict(batch_size=8, attention="splash")
         (dict(keep_best=True, data="train.jsonl"), "`keep_best` needs validation rows"),
         (dict(log="wandb,tb"), "`log` must only contain .* Got .'tb'"),
         (dict(fmt="none", base_memory="host"), "`base_memory` must be device"),
+        (dict(fmt="none", block_size=32), "`block_size` must be left out with `fmt` n"),
+        (dict(fmt="none", double_quant=False), "`double_quant` must be left out with"),
         (OFFLOADED, "adamw8bit or lion with `offload_optimizer`"),
         (dict(learning_rate="1e-3,x"), "`learning_rate` must be of type float, or sev"),
         (dict(learning_rate="1e-3,0.001"), "or several different values"),
@@ -431,6 +437,18 @@ def test_what_is_wrong_is_refused_before_the_model_is_read(
     with pytest.raises(ValueError, match=message):
         app.train(config.replace(**options))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_packing_resumes_with_an_old_block_size(folder, data, tmp_path):
+    out, options = tmp_path / "run", dict(fmt="none", block_size=32, resume=True)
+    config = settings(folder, data, out, **options)
+    out.mkdir()
+    write_run_config(config, out / "config.yaml", "a folder")
+    resumed = make_run(config, "2026-01-01")
+    assert resumed.packing_config is None and resumed.stamp["block_size"] == 32
+    # The settings that a run writes can be used for a new one.
+    new = make_run(settings(folder, data, tmp_path / "new", fmt="none"), "2026-01-01")
+    assert make_run(new.config.replace(out="other"), "2026-01-01").stamp == new.stamp
 
 
 def test_epochs_are_a_decimal_number_of_passes(folder, data, tmp_path):
