@@ -41,7 +41,7 @@ from .configs import (
 )
 from .merge_aware import pack_as_trained, target_packing_of, target_settings
 from .processes import log
-from .run_folder import CONFIG, STATE, quiet_orbax, read_run_config
+from .run_folder import CONFIG, STATE, describe_sweep, quiet_orbax, read_run_config
 from .train_config import TrainConfig
 from .train_groups import AdapterConfig, ModelConfig
 
@@ -439,7 +439,7 @@ def open_run(
     if not (folder / CONFIG).is_file() or not (folder / STATE).is_dir():
         raise ValueError(
             f"`run` must be the folder of a run of train, with {CONFIG} and a folder "
-            f"{STATE}. Got {describe_path(folder)}."
+            f"{STATE}. Got {describe_path(folder)}.{describe_sweep(folder)}"
         )
     run_config = read_run_config(folder / CONFIG)
     settings = run_config.model

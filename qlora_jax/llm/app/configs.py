@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from ..data.encode import TrainOn
 from ..models.sampling import Sampling
-from .options import COUNT, SEED, Config, option
+from .options import COUNT, SEED, Config, Limit, option
 from .servers import FMTS_BY_FORMAT, SERVERS
 
 # What computes a model: `Decoder`, or the PyTorch code of transformers.
@@ -102,7 +102,7 @@ class ScoreConfig(Config):
     double_quant: bool | None = None
     scales: Scales | None = None
     dtype: Dtype = option("float32", section="computation")
-    batch_tokens: int = option(1024, limit=COUNT)
+    batch_tokens: int = option(1024, limit=Limit("at least 2", lambda x: x >= 2))
     recode: bool = False
     engine: EngineName | None = None
     train_on: TrainOn | None = option(None, section="rows")

@@ -15,7 +15,14 @@ from ..gguf.file import is_gguf, open_gguf
 from ..train.outputs import NATIVE_ADAPTER, plural, read_metrics
 from .base_model import MLX_ADAPTER
 from .configs import InspectConfig
-from .run_folder import CONFIG, METRICS, RESULT, is_run, read_run_config
+from .run_folder import (
+    CONFIG,
+    METRICS,
+    RESULT,
+    describe_sweep,
+    is_run,
+    read_run_config,
+)
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,8 @@ def inspect(config: InspectConfig) -> Contents:
         return _inspect_gguf(path)
     if is_run(path):
         return _inspect_run(path)
+    if sweep := describe_sweep(path):
+        raise ValueError(f"`path` must be the folder of one run. Got {path}.{sweep}")
     if (path / "adapter_config.json").is_file():
         return _inspect_adapter(path)
     if (path / "config.json").is_file():

@@ -21,6 +21,14 @@ def is_run(folder: pathlib.Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / METRICS).is_file()
 
 
+def describe_sweep(folder: pathlib.Path) -> str:
+    """Returns a sentence that names the runs of a sweep; empty for other folders."""
+    names = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    if not (folder / CONFIG).is_file() or not names:
+        return ""
+    return f" It is a sweep, whose runs are in its folders {', '.join(names)}."
+
+
 @contextlib.contextmanager
 def open_run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
     """Yields the locked folder of a run; deletes it if it is new and stays empty."""

@@ -104,6 +104,14 @@ def test_a_sweep_does_not_resume_with_other_values(short_sweep, seed):
     assert {x: x.read_bytes() for x in out.rglob("*") if x.is_file()} == before
 
 
+def test_a_sweep_names_the_folders_of_its_runs(short_sweep):
+    _, out = short_sweep
+    with pytest.raises(ValueError, match="runs are in its folders seed=0, seed=1"):
+        app.inspect(app.InspectConfig(str(out)))
+    with pytest.raises(ValueError, match="runs are in its folders seed=0, seed=1"):
+        app.score(app.ScoreConfig(run=str(out), data="rows.jsonl"))
+
+
 def test_a_run_does_not_resume_as_a_sweep(short_sweep, tmp_path):
     config, out = short_sweep
     shutil.copytree(out / "seed=0", tmp_path / "run")

@@ -109,6 +109,7 @@ WRONG = [
     (["export", "--run=rows.jsonl"], "`run` must be the folder of a run of train, "),
     ([*SCORE, "--adapter=no_run"], "`adapter` must be a folder with adapter_config"),
     (["generate", *BASE, "--prompts=base"], "`prompts` must be a file (.jsonl, "),
+    (["score", *BASE, *ROWS, "--batch-tokens=1"], "`batch_tokens` must be at least 2"),
     (["score", *BASE, "--data=base"], "or .parquet). Got 'base'"),
     (["train", *BASE, *OUT, "--data=wrapped.json"], "an object with ['data']."),
     (["train", *BASE, *OUT, "--data=one_line.json"], "object whose `data` is a list"),
