@@ -142,6 +142,7 @@ def check(config: CheckConfig) -> Checked:
         config: Where to write the report, and how many rounds to measure.
 
     Raises:
+        ValueError: If `config.out` is a folder.
         OSError: If the report cannot be written.
 
     Example:
@@ -149,6 +150,9 @@ def check(config: CheckConfig) -> Checked:
         >>> app.check(app.CheckConfig(rounds=1)).is_wrong
         False
     """
+    path = None if config.out is None else pathlib.Path(config.out)
+    if path is not None and path.is_dir():
+        raise ValueError(f"`out` must be a file. Got the folder {config.out}.")
     report = Checked(
         _read_versions(),
         f"{platform.system()} {platform.machine()}, {_describe_processor()}",
@@ -157,10 +161,10 @@ def check(config: CheckConfig) -> Checked:
         time_products(config.rounds),
         check_step(config.rounds),
     )
-    if config.out is not None:
+    if path is not None:
         contents = dataclasses.asdict(report) | {"is_wrong": report.is_wrong}
         text = json.dumps(contents, allow_nan=False)
-        write_text(pathlib.Path(config.out), text + "\n")
+        write_text(path, text + "\n")
     return report
 
 

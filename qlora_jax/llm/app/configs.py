@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from ..data.encode import TrainOn
 from ..models.sampling import Sampling
-from .options import COUNT, SEED, Config, Limit, option
+from .options import COUNT, PATH, SEED, Config, Limit, option
 from .servers import FMTS_BY_FORMAT, SERVERS
 
 # What computes a model: `Decoder`, or the PyTorch code of transformers.
@@ -172,7 +172,7 @@ class ExportConfig(Config):
 
     model: str | None = option(None, section="what to export")
     format: Literal[AdapterFormat, PackedFormat, "merged", "gguf"] | None = None
-    out: str | None = None
+    out: str | None = option(None, limit=PATH)
     adapter: str | None = None
     run: str | None = None
     step: int | None = None
@@ -189,10 +189,11 @@ class ExportConfig(Config):
     push_to_hub: str | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         set_options = {name for name, value in vars(self).items() if value is not None}
+        # True is the default of `tokenizer`. If it is false but the format is not known
+        # yet, `complete_export` sets the format, which checks the config again.
         if self.tokenizer or (self.server is None and self.format is None):
-            # Either the default, or the format depends on the adapter. In that case,
-            # `complete_export` sets the format, and this is checked again.
             set_options.remove("tokenizer")
         if {"format", "server"} <= set_options:
             raise ValueError("`format` or `for` must be left out. Got both.")
@@ -370,7 +371,7 @@ class GenerateConfig(Config):
     run: str | None = None
     prompt: str | None = None
     prompts: str | None = None
-    out: str | None = None
+    out: str | None = option(None, limit=PATH)
     batch_size: int = option(16, limit=COUNT)
     chat: bool | None = None
     system: str | None = None
@@ -430,5 +431,5 @@ class CheckConfig(Config):
         7
     """
 
-    out: str | None = None
+    out: str | None = option(None, limit=PATH)
     rounds: int = option(7, limit=COUNT)

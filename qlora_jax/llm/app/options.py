@@ -45,6 +45,8 @@ COUNT = Limit("positive", lambda x: x >= 1)
 POSITIVE = Limit("positive and finite", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE = Limit("at least 0", lambda x: 0 <= x < math.inf)
 FRACTION = Limit("in [0, 1)", lambda x: 0 <= x < 1)
+# `pathlib.Path("")` is the current folder.
+PATH = Limit("a path", lambda x: x != "")
 # `jax.random.key` drops the higher bits of a seed.
 SEED = Limit("from 0 to 2**32 - 1", lambda x: 0 <= x < 1 << 32)
 
@@ -107,7 +109,9 @@ class Config:
                 x is None or option.limit.contains(x) for x in values
             ):
                 description = option.limit.description
-                raise ValueError(f"`{option.name}` must be {description}. Got {value}.")
+                raise ValueError(
+                    f"`{option.name}` must be {description}. Got {value!r}."
+                )
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object]) -> Self:

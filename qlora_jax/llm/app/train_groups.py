@@ -12,6 +12,7 @@ from .options import (
     COUNT,
     FRACTION,
     NOT_NEGATIVE,
+    PATH,
     POSITIVE,
     REQUIRED,
     SEED,
@@ -410,7 +411,7 @@ class OutputConfig(Config):
         100
     """
 
-    out: str = option(REQUIRED, section="model and data")
+    out: str = option(REQUIRED, section="model and data", limit=PATH)
     save_every: int = option(100, section="checkpoints and results", limit=COUNT)
     keep: int = option(2, limit=COUNT)
     resume: bool = False
