@@ -1,6 +1,5 @@
 """Finds and reads models, adapters, and the adapters of training runs."""
 
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -41,7 +40,14 @@ from .configs import (
 )
 from .merge_aware import pack_as_trained, target_packing_of, target_settings
 from .processes import log
-from .run_folder import CONFIG, STATE, describe_sweep, quiet_orbax, read_run_config
+from .run_folder import (
+    CONFIG,
+    STATE,
+    describe_sweep,
+    is_run,
+    quiet_orbax,
+    read_run_config,
+)
 from .train_config import TrainConfig
 from .train_groups import AdapterConfig, ModelConfig
 
@@ -410,10 +416,14 @@ def run_configs_of(
     run_configs = []
     for adapter in _split_adapters(adapters):
         # Absolute, because "." has no parent.
-        path = pathlib.Path(os.path.abspath(adapter)).parent / CONFIG
-        # The file may not exist, or another program may have written it.
-        with contextlib.suppress(OSError, TypeError, ValueError):
-            run_configs.append(read_run_config(path))
+        folder = pathlib.Path(os.path.abspath(adapter)).parent
+        try:
+            run_configs.append(read_run_config(folder / CONFIG))
+        except (OSError, TypeError, ValueError):
+            # Without the settings of a run, its base would be packed differently. In
+            # other folders, the file may not exist or belong to another program.
+            if is_run(folder) or describe_sweep(folder):
+                raise
     return run_configs
 
 

@@ -214,6 +214,19 @@ def test_an_adapter_has_its_run_in_the_current_folder_too(folder, monkeypatch):
     assert (packing.fmt, packing.block_size, packing.double_quant) == ("nf4", 64, False)
 
 
+def test_an_adapter_is_not_read_without_the_damaged_settings_of_its_run(
+    folder, tmp_path
+):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("model: m\nfmt: nf5")
+    adapter = str(tmp_path / "run" / "adapter")
+    config = app.ScoreConfig(str(folder / "base"), "d", adapter)
+    with pytest.raises(ValueError, match="config.yaml must have the settings of a run"):
+        open_model_and_adapters(config)
+    (tmp_path / "run" / "metrics.jsonl").unlink()  # then it is another program's folder
+    assert open_model_and_adapters(config)[2] == {}
+
+
 def test_options_of_the_model_replace_those_of_the_run(folder, tmp_path):
     source = dict(data="d", run=str(folder / "run"))
     packed, file = str(tmp_path / "packed"), str(tmp_path / "x.gguf")
