@@ -524,7 +524,8 @@ def training_load_options(
                     f"`fmt` must be given with `{name}`: the format in which training "
                     f"packed the model. Got `{name}` {value}."
                 )
-    for run_config in run_configs:  # all adapters share a base packed by `settings`
+    # All adapters share one base. Name those that were trained on another one.
+    for run_config in run_configs:
         trained_on = run_config.model
         paths = {os.path.realpath(path) for path in (model.name, trained_on.path)}
         if len(paths) > 1 or _packs_differently(settings, run_config):
@@ -534,10 +535,8 @@ def training_load_options(
                 f"with fmt {fmt or model.stored_fmt or 'none'}"
             )
     if fmt == "none" and model.stored_fmt is None and not uses_run:
-        for name, value in dict(
-            block_size=block_size, double_quant=double_quant
-        ).items():
-            if value is not None:
+        for name in ("block_size", "double_quant"):
+            if (value := getattr(settings, name, None)) is not None:
                 raise ValueError(
                     f"`{name}` must be left out with `fmt` none, which packs nothing. "
                     f"Got {value}."

@@ -23,12 +23,11 @@ else:
     ServerName = Literal[tuple(SERVERS)]
 AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
 PackedFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
-# An adapter can be merged into the weights in the model's files, or into the weights
-# that training used, which are decoded if they were packed. A `PackedFormat` starts
-# from the weights in the files, and packs the sum. These formats start from the weights
-# of training.
+# For a `PackedFormat`, an adapter is merged into the weights in the model's files, and
+# the sum is packed. For the following formats, it is merged into the weights that
+# training used, which are decoded if they were packed.
 _FORMATS_OF_TRAINED_BASE = ("merged", "gguf")
-# These types of "gguf" are exceptions: they start from the weights in the files, too.
+# These types of "gguf" are exceptions: they are made in the way of a `PackedFormat`.
 GGUF_4_BIT_TYPES = ("Q4_0", "Q4_K_M")
 # For a `PackedFormat`, these options describe the exported file. For a server and for
 # `_FORMATS_OF_TRAINED_BASE`, they describe how training packed the base.
@@ -239,7 +238,7 @@ class ExportConfig(Config):
         server_options: tuple[str, ...] = ()
         if self.server is not None:
             server_options = PACKING_OPTIONS
-            if SERVERS[self.server].floats == "gguf":
+            if SERVERS[self.server].loads_gguf:
                 server_options += ("gguf_type", "tokenizer")
         for name, formats in _FORMATS_OF_OPTIONS.items():
             is_supported = target in formats or name in server_options

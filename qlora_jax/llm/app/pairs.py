@@ -132,7 +132,7 @@ def pair_for(
     If `tokenizer` is false, a GGUF file need not contain the tokenizer.
     """
     fmt, block_size = _find_base_packing(model, options)
-    if server.floats == "gguf":
+    if server.loads_gguf:
         # Imported late, because gguf takes long to import and few commands need it.
         from ..gguf.decoder_out import check_gguf_source
 
@@ -198,7 +198,7 @@ def _pair_merged(server: Server, model: BaseModel, packing: Any) -> Pair:
         why = difference or "codes and scales are the same"
         return Pair(server.name, base, MERGED, difference is None, why)
     problem = problem or f"it does not support {describe_packing(packing)}"
-    if server.floats == "gguf":  # would round the decoded weights to float16
+    if server.loads_gguf:  # would round the decoded weights to float16
         return Pair(server.name, NOT_RUN, NOT_RUN, False, problem)
     why = f"{problem}, but the decoded weights are the same"
     return Pair(server.name, server.floats, MERGED, True, why)
@@ -224,8 +224,8 @@ def _find_adapter_problem(
 
 def _find_4_bit_problem(server: Server, model: BaseModel) -> str | None:
     """Returns why a server cannot load a model in 4 bits, or None."""
-    # Servers that load GGUF files, whose `floats` is "gguf", load experts in 4 bits.
-    if model.decoder.experts is not None and server.floats == "merged":
+    # Servers that load GGUF files also load experts in 4 bits.
+    if model.decoder.experts is not None and not server.loads_gguf:
         return "it is not known to load experts in 4 bits"
     return None
 

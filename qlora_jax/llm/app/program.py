@@ -101,6 +101,7 @@ def make_program(
     eval_loss = loss = objective.loss(model, **settings)
     if balance:
         loss = objective.loss(model, balance=balance, **settings)
+    # In a sweep, this optimizer only creates states. Its rate does not affect them.
     optimizer = make_optimizer(config.optimizer.learning_rate)
     if learning_rates is None:
         step = make_step(loss, optimizer)

@@ -92,11 +92,11 @@ def score(config: ScoreConfig) -> Score | Scores:
     note_packing(model.lora)
     # The rows are read before the weights, so that their errors are reported early.
     rows = read_rows_like_run(config, model, str(config.data), config.batch_tokens)
-    score = make_scorer(model, rows, config.batch_tokens, config.dtype)
+    scorer = make_scorer(model, rows, config.batch_tokens, config.dtype)
     model = read_as_trained(model, load_options, config.dtype)
     if not adapters:
-        return score(model.base, model.lora)
-    return Scores({name: score(model.base, x) for name, x in adapters.items()})
+        return scorer(model.base, model.lora)
+    return Scores({name: scorer(model.base, x) for name, x in adapters.items()})
 
 
 def make_scorer(
@@ -124,7 +124,7 @@ def make_scorer(
     chunked_loss = make_mean_loss(decoder_loss(wrapped))
     logits_loss = make_mean_loss(_make_logits_loss(wrapped))
 
-    def score(base: PyTree, lora: PyTree) -> Score:
+    def score_trees(base: PyTree, lora: PyTree) -> Score:
         bar = tqdm(batches, "scoring", unit=" batches", disable=None)
         # The chunked loss saves memory, but does not support an adapter of the head.
         has_adapted_head = model.engine.head_key in lora
@@ -133,7 +133,7 @@ def make_scorer(
             raise ValueError(f"the loss must be finite. Got {loss}.")
         return Score(loss, num_targets, len(rows))
 
-    return score
+    return score_trees
 
 
 def _make_logits_loss(model: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:

@@ -152,21 +152,21 @@ def _export(config: ExportConfig) -> Written:
         _note_other_base(training_options, model.name)
     elif export_format == "merged" and has_adapter and not is_merge_aware:
         _note_rounding(training_options, model.stored_fmt)
-    score = calibrate = None
+    scorer = calibrate = None
     if config.data is not None:
         rows = read_rows_like_run(config, model, config.data, BATCH_TOKENS)
-        score = make_scorer(model, rows)
+        scorer = make_scorer(model, rows)
     if config.calibrate is not None:
         rows = read_rows_like_run(config, model, config.calibrate, BATCH_WIDTH)
         calibrate = make_calibrator(model, rows)
     # The model is read and scored before the file is written, and the file afterwards,
     # so that only one of them is in memory.
-    loss = None if score is None else _score_model(score, model, training_options)
+    loss = None if scorer is None else _score_model(scorer, model, training_options)
     writer = _Writer(config, model, merge_options, path, calibrate)
     cost, losses = _WRITERS[export_format](writer), None
-    if score is not None and loss is not None:
+    if scorer is not None and loss is not None:
         written = open_model(str(path), engine=model.engine.name)
-        losses = FileLosses(loss, _score_model(score, written, {}))
+        losses = FileLosses(loss, _score_model(scorer, written, {}))
     return Written(str(config.out), export_format, _count_bytes(path), cost, losses)
 
 
@@ -207,13 +207,13 @@ def _note_rounding(training_options: LoadOptions, stored_fmt: str | None) -> Non
 
 
 def _score_model(
-    score: Callable[[PyTree, PyTree], Score], model: BaseModel, options: LoadOptions
+    scorer: Callable[[PyTree, PyTree], Score], model: BaseModel, options: LoadOptions
 ) -> float:
     """Returns the loss of a model, which is in memory only during this call."""
     # 4-bit weights in a format that this package lacks are decoded exactly.
     model = dataclasses.replace(model, recode=True)
     model = read_as_trained(model, options, "float32")
-    return score(model.base, model.lora).loss
+    return scorer(model.base, model.lora).loss
 
 
 def _count_bytes(path: pathlib.Path) -> int:
@@ -282,8 +282,8 @@ def _write_pair(
         if export_format == "gguf":
             # Only Q4_0 can be exact in GGUF, where floats are rounded to float16.
             gguf_type = config.gguf_type or ("Q4_0" if pair.exact else None)
-        # These options described the training, which `options` do now. In the config of
-        # a part, they would describe the file.
+        # In the config of a server, these options say how training packed the base, as
+        # `options` do. In the config of one file, they would describe the file instead.
         unset = dict.fromkeys((*PACKING_OPTIONS, "server"))
         # Only a whole model in GGUF can do without its tokenizer.
         part_config = dataclasses.replace(
@@ -445,7 +445,8 @@ class _Writer:
                     f"{self.config.scales}."
                 )
             if packing_config is None or self.calibrate is None:
-                # For a server, `self.options` pack the base as training did.
+                # The base of a server is packed as in training, by `self.options`. They
+                # are empty for a `--format` in 4 bits, which is packed as requested.
                 options = self.options or {"packing_config": packing_config}
                 return model.read(**options).base, None
             base = model.read().base

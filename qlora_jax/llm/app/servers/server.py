@@ -75,6 +75,11 @@ class Server:
     # Added to requests to select the adapter.
     adapter_fields: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def loads_gguf(self) -> bool:
+        """Whether the server loads GGUF files, in which floats are float16."""
+        return self.floats == "gguf"
+
     def write(
         self,
         base: str,
