@@ -218,10 +218,10 @@ def _find_resumed_step(
     """Returns the step to resume after, or None to start at step 0.
 
     Raises ValueError if the settings of the runs differ from those saved at that step,
-    or if finished runs lack their metrics.
+    if it is after the last step, or if finished runs lack their metrics.
     """
     config = runs[0].config
-    step = config.output.resume_step
+    step, steps = config.output.resume_step, config.training.steps or 0
     if step is None:  # the newest state that all runs have
         common_steps = set.intersection(*(set(x.steps) for x in checkpoints))
         step = max(common_steps, default=None)
@@ -240,15 +240,20 @@ def _find_resumed_step(
     with all_or_none():
         for run, saved_stamp in zip(runs, saved_stamps, strict=True):
             check_stamp(saved_stamp, run.stamp, run.config.output.out)
-            is_finished = step == run.config.training.steps
-            if is_finished and not (run.folder / METRICS).is_file():
+            if step > steps:
+                raise ValueError(
+                    f"`steps` must be at least {step}, the step from which the run "
+                    f"resumes. Got {steps}. Earlier states can be selected with "
+                    "`resume_step`."
+                )
+            if step == steps and not (run.folder / METRICS).is_file():
                 raise ValueError(
                     f"{run.folder} must have {METRICS}, from which the results of a "
                     "finished run are written. It is missing."
                 )
     is_newest = all(x.latest == step for x in checkpoints)
     note = "" if is_newest else "; later states are deleted"
-    log(f"Resuming after step {step:,} of {config.training.steps:,}{note}")
+    log(f"Resuming after step {step:,} of {steps:,}{note}")
     return step
 
 

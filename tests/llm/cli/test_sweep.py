@@ -85,10 +85,10 @@ def test_a_sweep_resumes_and_goes_on_without_a_failed_run(sweep, capfd):
 
 @pytest.fixture(scope="module")
 def short_sweep(tmp_path_factory):
-    """The settings of a sweep with seeds 0 and 1, after a step, and its folder."""
+    """The settings of a sweep with seeds 0 and 1, after two steps, and its folder."""
     work = tmp_path_factory.mktemp("short")
     folder, data = save_tiny(work / "base"), commands.write_letters(work)
-    options = dict(eval_examples=0, seed=[0, 1], data_seed=0, steps=1, warmup=0)
+    options = dict(eval_examples=0, seed=[0, 1], data_seed=0, steps=2, warmup=0)
     config = settings(folder, data, work / "out", **options)
     app.train(config)
     return config, work / "out"
@@ -100,7 +100,7 @@ def test_a_sweep_does_not_resume_with_other_values(short_sweep, seed):
     before = {x: x.read_bytes() for x in out.rglob("*") if x.is_file()}
     message = re.escape(f"'seed': {seed}}} instead of {{'learning_rate': 0.02, 'seed'")
     with pytest.raises(ValueError, match=message):
-        app.train(config.replace(seed=seed, steps=2, resume=True))
+        app.train(config.replace(seed=seed, steps=3, resume=True))
     assert {x: x.read_bytes() for x in out.rglob("*") if x.is_file()} == before
 
 
@@ -110,6 +110,13 @@ def test_a_sweep_names_the_folders_of_its_runs(short_sweep):
         app.inspect(app.InspectConfig(str(out)))
     with pytest.raises(ValueError, match="runs are in its folders seed=0, seed=1"):
         app.score(app.ScoreConfig(run=str(out), data="rows.jsonl"))
+
+
+def test_a_run_does_not_resume_with_fewer_steps_than_it_has_done(short_sweep):
+    config, _ = short_sweep
+    message = "`steps` must be at least 2, the step from which the run resumes. Got 1"
+    with pytest.raises(ValueError, match=message):
+        app.train(config.replace(steps=1, resume=True))
 
 
 def test_a_run_does_not_resume_as_a_sweep(short_sweep, tmp_path):
