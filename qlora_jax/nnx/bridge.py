@@ -71,11 +71,11 @@ def _to_linen(holder: Holder, name: str) -> Tree:
     base, lora, key = base_of(holder, name), adapter.sliced, adapter.dropout_key()
     if lora is None:
         return nnx.Param(base)
-    if key is None:
+    if key is not None:
+        key = dropout_keys(lora, key)
+    elif lora.dropout:
         # Dropout is off, but a "dropout" key of the linen module would turn it on.
         lora = with_dropout(lora, 0.0)
-    else:
-        key = dropout_keys(lora, key)
     return nnx.Param(AdaptedKernel(base, lora, key))
 
 

@@ -132,10 +132,12 @@ def wrap(
     adapters = leaves_by_path(lora)
     for path, site in (targets | trained | rows).items():
         adapt(site.holder, site.name, path, base[path], adapters[path], rngs)
-    # A leaf that is trained in full is read as before, so its module keeps its class.
     by_module: dict[int, list[Site]] = {}  # by id: modules may not be hashable
-    for site in (targets | rows).values():
-        by_module.setdefault(id(site.module), []).append(site)
+    for path, site in (targets | trained | rows).items():
+        # A module reads a leaf that is trained in full as before, and keeps its class.
+        # A bridge does not, because it must not pass the adapter to its linen module.
+        if path in targets or path in rows or runs_linen(site.module):
+            by_module.setdefault(id(site.module), []).append(site)
     for group in by_module.values():
         _change_class(group[0].module, [site.name for site in group])
     return model

@@ -228,6 +228,40 @@ def test_nnx_layers_of_a_linen_decoder_in_an_nnx_model(has_sample):
     assert_no_float_kernel_is_kept(wrapped, x)
 
 
+@pytest.mark.parametrize(
+    ("targets", "trained"),
+    [
+        ("proj/kernel", {"trainable": "linen/up/bias"}),
+        ("linen/down", {"trainable": "linen/up/(kernel|bias)"}),
+        ("linen/up/kernel", {"trainable_rows": {"linen/down": [3, 5]}}),
+    ],
+)
+def test_a_bridge_runs_leaves_that_are_trained_in_full_or_by_rows(targets, trained):
+    wrapped, x = make_bridged(targets=targets, **trained)
+    merged = ql.nnx.merge(wrapped)
+
+    def loss(model):
+        return jnp.sum(jnp.square(model(x)))
+
+    assert_close(loss(wrapped), loss(merged))
+    lora = leaves_by_path(ql.nnx.split(wrapped)[1])
+    expected = dict(nnx.to_flat_state(nnx.grad(loss)(merged)))
+    variables = nnx.DiffState(0, nnx.LoRAParam)
+    grads = dict(nnx.to_flat_state(nnx.grad(loss, argnums=variables)(wrapped)))
+    replaced = {path: x for path, x in lora.items() if x.label != "lora"}
+    assert replaced
+    for path, adapter in replaced.items():
+        *parents, name = path.split("/")
+        gradient = np.asarray(expected[*parents, name].get_value())
+        if rows := adapter.replaced_rows:
+            gradient, parents, name = (
+                gradient[[*rows]],
+                [*parents, f"{name}_lora"],
+                "rows",
+            )
+        assert_close(grads[*parents, name].get_value(), gradient)
+
+
 @pytest.mark.parametrize("options", [{"freeze_base": False}, {"fmt": None}])
 def test_a_bridge_runs_kernels_that_are_trained_or_in_float(options):
     wrapped, x = make_bridged(**options)
