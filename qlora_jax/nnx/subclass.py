@@ -165,12 +165,14 @@ def _with_experts(
 ) -> Callable:
     # `call_with_experts` traces a pure function of the float weights, so modules are
     # split before it and merged inside, and changed variables are results.
-    def value_of(leaf: object) -> object:
-        return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+    # A copy of a variable has a new `QTensor` around the same arrays, so compare those.
+    def array_ids(leaf: object) -> list[int]:
+        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        return [id(array) for array in jax.tree.leaves(value)]
 
     def call(*operands: Tree) -> Tree:
         graph, state = nnx.split(operands)
-        old = {path: value_of(x) for path, x in nnx.to_flat_state(state)}
+        old = {path: array_ids(x) for path, x in nnx.to_flat_state(state)}
 
         def call_on_weights(weights: list[Array]) -> tuple:
             expert_weights[:] = weights
@@ -178,7 +180,7 @@ def _with_experts(
             outputs = run(*copies)
             # Unchanged variables may belong to an outer trace, and are not results.
             new = nnx.to_flat_state(nnx.state(copies))
-            changed = {path: x for path, x in new if value_of(x) is not old.get(path)}
+            changed = {path: x for path, x in new if array_ids(x) != old.get(path)}
             return outputs, nnx.from_flat_state(changed)
 
         outputs, changed = call_with_experts(call_on_weights, kernels)

@@ -6,6 +6,7 @@ import re
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from helpers import fast_and_slow, normal, randomized
@@ -22,6 +23,7 @@ SIZES = jnp.array([8, 0, 13, 1, 16, 0, 0, 1])
 CONFIG = ql.QLoRAConfig(
     rank=4, targets=".*(up|down)", block_size=32, contract={".*/down|down": "bnk"}
 )
+OF_UP = ql.QLoRAConfig(rank=4, targets="up")
 FLOAT_BYTES = 4 * 2 * EXPERTS * DIM * HIDDEN
 
 
@@ -54,6 +56,14 @@ class LinenExperts(nn.Module):
 
 class Sum(nnx.Variable):
     pass
+
+
+class Experts(nnx.Module):
+    def __init__(self, *, rngs):
+        self.up = nnx.Param(INIT(rngs.params(), SHAPES["up"]))
+
+    def __call__(self, x):
+        return lax.ragged_dot(x, self.up[...], SIZES)
 
 
 class NNXExperts(nnx.Module):
@@ -162,6 +172,16 @@ def test_results_and_gradients_are_those_of_merged_weights(make, reads, dtype, k
     assert got[0][0].dtype == want[0][0].dtype
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         assert_close(a, b, dtype=dtype, roundings=6)
+
+
+def test_an_nnx_model_may_be_closed_over():
+    model = ql.nnx.wrap(Experts(rngs=nnx.Rngs(0)), OF_UP, rngs=nnx.Rngs(1))
+    x = normal(1, (ROWS, DIM))
+    gradient = jax.grad(lambda x: jnp.sum(model(x)))(x)
+    # B is zero, so the gradient of a row of expert e is the sum of the columns of W_e.
+    sums = np.sum(ql.dequantize(model.up.get_value()), -1)  # [E, K]
+    assert_close(gradient[:-1], np.repeat(sums, SIZES, axis=0))
+    assert not np.any(gradient[-1])  # this row has no expert
 
 
 @pytest.mark.newest
