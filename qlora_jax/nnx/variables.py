@@ -139,6 +139,15 @@ class AdapterModule(nnx.Module):
         return self.rngs()
 
 
+def check_module(model: object) -> None:
+    """Raises TypeError unless `model` is an nnx module."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"`model` must be an nnx.Module. Got {type(model).__name__}. For a linen "
+            "module, use ql.linen."
+        )
+
+
 def attributes(holder: Holder) -> dict[str, Any]:
     """Returns the attributes of a module or the entries of a dict, by name."""
     return holder if isinstance(holder, dict) else vars(holder)

@@ -23,6 +23,7 @@ from .variables import (
     Holder,
     adapted_kernels,
     attributes,
+    check_module,
     join_path,
     packed_variable,
     runs_linen,
@@ -90,11 +91,7 @@ def wrap(
         >>> model(jnp.ones((1, 5, 64))).shape
         (1, 5, 64)
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"`model` must be an nnx.Module. Got {type(model).__name__}. For a linen "
-            "module, use ql.linen.wrap."
-        )
+    check_module(model)
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"`rngs` must be an nnx.Rngs. Got {type(rngs).__name__}.")
     check_config(config)

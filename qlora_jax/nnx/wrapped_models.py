@@ -22,6 +22,7 @@ from .variables import (
     adapted_kernels,
     adapter_of,
     base_of,
+    check_module,
     del_attribute,
     float_variable,
     join_path,
@@ -41,6 +42,9 @@ def merge(model: M) -> M:
         model: A wrapped model, or one with `QLoRALinear` in it, which does not change.
             A model without adapters is copied.
 
+    Raises:
+        TypeError: If `model` is not an nnx module.
+
     Example:
         >>> import qlora_jax as ql
         >>> from flax import nnx
@@ -49,6 +53,7 @@ def merge(model: M) -> M:
         >>> type(ql.nnx.merge(wrapped)).__name__
         'Linear'
     """
+    check_module(model)
     model = nnx.clone(model)
     for _, holder, name in adapted_kernels(model):
         value = merge_trees(base_of(holder, name), adapter_of(holder, name).adapter)
@@ -67,6 +72,9 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
     Args:
         model: A wrapped model, or one with `QLoRALinear` in it, which does not change.
 
+    Raises:
+        TypeError: If `model` is not an nnx module.
+
     Example:
         >>> import qlora_jax as ql
         >>> from flax import nnx
@@ -75,6 +83,7 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
         >>> sorted(base), lora["kernel"].rank
         (['bias', 'kernel'], 4)
     """
+    check_module(model)
     base = {path: x.get_value() for path, x in _base_variables(model).items()}
     kernels = {join_path(path): (x, name) for path, x, name in adapted_kernels(model)}
     # The base of a kernel that is trained through its quantizer is a `StraightThrough`.
@@ -95,6 +104,7 @@ def join(model: M, base: Tree, lora: Tree) -> M:
             returns. The dropout rates of the model do not change.
 
     Raises:
+        TypeError: If `model` is not an nnx module.
         ValueError: If leaves are missing, unexpected, or differ in type or shape from
             those of the model, or if adapters do not fit, or replace leaves that the
             model does not train in full, or the other way around; all are listed.
@@ -107,6 +117,7 @@ def join(model: M, base: Tree, lora: Tree) -> M:
         >>> ql.nnx.split(joined)[1]["kernel"].rank
         2
     """
+    check_module(model)
     model = nnx.clone(model)
     leaves, adapters = leaves_by_path(base), leaves_by_path(lora)
     old_leaves, old_adapters = map(leaves_by_path, split(model))
@@ -198,6 +209,7 @@ def place(
             `qlora_jax.sharding.place`.
 
     Raises:
+        TypeError: If `model` is not an nnx module.
         ValueError: As `qlora_jax.sharding.place`.
 
     Example:
@@ -210,6 +222,7 @@ def place(
         >>> tuple(layer.kernel.get_value().codes.sharding.spec)
         ('fsdp', None)
     """
+    check_module(model)
     options: dict[str, Any] = {"rows": rows, "memory": memory}
     if rules is not None:
         options |= {"rules": rules, "logical_axes": logical_axes}

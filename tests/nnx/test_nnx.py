@@ -337,6 +337,11 @@ def drop_in(**options):
     [
         (lambda: wrap(nn.Dense(8)), TypeError,
          "Got Dense. For a linen module, use ql.linen"),
+        (lambda: ql.nnx.merge(nn.Dense(8)), TypeError, "nnx.Module. Got Dense"),
+        (lambda: ql.nnx.split({}), TypeError, "nnx.Module. Got dict"),
+        (lambda: ql.nnx.join(None, {}, {}), TypeError, "nnx.Module. Got NoneType"),
+        (lambda: ql.nnx.place(5, jax.make_mesh((1,), ("a",))), TypeError,
+         "nnx.Module. Got int"),
         (lambda: wrap(normalized(nnx.WeightNorm)), ValueError,
          "instance/kernel: it is inside a WeightNorm, which writes normalized"),
         (lambda: wrap(normalized(nnx.SpectralNorm)), ValueError,
