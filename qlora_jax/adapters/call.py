@@ -160,6 +160,15 @@ class RegisteredEinsum:
     einsum: str | Callable[[Any], str]
 
     def __post_init__(self):
+        for argument in ("kernel", "einsum"):
+            value = getattr(self, argument)
+            if not isinstance(value, str) and not callable(value):
+                raise TypeError(
+                    f"`{argument}` must be a string, or a function of a module that "
+                    f"returns one. Got {value!r}."
+                )
+        if not any("__call__" in vars(cls) for cls in self.cls.__mro__):
+            raise TypeError(f"`cls` must have a `__call__`. Got {self.cls.__name__}.")
         if isinstance(self.einsum, str) and not self.einsum.isidentifier():
             kernel_kinds(self.einsum)  # raises for equations of another form
 

@@ -85,7 +85,8 @@ def register(
             equation for a module.
 
     Raises:
-        TypeError: If `cls` is not a linen module class.
+        TypeError: If `cls` is not a linen module class with a `__call__`, or if
+            `kernel` or `einsum` is neither a string nor a function.
         ValueError: If the form of the equation `einsum` is not supported.
 
     Example:

@@ -143,7 +143,8 @@ def register(
             `config.contract` must specify the roles of the kernel's axes.
 
     Raises:
-        TypeError: If `cls` is not an `nnx.Module` class.
+        TypeError: If `cls` is not an `nnx.Module` class with a `__call__`, or if
+            `kernel` or `einsum` is neither a string nor a function.
         ValueError: If the form of the equation `einsum` is not supported.
 
     Example:

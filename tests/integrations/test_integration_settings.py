@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import types
 
+import flax.linen as nn
 import integration_models as models
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import fast_and_slow, randomized
 from integration_helpers import (
     CONFIG,
@@ -28,6 +31,7 @@ pytestmark = pytest.mark.parametrize(
 )
 
 
+MODULES = {"linen": nn.Module, "nnx": nnx.Module}
 KINDS = ["dense", "layer", "own", "general out", "attention", "mlp stack"]
 
 
@@ -231,6 +235,7 @@ def test_a_subclass_that_overrides_call_is_not_registered(flax):
     [
         (3, "ab,bc->ac", TypeError, "`cls` must be an? .*odule class"),
         (int, "ab,bc->ac", TypeError, "`cls` must be an? .*odule class"),
+        (None, 3, TypeError, "`einsum` must be a string, or a function .* Got 3"),
         (None, "ab,bc,cd->ad", ValueError, "must be an explicit equation of two"),
         (None, "ab,bc->abc", ValueError, "must contract the kernel. Got 'ab,bc->abc'"),
     ],
@@ -238,6 +243,15 @@ def test_a_subclass_that_overrides_call_is_not_registered(flax):
 def test_register_checks_its_arguments(flax, cls, equation, error, words):
     with pytest.raises(error, match=words):
         flax.register(cls or FAMILIES[flax.name][2], kernel="w", einsum=equation)
+
+
+def test_register_needs_a_call_and_names_that_are_strings(flax):
+    cls = FAMILIES[flax.name][2]
+    with pytest.raises(TypeError, match="`kernel` must be a string.* Got 3"):
+        flax.register(cls, kernel=3, einsum="ab,bc->ac")
+    without_call = types.new_class("WithoutCall", (MODULES[flax.name],))
+    with pytest.raises(TypeError, match="have a `__call__`. Got WithoutCall"):
+        flax.register(without_call, kernel="w", einsum="ab,bc->ac")
 
 
 def test_a_wrong_input_names_the_layer(flax):
