@@ -13,7 +13,7 @@ X = jnp.ones((3, 64))
 BASE, LORA = trees_of({"kernel": normal(0, (64, 8))}, rank=2)
 TABLES, TABLE_LORA = trees_of({"embedding": normal(0, (64, 8))}, rank=2, targets=".*")
 EXPERTS, SIZES = ql.quantize(normal(1, (2, 64, 8))), jnp.ones(2, int)
-BANK = ql.bank([LORA])
+BANK, COMPLEX = ql.bank([LORA]), jnp.ones((64, 8), jnp.complex64)
 KERNEL, TABLE = BASE["kernel"], TABLES["embedding"]
 WRONG = ["text", {"kernel": KERNEL}, None, 0, 1.5, [1, 2], slice(0, 1), object()]
 WRONG += [[[1], [2, 3]]]  # not rectangular
@@ -93,6 +93,16 @@ def test_an_argument_of_a_wrong_type_is_named(name):
         (lambda: ql.apply(ql.combine(BASE, LORA), None, X),
          "a kernel must be a QTensor, a StraightThrough or a float array. Got "
          "AdaptedKernel: `split` a combined tree first."),
+        (lambda: ql.apply(COMPLEX, None, X),
+         "the kernel of `base` must be real. Got complex64."),
+        (lambda: ql.apply({"kernel": jnp.ones((64, 8)), "bias": COMPLEX[0]}, None, X),
+         "the bias must be real. Got complex64."),
+        (lambda: ql.apply({"kernel": jnp.ones((64, 8)), "bias": [0.0] * 8}, None, X),
+         "the bias must be an array. Got list."),
+        (lambda: ql.ragged_dot(X, jnp.stack([COMPLEX] * 2), SIZES),
+         "`experts` must be real. Got complex64."),
+        (lambda: ql.lookup(COMPLEX, None, jnp.array([0])),
+         "`table` must be real. Got complex64."),
         (lambda: ql.matmul(X, EXPERTS, layer=2**40),
          "`layer` is out of range: Python int 1099511627776 too large to convert to "
          "int32."),

@@ -17,7 +17,7 @@ from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
 from ..quant.kernel import FloatKernel, Kernel, as_kernel
 from .base import AdaptedKernel, Adapter, check_adapter, misfit_reason
 from .call import Lookup
-from .product import product
+from .product import check_real, product
 
 # The names of a layer's kernel and bias: in Flax, in PyTorch and Equinox, in Haiku.
 BIAS_NAMES = {"kernel": "bias", "weight": "bias", "w": "b"}
@@ -59,8 +59,8 @@ def apply(
         precision: As in `jax.lax.dot_general`.
 
     Raises:
-        TypeError: If `x` is not floating-point, `lora` does not hold a LoRA, or
-            `dropout_key` is not a PRNG key.
+        TypeError: If `x` is not floating-point, a kernel or bias is complex, `lora`
+            does not hold a LoRA, or `dropout_key` is not a PRNG key.
         ValueError: If a layer has other parts than kernel and bias, or `lora` has parts
             that the layer lacks; if shapes do not fit; if the axes of a kernel are not
             known, or `contract` contradicts them; or if the back end is unknown.
@@ -107,6 +107,9 @@ def apply(
 def _add_bias(
     y: Array, bias: Array, batch_ndim: int, outputs: tuple[int, ...]
 ) -> Array:
+    if not hasattr(bias, "shape"):
+        raise TypeError(f"the bias must be an array. Got {type(bias).__name__}.")
+    check_real("the bias", bias)
     # A stack may have a bias for each of its kernels: [*batch, *outputs].
     shapes = list(dict.fromkeys([outputs, (*y.shape[:batch_ndim], *outputs)]))
     if bias.shape not in shapes:
@@ -131,7 +134,7 @@ def lookup(table: PyTree, lora: Adapter | None, ids: Int[Array, "..."]) -> jax.A
             and ids outside `[-V, V)` return NaN.
 
     Raises:
-        TypeError: If `lora` is not an adapter.
+        TypeError: If `lora` is not an adapter, or the table is complex.
         ValueError: If the table does not have two axes, the adapter does not fit it, or
             `ids` are not integers.
 
@@ -150,6 +153,7 @@ def lookup(table: PyTree, lora: Adapter | None, ids: Int[Array, "..."]) -> jax.A
             "`table` must be a float array or a QTensor of shape [V, D]. Got "
             f"{getattr(table, 'shape', type(table).__name__)}."
         )
+    check_real("`table`", table)
     check_adapter(lora, table, "table")
     return Lookup("embedding", ids, lambda rows: rows).compute(table, lora)
 
@@ -247,6 +251,7 @@ def _checked_kernel(
         raise ValueError(
             f"the kernel of `base` must have at least 2 axes. Got shape {w.shape}."
         )
+    check_real("the kernel of `base`", w)
     check_adapter(lora, w, "kernel")
     # Packed kernels and adapters store their axes, which `contract` may only repeat.
     geometry = w.geometry if isinstance(w, Kernel) else lora and lora.geometry

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
@@ -58,6 +59,12 @@ def adapted_product(
     )
 
 
+def check_real(name: str, w: PyTree) -> None:
+    """Raises TypeError for complex weights, whose imaginary parts would be dropped."""
+    if jnp.iscomplexobj(w):
+        raise TypeError(f"{name} must be real. Got {w.dtype}.")
+
+
 def _check_ragged(lora: Adapter) -> None:
     if not lora.can_be_ragged:
         raise NotImplementedError(
@@ -109,9 +116,9 @@ def ragged_dot(
         precision: As in `jax.lax.dot_general`.
 
     Raises:
-        TypeError: If `x` is not floating-point, `experts` are not one kernel, `lora` is
-            not an adapter, `group_sizes` are not integers, or `dropout_key` is not a
-            PRNG key.
+        TypeError: If `x` is not floating-point, `experts` are not one kernel or are
+            complex, `lora` is not an adapter, `group_sizes` are not integers, or
+            `dropout_key` is not a PRNG key.
         ValueError: If the shapes do not fit, the back end is unknown, the layer is not
             in the stack, or group sizes with known values are negative or add up to
             more than the rows.
@@ -139,6 +146,7 @@ def ragged_dot(
             "`experts` must be a QTensor, another kernel or a float array [E, K, N]. "
             f"Got {getattr(experts, 'shape', type(experts).__name__)}."
         )
+    check_real("`experts`", experts)
     if dropout_key is not None:
         check_key("dropout_key", dropout_key)
     # Float experts get their axes from the adapter. Its kind is checked first, because
