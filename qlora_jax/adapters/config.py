@@ -69,7 +69,7 @@ class QLoRAConfig:
             `targets` matches them.
         trainable_rows: The indices of rows of tables to train, by pattern, such as the
             rows of new tokens (PEFT's `trainable_token_indices`). Other rows stay
-            frozen. These tables are not targets.
+            frozen: these tables are not targets, nor trained in full by `trainable`.
         freeze_base: False trains the float kernels too, through a straight-through
             quantizer.
         dropout: Rate of dropout on the adapter's input, in [0, 1).
@@ -158,7 +158,12 @@ class QLoRAConfig:
         converters |= {"trainable_rows": _as_rows, "alpha_pattern": _as_alpha}
         for name, convert in converters.items():
             set_field(name, _by_pattern(name, getattr(self, name), convert))
-        # 2. Check and convert numbers.
+        # 2. Check flags, and check and convert numbers.
+        flags = {"freeze_base", "rank_stabilized", "use_dora", "merge_aware"}
+        flags |= {"double_quant"} if self.double_quant is not None else set()
+        for name in sorted(flags):
+            if (value := getattr(self, name)) not in (True, False):
+                raise ValueError(f"`{name}` must be True or False. Got {value!r}.")
         set_field("rank", as_rank(self.rank))
         if self.alpha is not None:
             set_field("alpha", _as_alpha(self.alpha))
@@ -176,7 +181,8 @@ class QLoRAConfig:
             )
         self._check_scales()
         self._check_merge_aware()
-        fmt = self.fmt or self.target_fmt or "nf4"
+        formats = (self.fmt, self.target_fmt, "nf4")
+        fmt = next(name for name in formats if name is not None)
         packing = Packing(fmt, self.block_size, self.double_quant)
         set_field("block_size", packing.block_size)
         set_field("double_quant", packing.double_quant)
@@ -386,7 +392,10 @@ def _as_ranks(ranks: int | Sequence[int]) -> int | tuple[int, ...]:
 
 def _as_rows(rows: Iterable[int]) -> tuple[int, ...]:
     try:
-        indices = sorted(operator.index(row) for row in rows)
+        # Bools would be a mask, and not indices.
+        indices = sorted(
+            -1 if isinstance(row, bool) else operator.index(row) for row in rows
+        )
     except TypeError:
         indices = []
     if not indices or indices[0] < 0 or len({*indices}) < len(indices):

@@ -175,7 +175,11 @@ def get_format(name: str) -> Format:
 
 def check_dtype(argument: str, dtype: DTypeLike) -> str:
     """Returns a dtype's name; raises TypeError if it is not in `FLOAT_DTYPES`."""
-    dtype_name = jnp.dtype(dtype).name
+    try:
+        # NumPy takes None for float64.
+        dtype_name = "None" if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        dtype_name = repr(dtype)
     if dtype_name not in FLOAT_DTYPES:
         raise TypeError(
             f"`{argument}` must be a floating dtype: one of {', '.join(FLOAT_DTYPES)}. "
