@@ -99,8 +99,10 @@ class _TracedLinen:
 
     config: QLoRAConfig
     prefix: str  # the path of the bridge
-    records: tuple[dict[str, str], dict[str, str]]  # filled by `apply`
-    prefixes_run: set[str]  # filled by `apply`
+    # Filled by `apply`: the roles of the targets' axes and the reasons why targets are
+    # unfit, both by path, and the paths of the bridges that ran.
+    records: tuple[dict[str, str], dict[str, str]]
+    prefixes_run: set[str]
     module: nn.Module
 
     def apply(self, variables: Mapping, *args: object, **kwargs: Any) -> Tree:
@@ -113,7 +115,7 @@ class _TracedLinen:
         return self.module.apply(variables, *args, **kwargs)
 
 
-def kinds_of_linen(
+def linen_axis_roles(
     model: nnx.Module, config: QLoRAConfig, paths: list[str], args: tuple, kwargs: dict
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Traces a sample call, and returns what it shows about targets in linen modules.
@@ -137,11 +139,12 @@ def kinds_of_linen(
                 # patterns may be meant for paths outside of this module.
                 targets = tuple(map(re.escape, inner))
                 linen_config = QLoRAConfig(targets=targets, dropout=config.dropout)
-                replace = functools.partial(
+                # The bridge passes its linen module, the last field of `_TracedLinen`.
+                replace_linen = functools.partial(
                     _TracedLinen, linen_config, prefix, records, prefixes_run
                 )
                 # This class exists only during the trace: it is not cached or pickled.
-                cls = _bridge_subclass(type(module), replace, ())
+                cls = _bridge_subclass(type(module), replace_linen, ())
                 object.__setattr__(module, "__class__", cls)
         args, kwargs = rebuild(arrays)
         return jax.tree.leaves(traced(*args, **kwargs))

@@ -204,7 +204,7 @@ def _maxtext_shapes(module: nnx.Module) -> tuple[tuple[int, ...], ...] | None:
     return None
 
 
-def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
+def guess_axis_roles(module: nnx.Module, name: str, ndim: int) -> str | None:
     """Guesses the roles of a kernel's axes if no rule describes the kernel."""
     # The module computes with float weights, so results are right even if the guess is
     # wrong: only the quantization blocks then run along another axis.

@@ -8,7 +8,7 @@ from flax import nnx
 
 from ..adapters.config import QLoRAConfig, is_table
 from ..trees.paths import KeyPath
-from .rules import RULES, Rule, guess_kinds, kernel_shape
+from .rules import RULES, Rule, guess_axis_roles, kernel_shape
 from .subclass import methods_reading
 from .variables import (
     Holder,
@@ -116,10 +116,11 @@ def why_no_adapter(site: Site) -> str | None:
     return None
 
 
-def _kinds(site: Site, target_names: list[str], config: QLoRAConfig) -> str | None:
-    """Returns the roles of a target's axes, or None if its module does not show them.
+def _axis_roles(site: Site, target_names: list[str], config: QLoRAConfig) -> str | None:
+    """Returns the roles of a target's axes, or raises ValueError for an unfit leaf.
 
-    `target_names` are all targets of its module. Raises ValueError for an unfit leaf.
+    None leaves the roles to the config or, in a bridge, to a sample call.
+    `target_names` are all targets of its module.
     """
     if reason := why_no_adapter(site):
         raise ValueError(reason)
@@ -134,7 +135,7 @@ def _kinds(site: Site, target_names: list[str], config: QLoRAConfig) -> str | No
                 "single kernel (in nnx.vmap: out_axes=0; in MaxText: "
                 f"param_scan_axis=0). Got shape {shape}."
             )
-    # The roles come from a rule, or else from the config (None here), or else a guess.
+    # 1. If a rule describes the module, use the roles that it knows.
     if (rule := packed_rule(module, target_names)) is not None:
         return rule.kinds(module)
     cls = type(module).__name__
@@ -155,8 +156,9 @@ def _kinds(site: Site, target_names: list[str], config: QLoRAConfig) -> str | No
             f"{cls} reads it itself, so that no dropout can act on the adapter's input."
             " Use ql.nnx.register, or dropout=0."
         )
+    # 2. Otherwise, the config sets the roles. If it does not, guess them.
     is_set = config.contract_of(site.paths[0]) is not None
-    return None if is_set else guess_kinds(module, name, len(shape))
+    return None if is_set else guess_axis_roles(module, name, len(shape))
 
 
 def check_targets(
@@ -167,12 +169,12 @@ def check_targets(
     for site in targets.values():
         for module, _, name in site.holders:
             names_by_module.setdefault(id(module), []).append(name)
-    kinds: dict[str, str | None] = {}
+    axis_roles: dict[str, str | None] = {}
     problems: dict[str, str] = {}
     for path, site in targets.items():
         names = names_by_module[id(site.module)] if site.holders else []
         try:
-            kinds[path] = _kinds(site, names, config)
+            axis_roles[path] = _axis_roles(site, names, config)
         except ValueError as error:
             problems[path] = str(error)
-    return {path: k for path, k in kinds.items() if k is not None}, problems
+    return {path: x for path, x in axis_roles.items() if x is not None}, problems

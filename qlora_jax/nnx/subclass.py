@@ -133,7 +133,9 @@ def _with_float_kernels(method: Method) -> Method:
         # Leaves that are trained in full are left out: the module reads their arrays.
         names = [n for n in adapted_names(self) if adapter_of(self, n).frozen is None]
         kernels = [(base_of(self, n), adapter_of(self, n).sliced) for n in names]
-        expert_weights: list[Array] = []  # `_with_experts` fills it, and `run` reads it
+        # While `_with_experts` traces `run`, this has the traced weights of `kernels`.
+        # It stays empty if no kernel is a stack of experts.
+        expert_weights: list[Array] = []
 
         def run(self: nnx.Module, inputs: tuple) -> Tree:
             args, kwargs = inputs

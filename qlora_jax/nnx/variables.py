@@ -127,7 +127,8 @@ class AdapterModule(nnx.Module):
         arrays = [variable[...] for variable in self.variables.values()]
         untrained = {} if self.inputs is None else self.inputs.get_value()
         leaves = [*arrays, *(untrained[name] for name in self.untrained_names)]
-        # If scalings are static in `structure`, it has no leaves for them.
+        # The leaves are those of `sliceable_structure`. A tuple of scalings, the last
+        # leaf, is static in `structure`, which then has one leaf less.
         adapter: Adapter = structure.unflatten(leaves[: structure.num_leaves])
         has_dropout = "dropout" in adapter.settings
         return with_dropout(adapter, self.rate) if has_dropout else adapter

@@ -14,7 +14,7 @@ from ..quant.kernel import as_kernel
 from ..trees.init import init_targets
 from ..trees.paths import Leaf, leaves_by_path
 from ..trees.targets import find_targets
-from .bridge import kinds_of_linen, packed_linen
+from .bridge import linen_axis_roles, packed_linen
 from .sites import Site, check_targets, find_sites, packed_rule, why_no_adapter
 from .subclass import materializing, packed
 from .variables import (
@@ -103,24 +103,26 @@ def wrap(
     targets = {path: s for path, s in sites.items() if config.is_target(path)}
     rows = {path: s for path, s in sites.items() if config.rows_of(path)}
     trained = {path: s for path, s in sites.items() if config.is_trained(path)}
-    if not targets:  # adapted kernels are not sites, so the model may be wrapped
+    if not targets:
+        # Packed kernels are not among the sites, so `targets` may match only those.
         _refuse_wrapped(model, config)
     # 2. Check them, and find the contracted axes of the targets.
-    kinds, problems = check_targets(targets, config)
+    axis_roles, problems = check_targets(targets, config)
+    # Calls determine the roles in linen modules, so run those in a sample call.
     in_linen = [p for p, s in targets.items() if s.holders and runs_linen(s.module)]
-    linen_kinds, unfit, not_run = {}, {}, in_linen
+    linen_roles, linen_problems, not_run = {}, {}, in_linen
     if args or kwargs:
         _check_call(model, args, kwargs)
         if in_linen:
-            linen_kinds, unfit, not_run = kinds_of_linen(
+            linen_roles, linen_problems, not_run = linen_axis_roles(
                 model, config, in_linen, args, kwargs
             )
-    kinds |= linen_kinds
-    problems = _unknown_axes(not_run, values, config) | unfit | problems
+    axis_roles |= linen_roles
+    problems = _unknown_axes(not_run, values, config) | linen_problems | problems
     for path, site in (trained | rows).items():
         if reason := why_no_adapter(site):
             problems.setdefault(path, reason)
-    geometries = find_targets(values, config, kinds, problems)
+    geometries = find_targets(values, config, axis_roles, problems)
     _check_streams(rngs, targets, config)
     if donate and config.fmt is not None and config.freeze_base:
         check_donated(leaves_by_path(nnx.to_pure_dict(nnx.state(model))), targets)
@@ -201,8 +203,8 @@ def adapt(
         return
     stream, kernel = None, as_kernel(base)
     if lora.dropout:
-        # Each layer of a stack gets its own stream, which scans slice. A linen module
-        # gets its whole stack, and one key for all of it.
+        # Scans slice a stack of NNX modules, so each layer gets a stream of its own. A
+        # bridge reads a whole stack at once, and splits one key for its layers.
         stack_shape = base.shape[: len(base.shape) - len(lora.geometry.kinds)]
         in_linen = isinstance(holder, dict) or runs_linen(holder)
         is_split = len(stack_shape) > 0 and not in_linen

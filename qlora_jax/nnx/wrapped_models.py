@@ -106,8 +106,9 @@ def join(model: M, base: Tree, lora: Tree) -> M:
     Raises:
         TypeError: If `model` is not an nnx module.
         ValueError: If leaves are missing, unexpected, or differ in type or shape from
-            those of the model, or if adapters do not fit, or replace leaves that the
-            model does not train in full, or the other way around; all are listed.
+            those of the model; or if adapters do not fit, or are a `Trained` where the
+            model has another kind, or another kind where it has a `Trained`. All are
+            listed.
 
     Example:
         >>> import qlora_jax as ql
