@@ -117,7 +117,9 @@ class Adapter(TreeLeaf, abc.ABC):
         return jax.vmap(lambda lora, ids: lora.lookup(ids, kernel))(adapters, ids)
 
     def unshared(self, kernel: PyTree) -> "Adapter":
-        """Returns the adapter with its own arrays for each matrix of a kernel.
+        """Returns an equal adapter that has separate arrays for each matrix of a stack.
+
+        An adapter that is not shared is returned as it is.
 
         Args:
             kernel: The kernel, or a `jax.ShapeDtypeStruct`.
@@ -199,7 +201,10 @@ class Adapter(TreeLeaf, abc.ABC):
         return sum(math.prod(x.shape) for x in self.arrays.values())
 
     def stack_flags(self) -> Self:
-        """Returns a copy that has a bool for each array: whether it is a stack."""
+        """Returns a copy that has a bool for each array: whether it is a stack.
+
+        Optimizers update stacks one layer at a time.
+        """
 
         def is_stack(name: str, x: PyTree) -> PyTree:
             ndim = len(self.roles[name])
@@ -289,7 +294,8 @@ def misfit_reason(lora: Adapter, leaf: PyTree) -> str | None:
     if lora.is_shared and batch:
         batch[-1] = 1
 
-    # 2. Every array must have the shape that follows from the roles of its axes.
+    # 2. Every array must have the shape that follows from the roles of its axes. In the
+    #    error, "r" stands for the rank, because any rank fits.
     def expected_shapes(rank: int | str) -> list[list]:
         sizes = {"k": k, "n": n, "e": lora._size("e"), "r": rank}
         return [[*batch, *map(sizes.get, roles)] for roles in lora.roles.values()]

@@ -87,12 +87,12 @@ class QLoRAConfig:
             `merge` with `requantize` returns weights that compute what was trained.
             Needs `dropout` of 0.
         target_fmt: With `merge_aware`: the number format in which the merged kernels
-            will be packed; by default the format, blocks and scales of each kernel in
-            `base`. A kernel that is in another format gets the blocks and scales of
-            `block_size` and `double_quant` where `fmt` is None or equal to
-            `target_fmt`, and the defaults of `target_fmt` elsewhere. If the base is in
-            a finer format than `target_fmt`, or in float, smaller changes are enough to
-            round a weight to another value.
+            will be packed; by default the format of each kernel in `base`. A kernel
+            that is in this format already keeps its blocks and scales. For any other
+            kernel, `block_size` and `double_quant` apply if `fmt` is None or equal to
+            `target_fmt`; otherwise, the defaults of `target_fmt` do. If the base is in
+            float or in a finer format than `target_fmt`, smaller changes are enough to
+            move a weight to another packed value.
         contract: Which axes of the kernels are contracted, by pattern, or one value for
             all targets; -2 by default. Either the axes, as negative integers: -3 for
             attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`, -1 for `[out, in]`. Or

@@ -104,16 +104,20 @@ class LowRank(Adapter):
     ) -> Float[Array, "..."]:
         if self.row_role is None:
             return super().lookup_by_row(ids, kernel, places, take)
-        # Index the places of the bank and the rows of the table at once. Otherwise, XLA
-        # takes a full A for each row of the input.
+        # 1. Index the places of the bank and the rows of the table at once. Otherwise,
+        #    XLA takes a full A for each row of the input.
         places = jnp.expand_dims(places, tuple(range(1, ids.ndim)))
         row_loras = self._at_rows((places, ids), take)
-        # Compute the norms once for each adapter of the bank. To compute them for each
-        # row of the input, XLA would take a full A for each row.
-        norms = jax.vmap(lambda lora: lora._table_norms(kernel))(self)
         row_loras = row_loras.with_scalings(take(jnp.asarray(self.scaling)))
-        adapt = jax.vmap(lambda lora, *row: lora._adapt_rows(*row))
-        return adapt(row_loras, take_rows(kernel, ids), jax.tree.map(take, norms))
+        # 2. Compute the norms once for each adapter of the bank, for the same reason.
+        bank_norms = jax.vmap(lambda lora: lora._table_norms(kernel))(self)
+        norms = jax.tree.map(take, bank_norms)  # None if there are no norms
+
+        # 3. Adapt the rows of the table.
+        def adapt(lora: Self, rows: Array, norms: Array | None) -> Array:
+            return lora._adapt_rows(rows, norms)
+
+        return jax.vmap(adapt)(row_loras, take_rows(kernel, ids), norms)
 
     @property
     def row_role(self) -> str | None:
@@ -123,10 +127,11 @@ class LowRank(Adapter):
     def _at_rows(
         self, index: tuple[Array, ...], take: Callable[[Array], Array] = lambda x: x
     ) -> Self:
-        """Returns the adapter with the arrays of some rows, which are NaN for id V.
+        """Returns the adapter with only those entries that some rows of a table use.
 
-        `index` is the ids of rows, or the places of a bank and the ids of rows. `take`
-        is applied to arrays without an axis of rows.
+        `index` is `(ids,)`, or `(places, ids)` if the arrays are those of a bank. An id
+        of V gives NaN. Arrays without an axis of rows, such as B `[r, D]`, are returned
+        whole; those of a bank are passed to `take`, which takes them at the places.
         """
 
         def take_entries(name: str, x: Array) -> Array:

@@ -316,8 +316,8 @@ class _Tiles:
             # 1. Pack the full tiles, which end at row `end` of each array.
             arrays, results = (*weights, a), []
             packed_rows = num_tiles * tile_rows
-            # For how many rows of W one row of each array is: of float weights and A,
-            # or of codes, scales and A.
+            # The number of rows of W that one row of each array describes. The arrays
+            # are float weights and A, or codes, scales and A.
             rows_per_entry: tuple[int, ...] = 1, 1
             if (packing := self.packing) is not None:
                 rows_per_entry = packing.format.codes_per_byte, packing.block_size, 1
@@ -328,8 +328,9 @@ class _Tiles:
                     x[:end].reshape(num_tiles, -1, x.shape[-1]) for x, end in pairs
                 ]
                 if packing is not None:
-                    # The halves of a tile may split a block. So repeat every scale, to
-                    # have one for each half of a block.
+                    # `pack_tile` splits a tile into halves. If a tile has an odd number
+                    # of blocks, this splits a block, so repeat every scale: each half
+                    # of a block then has one, as `_decode` expects.
                     tiles[1] = jnp.repeat(tiles[1], 2, axis=1)
                 packed = lax.map(pack_tile, tiles)
                 results.append([x.reshape(-1, x.shape[-1]) for x in packed])

@@ -91,14 +91,16 @@ class _ExpertsView:
         This is a ragged product of rows with experts, or the product with one expert.
         """
         name, params = eqn.primitive.name, eqn.params
-        has_w_dtype = getattr(eqn.invars[0].aval, "dtype", None) == self.dtype
+        # The packed product computes in the dtype of x, which must be that of w.
+        has_same_dtype = getattr(eqn.invars[0].aval, "dtype", None) == self.dtype
         if not is_experts(self.kernel, self.lora):
             return False
         if name == "dot_general" and len(self.axes) == 2:
             (x_axes, w_axes), batch_axes = params["dimension_numbers"]
             dtype = params["preferred_element_type"] or self.dtype
             is_plain = len(x_axes) == 1 and not any(batch_axes) and dtype == self.dtype
-            return is_plain and has_w_dtype and self._roles(self.axes)[w_axes[0]] == "k"
+            is_over_k = self._roles(self.axes)[w_axes[0]] == "k"
+            return is_plain and has_same_dtype and is_over_k
         if name != "ragged_dot_general" or params["group_offset"]:
             return False
         # Requires x [M, K] with ragged rows, and w with the axes groups, K and N.
@@ -111,7 +113,7 @@ class _ExpertsView:
         is_plain = tuple(x_axes) == (1,) and not any(batch_axes)
         has_ragged_rows = tuple(numbers.lhs_ragged_dimensions) == (0,)
         roles = self._roles([self.axes[i] for i in (group, k, n)])
-        return roles == "bkn" and is_plain and has_ragged_rows and has_w_dtype
+        return roles == "bkn" and is_plain and has_ragged_rows and has_same_dtype
 
 
 def is_experts(kernel: PyTree, lora: Adapter | None) -> bool:

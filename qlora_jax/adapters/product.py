@@ -54,7 +54,8 @@ def adapted_product(
         backend=backend,
         precision=precision,
         result_dtype=result_dtype,
-        # Float experts are resharded to match x. Other weights stay; x is resharded.
+        # Over Explicit mesh axes, float experts are resharded to match x. In any other
+        # product, x is resharded to match the weights.
         weights_move=offsets is not None,
     )
 
