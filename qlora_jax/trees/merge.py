@@ -19,10 +19,10 @@ from ..adapters.base import Adapter
 from ..adapters.config import as_rank
 from ..adapters.lora import LoRA
 from ..adapters.merge_aware import MergeAware, is_merge_aware
-from ..quant.kernel import Kernel, as_kernel, is_packed
+from ..quant.kernel import Kernel, as_kernel
 from ..quant.pack import StraightThrough, check_values, quantize_unchecked
 from ..quant.qtensor import QTensor, with_scales
-from ..quant.schemes import with_e4m3_divisor
+from ..quant.schemes import SMALLEST_NORMAL, quotient, with_e4m3_divisor
 from .adapters import adapters_by_keys, check_lora_trees, checked_adapters
 from .paths import (
     KeyPath,
@@ -107,10 +107,10 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
     changes: list[tuple[Array, Array]] = []
 
     def merge_leaf(path: str, leaf: Leaf) -> Leaf:
-        adapter = adapters.get(path)
+        kernel, adapter = as_kernel(leaf), adapters.get(path)
         # 1. Keep the codes of a packed kernel without an adapter: packing its decoded
         #    weights again could change them.
-        if requantize and adapter is None and is_packed(leaf):
+        if requantize and adapter is None and kernel.is_packed:
             return leaf
         if requantize and is_merge_aware(adapter):
             packed = _pack_merged(leaf, adapter)  # what the adapter was trained for
@@ -118,9 +118,13 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
                 return packed
             problems[path] = "weights must be finite. Got NaN or infinite values."
             return leaf
-        # 2. Add the adapter, in float.
-        merged = dequantize(leaf) if adapter is None else _merge_kernel(leaf, adapter)
-        packing = as_kernel(leaf).packing
+        # 2. Add the adapter, in float. Kernels without one that are trained through
+        #    their quantization are packed from their float weights, as in training.
+        if adapter is not None:
+            merged = _merge_kernel(leaf, adapter)
+        else:
+            merged = kernel.value if requantize else dequantize(leaf)
+        packing = kernel.packing
         if not requantize or packing is None:
             return merged
         # 3. Pack again, and measure the changes by the packing and by the adapter.
@@ -182,13 +186,16 @@ def _with_divisor(q: QTensor, divisor: Float32[Array, "*batch"]) -> QTensor:
 def _relative_changes(
     before: Leaf, merged: Array, packed: QTensor
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    def norm(w: Array) -> Float32[Array, ""]:
-        return jnp.sqrt(jnp.sum(jnp.square(w.astype(jnp.float32))))
-
+    arrays = [dequantize(before), merged, dequantize(packed)]
+    arrays = [x.astype(jnp.float32) for x in arrays]
+    # Squares of very large weights would overflow, and those of very small ones vanish.
+    largest = [jnp.max(jnp.abs(x), initial=SMALLEST_NORMAL) for x in arrays]
+    unit = functools.reduce(jnp.maximum, largest)
+    before, merged, packed_weights = (quotient(x, unit) for x in arrays)
     # The floor avoids 0 / 0 for a kernel of zeros.
-    merged_norm = jnp.maximum(norm(merged), 1e-30)
-    rounding = norm(dequantize(packed) - merged)
-    change = norm(merged - dequantize(before))
+    merged_norm = jnp.maximum(jnp.linalg.norm(merged.ravel()), 1e-30)
+    rounding = jnp.linalg.norm((packed_weights - merged).ravel())
+    change = jnp.linalg.norm((merged - before).ravel())
     return rounding / merged_norm, change / merged_norm
 
 

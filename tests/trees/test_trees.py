@@ -1,5 +1,6 @@
 """Trees: which leaves are packed, what is refused, and which functions are inverses."""
 
+import dataclasses
 import functools
 import gc
 import pathlib
@@ -496,6 +497,31 @@ class TestFunctions:
         want = codes(ql.dequantize(ql.quantize(first, "int4")))
         got = packed["layers"][0]["q_proj"]["kernel"]
         np.testing.assert_array_equal(got.codes, want)
+
+    @pytest.mark.parametrize("fmt", ["nf4", "int4_f16", "mxfp4", "nvfp4"])
+    def test_requantizing_keeps_trained_kernels_without_an_adapter(self, fmt):
+        """Their decoded weights would be packed to other codes or scales."""
+        weights = {"kernel": normal(0, (256, 64))}
+        base, _ = init(weights, fmt=fmt, freeze_base=False)
+        got = ql.merge(base, {}, requantize=True)["kernel"]
+        assert_same(got, ql.quantize(weights["kernel"], fmt))
+
+    @pytest.mark.parametrize("size", [1e-30, 1e-22, 1.0, 1e20, 1e38])
+    def test_the_changes_by_requantizing_have_any_size(self, size):
+        """Neither overflows or underflows in float32."""
+        weights = {"kernel": normal(0, (256, 64)) / 8 * size}
+        base, lora = init(weights, rank=2, double_quant=False)
+        a, b = normal(1, (256, 2)), normal(2, (2, 64), scale=size / 16)
+        lora["kernel"] = dataclasses.replace(lora["kernel"], a=a, b=b)
+        before, after = (ql.dequantize(base["kernel"]), ql.merge(base, lora)["kernel"])
+        with pytest.warns(UserWarning, match="requantizing moved") as record:
+            packed = ql.merge(base, lora, requantize=True)["kernel"]
+        arrays = before, after, ql.dequantize(packed)
+        before, after, rounded = (np.asarray(x, np.float64) for x in arrays)
+        changes = [np.linalg.norm(x - after) for x in (rounded, before)]
+        percents = re.findall(r"up to (\S+)%", str(record[0].message))
+        want = [100 * change / np.linalg.norm(after) for change in changes]
+        np.testing.assert_allclose([*map(float, percents)], want, rtol=0.06)
 
     @pytest.mark.parametrize("shape", [(0, 4), (64, 0), (2, 0, 4)])
     def test_empty_kernels(self, shape):
