@@ -1,6 +1,6 @@
 """Checks lora trees against base trees, and combines and splits the two."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -53,9 +53,10 @@ def checked_adapters(base: Tree, lora: Tree) -> dict[str, Adapter]:
 
 
 def check_lora_trees(trees: object) -> None:
-    """Raises TypeError if a tree is passed as `adapters`, a sequence of lora trees."""
+    """Raises TypeError unless `adapters` is a collection of lora trees, not a tree."""
     # A loop over a tree would take its keys for trees.
-    if isinstance(trees, Mapping) or is_tree_leaf(trees):
+    is_tree = isinstance(trees, Mapping) or is_tree_leaf(trees)
+    if is_tree or not isinstance(trees, Collection):
         raise TypeError(
             f"`adapters` must be a list of lora trees. Got {type(trees).__name__}."
         )

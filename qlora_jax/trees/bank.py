@@ -139,7 +139,8 @@ def bank(
         dropout: The dropout rate. By default, all adapters must have the same rate.
 
     Raises:
-        TypeError: If `adapters` is a single tree, or `capacity` is not an integer.
+        TypeError: If `adapters` is a single tree or not a sequence, or `capacity` is
+            not an integer.
         ValueError: If there are no adapters or more adapters than places, if `dropout`
             is out of range, or if two adapters differ in kind, kernel or dropout at a
             path; all such paths are listed.

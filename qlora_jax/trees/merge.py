@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, overload
@@ -13,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
 from .._jax.arguments import known_values
-from .._jax.memory import is_concrete
+from .._jax.memory import all_below, is_concrete
 from .._jax.pytree import on_arrays
 from ..adapters.base import Adapter
 from ..adapters.config import as_rank
@@ -36,6 +37,8 @@ from .paths import (
     raise_if_any,
 )
 from .quantize import dequantize
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 # The default precision of TPUs would round the factors to bfloat16.
 _highest_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -266,11 +269,13 @@ def merge_adapters(
             then represents the sum exactly. Must be None for other methods.
 
     Raises:
-        TypeError: If `adapters` is a single tree.
+        TypeError: If `adapters` is a single tree, or `adapters` or `weights` is not a
+            sequence.
         ValueError: If there are no adapters, the number of weights differs, a weight is
             not finite, or the method is unknown; if `rank` is not a positive integer,
             or is set for another method; or if adapters are not a `LoRA`, or differ in
-            shape or dropout at a path; all are listed.
+            shape or dropout at a path, or, outside jit, if a weight times a scaling, or
+            A or B of the result, overflows its dtype; all are listed.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -285,10 +290,16 @@ def merge_adapters(
     check_lora_trees(adapters)
     if method not in _METHODS:
         raise ValueError(f"`method` must be one of {[*_METHODS]}. Got {method!r}.")
-    if not adapters or len(adapters) != len(weights):
+    try:
+        num_weights = len(weights)
+    except TypeError:
+        raise TypeError(
+            f"`weights` must be a sequence of numbers. Got {weights!r}."
+        ) from None
+    if not adapters or len(adapters) != num_weights:
         raise ValueError(
             "`weights` must have one weight for each adapter, and `adapters` at least "
-            f"one. Got {len(weights)} weights for {len(adapters)} adapters."
+            f"one. Got {num_weights} weights for {len(adapters)} adapters."
         )
     if not all(map(_is_finite_number, weights)):
         raise ValueError(f"`weights` must be finite numbers. Got {[*weights]}.")
@@ -311,7 +322,23 @@ def merge_adapters(
         a, b = a.astype(dtype), b.astype(dtype)
         return dataclasses.replace(pairs[0][0], a=a, b=b, scaling=1.0)
 
-    return nested_by_keys({keys: merge_terms(pairs) for keys, pairs in terms.items()})
+    merged = {keys: merge_terms(pairs) for keys, pairs in terms.items()}
+    raise_if_any(
+        "these merged adapters overflow. Use smaller weights",
+        {path_string(k): _overflow(merged[k], pairs) for k, pairs in terms.items()},
+    )
+    return nested_by_keys(merged)
+
+
+def _overflow(merged: Adapter, pairs: list[tuple[LoRA, float]]) -> str | None:
+    def is_finite(lora: Adapter) -> bool:
+        arrays = lora.arrays.values()
+        return all(all_below(x, math.inf) for x in arrays if is_concrete(x))
+
+    # Adapters that are not finite themselves, because training diverged, are merged.
+    if is_finite(merged) or not all(is_finite(lora) for lora, _ in pairs):
+        return None
+    return f"A and B must be finite. Got infinite values in {merged.arrays['a'].dtype}."
 
 
 def _is_finite_number(weight: object) -> bool:
@@ -321,7 +348,7 @@ def _is_finite_number(weight: object) -> bool:
     is_real = any(jnp.issubdtype(value.dtype, x) for x in (jnp.integer, jnp.floating))
     is_number = is_real and not value.ndim  # weights are scalars
     # Python integers may be too large for float32.
-    return is_number and abs(float(value)) <= float(np.finfo(np.float32).max)
+    return is_number and abs(float(value)) <= FLOAT32_MAX
 
 
 class _WeightedProduct(NamedTuple):
@@ -334,8 +361,12 @@ class _WeightedProduct(NamedTuple):
 _Merged = tuple[Float[Array, "*batch k r"], Float[Array, "*batch r n"]]
 
 
+def _coefficient(lora: LoRA, weight: float) -> Float[np.ndarray | Array, "..."]:
+    return np.asarray(lora.scaling, np.float64) * weight
+
+
 def _weighted_product(lora: LoRA, weight: float) -> _WeightedProduct:
-    coefficient = np.asarray(lora.scaling, np.float64) * weight
+    coefficient = _coefficient(lora, weight)
     if coefficient.ndim:
         coefficient = coefficient.reshape(*lora.batch_shape, 1, 1)
     a, b = (x.astype(jnp.float32) for x in (lora.a, lora.b))
@@ -390,4 +421,11 @@ def _mismatch(pairs: list[tuple[LoRA, float]], method: str) -> str | None:
     ranks = [x.rank for x in loras]
     if method == "linear" and len({*ranks}) > 1:
         return f"ranks must be equal for `method` linear. Got {ranks}."
+    for pair in pairs:
+        coefficient = known_values("weights", _coefficient(*pair))
+        if coefficient is not None and np.any(np.abs(coefficient) > FLOAT32_MAX):
+            return (
+                "a weight times the scaling must fit float32. Got "
+                f"{coefficient.tolist()}."
+            )
     return None

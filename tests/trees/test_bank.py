@@ -390,6 +390,8 @@ def test_what_does_not_fit_is_refused():
     for call in (ql.bank, lambda tree: ql.merge_adapters(tree, [1.0])):
         with pytest.raises(TypeError, match="a list of lora trees. Got dict"):
             call(first)
+    with pytest.raises(TypeError, match="a list of lora trees. Got generator"):
+        ql.bank(tree for tree in [first])
     with pytest.raises(TypeError, match="`capacity` must be an integer. Got 2.5"):
         ql.bank([first], capacity=2.5)
     with pytest.raises(TypeError, match="must be integers. Got float"):

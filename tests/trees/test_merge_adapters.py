@@ -81,9 +81,26 @@ def test_what_cannot_be_merged_is_refused():
         ((two, [1, 1], "svd", 2.0), "`rank` must be a positive integer. Got 2.0."),
         ((with_dropout, [1, 1]), "kernel: dropout must be equal. Got [0.0, 0.1]."),
         (([two[0], wide], [1, 1]), "kernel: each must be of one kernel"),
+        ((two, [1, 3e38]), "kernel: a weight times the scaling must fit float32. Got"),
         ((two, [1, 1], "linear"), "ranks must be equal"),
     ):
         trees, weights, *optional_arguments = arguments
         settings = dict(zip(("method", "rank"), optional_arguments, strict=False))
         run = functools.partial(ql.merge_adapters, trees, weights, **settings)
         refusal(run, words)
+    with pytest.raises(TypeError, match="`weights` must be a sequence .* Got 1.0"):
+        ql.merge_adapters(two, 1.0)
+    with pytest.raises(TypeError, match="a list of lora trees. Got generator"):
+        ql.merge_adapters((lora for lora in two), [1, 1])
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "linear"])
+def test_sums_that_overflow_their_dtype_are_refused(method):
+    """The largest number of float16 is 65504."""
+    (lora,) = adapters((4,), (0.0,), ("float16",))
+    large = jax.tree.map(lambda x: jnp.full_like(x, 1000), lora)
+    words = "kernel: A and B must be finite. Got infinite values in float16."
+    refusal(lambda: ql.merge_adapters([large], [1e5], method=method), words)
+    diverged = jax.tree.map(lambda x: x * jnp.nan, lora)
+    merged = ql.merge_adapters([diverged], [1], method=method)["kernel"]
+    assert np.isnan(merged.a).all()
