@@ -157,7 +157,7 @@ class QLoRAConfig:
         converters = {"contract": check_contract, "rank_pattern": _as_ranks}
         converters |= {"trainable_rows": _as_rows, "alpha_pattern": _as_alpha}
         for name, convert in converters.items():
-            set_field(name, _by_pattern(name, getattr(self, name), convert))
+            set_field(name, settings_by_pattern(name, getattr(self, name), convert))
         # 2. Check flags, and check and convert numbers.
         flags = {"freeze_base", "rank_stabilized", "use_dora", "merge_aware"}
         flags |= {"double_quant"} if self.double_quant is not None else set()
@@ -434,9 +434,10 @@ def as_patterns(argument: str, value: object) -> tuple[Pattern, ...]:
     return patterns
 
 
-def _by_pattern(
+def settings_by_pattern(
     argument: str, value: object, convert: Callable[[object], T]
 ) -> dict[Pattern, T]:
+    """Returns converted settings by pattern, or raises an error that names them."""
     if not isinstance(value, Mapping):
         raise TypeError(f"`{argument}` must be a dict of patterns. Got {value!r}.")
     patterns = as_patterns(argument, value.keys())

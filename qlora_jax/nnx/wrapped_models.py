@@ -210,7 +210,7 @@ def place(
             `qlora_jax.sharding.place`.
 
     Raises:
-        TypeError: If `model` is not an nnx module.
+        TypeError: If `model` is not an nnx module, or as `qlora_jax.sharding.place`.
         ValueError: As `qlora_jax.sharding.place`.
 
     Example:
@@ -229,7 +229,7 @@ def place(
         options |= {"rules": rules, "logical_axes": logical_axes}
     else:
         by_path = {
-            path: spec_of_names(_axis_names(variable), logical_axes or {})
+            path: spec_of_names(path, _axis_names(variable), logical_axes or {})
             for path, variable in _base_variables(model).items()
         }
         options["specs"] = nested(by_path)  # a tree like the base tree

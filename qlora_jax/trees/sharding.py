@@ -1,6 +1,6 @@
 """Puts base and lora trees on a mesh; packed kernels record their sharding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from .._jax.memory import is_concrete
 from .._jax.pytree import is_box
 from .._jax.specs import Axes, SpecEntry, axes_of, make_spec, num_parts
 from ..adapters.base import Adapter, replace_arrays, stored_axes
-from ..adapters.config import first_match, unmatched_by
+from ..adapters.config import first_match, settings_by_pattern, unmatched_by
 from ..quant.kernel import Kernel, Placement, is_packed
 from ..quant.qtensor import placed
 from .adapters import checked_adapters
@@ -28,7 +28,7 @@ from .paths import (
 
 __all__ = ["place"]
 
-Spec = PartitionSpec | tuple[SpecEntry, ...]
+Spec = PartitionSpec | Sequence[SpecEntry]
 
 
 def place(
@@ -70,14 +70,15 @@ def place(
             moves the codes of its layer to the device. "device" moves them back.
 
     Raises:
-        TypeError: If `base` is a combined tree, or `specs` has other leaves than specs,
-            boxes and arrays without a box, which are replicated.
-        ValueError: If `rules` is set, and `specs` or `logical_axes` too; if a rule
-            matches no leaf or `specs` has other leaves than `base`; if `rows` or a spec
-            names an axis twice or one that the mesh lacks; if an adapter does not fit
-            its kernel; if leaves cannot be split as requested (all are listed); or if
-            `memory` is "host" and there is no packed stack, or the mesh has Explicit
-            axes.
+        TypeError: If `base` is a combined tree; if `rules` is not a dict of specs, or
+            `rows` or the names in a box are not a sequence; or if `specs` has other
+            leaves than specs, boxes and arrays without a box, which are replicated.
+        ValueError: If `rules` is set, and `specs` or `logical_axes` too; if a rule is
+            not a regular expression or matches no leaf, or `specs` has other leaves
+            than `base`; if `rows` or a spec names an axis twice or one that the mesh
+            lacks; if an adapter does not fit its kernel; if leaves cannot be split as
+            requested (all are listed); or if `memory` is "host" and there is no packed
+            stack, or the mesh has Explicit axes.
         NotImplementedError: If `memory` is "host" on a GPU.
 
     Example:
@@ -93,10 +94,9 @@ def place(
     """
     # 1. Check the arguments, and find the spec of each leaf.
     checked_adapters(base, lora)  # raises an error if an adapter does not fit
-    row_axes = tuple(axes_of(entry) for entry in rows)  # a tuple for each row axis
     leaves = leaves_by_path(base)
     leaf_specs = _resolve_specs(base, rules, specs, logical_axes or {})
-    _check_rows(mesh, row_axes)
+    row_axes = _checked_rows(mesh, rows)
     _check_memory(memory, mesh, leaves)
     # 2. Plan every leaf before any array moves, so that one error lists all problems.
     plans: dict[str, _Plan] = {}
@@ -132,12 +132,14 @@ def _resolve_specs(
         )
     leaves = boxed_by_path(base)
     if rules is not None:
-        if unmatched := unmatched_by(rules, leaves):
+        by_pattern = settings_by_pattern("rules", rules, _checked_spec)
+        if unmatched := unmatched_by(by_pattern, leaves):
             raise ValueError(
                 f"every rule must match a leaf. Got {unmatched}, which match none of "
                 f"{sorted(leaves)}."
             )
-        return {path: first_match(rules, path, ()) for path in leaves}  # () replicates
+        # () replicates
+        return {path: first_match(by_pattern, path, ()) for path in leaves}
     spec_leaves = leaves if specs is None else boxed_by_path(specs)
     if unknown := sorted(set(spec_leaves) - set(leaves)):
         raise ValueError(
@@ -149,7 +151,7 @@ def _resolve_specs(
             by_path[path] = leaf
         elif is_box(leaf):
             if (names := getattr(leaf, "names", None)) is not None:
-                by_path[path] = spec_of_names(names, logical_axes)
+                by_path[path] = spec_of_names(path, names, logical_axes)
         elif specs is not None and not hasattr(leaf, "shape"):
             raise TypeError(
                 "leaves of `specs` must be PartitionSpecs, or boxes with names of "
@@ -158,10 +160,22 @@ def _resolve_specs(
     return by_path
 
 
+def _checked_spec(spec: object) -> Spec:
+    # A string, for example, would be read letter by letter.
+    if not isinstance(spec, PartitionSpec | tuple | list):
+        raise TypeError(f"`rules` must map patterns to PartitionSpecs. Got {spec!r}.")
+    return spec
+
+
 def spec_of_names(
-    names: Sequence, logical_axes: Mapping[str, SpecEntry]
+    path: str, names: Sequence, logical_axes: Mapping[str, SpecEntry]
 ) -> PartitionSpec:
     """Returns the spec of an array whose axes have these logical or mesh names."""
+    if isinstance(names, str):
+        raise TypeError(
+            "names of axes must be a sequence, with an entry for each axis. Got "
+            f"{names!r} at {path!r}."
+        )
 
     def to_mesh(name: Any) -> Any:
         if isinstance(name, tuple | list):
@@ -177,7 +191,7 @@ def _axes_on_mesh(mesh: Mesh, spec: Spec, leaf: Leaf) -> tuple[Axes, ...]:
     ndim = len(leaf.shape)
     axes = tuple(axes_of(entry) for entry in spec)
     names = [name for entry in axes for name in entry]
-    if unknown := sorted({*names} - {*mesh.axis_names}):
+    if unknown := [name for name in names if name not in mesh.axis_names]:
         raise ValueError(f"the mesh has axes {mesh.axis_names}. Got {unknown}.")
     if len({*names}) < len(names):
         raise ValueError(
@@ -188,13 +202,21 @@ def _axes_on_mesh(mesh: Mesh, spec: Spec, leaf: Leaf) -> tuple[Axes, ...]:
     return axes + ((),) * (ndim - len(axes))  # as in JAX, other axes are not split
 
 
-def _check_rows(mesh: Mesh, rows: tuple[Axes, ...]) -> None:
-    names = [name for axes in rows for name in axes]
-    if not {*names} <= {*mesh.axis_names} or len({*names}) < len(names):
+def _checked_rows(mesh: Mesh, rows: Sequence[SpecEntry]) -> tuple[Axes, ...]:
+    """Returns the mesh axes of each row axis; raises if they are not valid."""
+    if isinstance(rows, str) or not isinstance(rows, Iterable):
+        raise TypeError(
+            f"`rows` must be a sequence, with an entry for each row axis. Got {rows!r}."
+        )
+    axes = tuple(axes_of(entry) for entry in rows)
+    names = [name for entry in axes for name in entry]
+    is_known = all(name in mesh.axis_names for name in names)
+    if not is_known or len({*names}) < len(names):
         raise ValueError(
             f"`rows` must name axes of the mesh {mesh.axis_names}, each once. Got "
-            f"{rows}."
+            f"{axes}."
         )
+    return axes
 
 
 def _check_memory(memory: str, mesh: Mesh, leaves: Mapping[str, Leaf]) -> None:

@@ -159,6 +159,9 @@ def test_auto_axes_and_inputs_without_a_sharding():
         ({"up/kernel": P("a", "a")}, "each mesh axis must split one axis"),
         ({"up/bias": P(None, "a")}, "must have at most 1 entries"),
         ({"embedding": P("a")}, "embedding: axis 0 of .* would fit: 1, 2, 5"),
+        ({"embedding": P("c", 1)}, r"the mesh has axes .*Got \['c', 1\]"),
+        ({"embedding": (("b", ["a"]),)}, r"the mesh has axes .*Got \[\['a'\]\]"),
+        ({"up/(": P("a")}, r"`rules` must be a regular expression. Got 'up/\('"),
     ],
 )
 def test_what_does_not_fit_is_refused(mesh, rules, match):
@@ -181,6 +184,31 @@ def test_options_that_do_not_fit_are_refused(mesh):
     for spec in (NamedSharding(mesh, P("a")), "a"):
         with pytest.raises(TypeError, match="be PartitionSpecs.* Got .* at 'kernel'"):
             ql.sharding.place(base, {}, mesh, specs={"kernel": spec})
+
+
+def test_specs_are_not_read_letter_by_letter(mesh):
+    """The mesh has the axes "a" and "b"."""
+    base, lora = trees()
+
+    def place(rules=None, **options):
+        return ql.sharding.place(base, lora, mesh, rules, **options)
+
+    for rules in ({"up/kernel": "ab"}, {"up/kernel": None}):
+        with pytest.raises(TypeError, match="to PartitionSpecs. Got ('ab'|None)"):
+            place(rules)
+    with pytest.raises(TypeError, match="`rules` must be a dict of patterns. Got "):
+        place([".*"])
+    for rows in ("ab", None):
+        with pytest.raises(TypeError, match="`rows` must be a sequence.*('ab'|None)"):
+            place(RULES, rows=rows)
+    boxes = {"up": {"kernel": nn.Partitioned(jnp.ones(1), "ab")}}
+    with pytest.raises(TypeError, match="names of axes must .* Got 'ab' at 'up/kerne"):
+        place(specs=boxes)
+    layer = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
+    layer.kernel.set_metadata(out_sharding="ab")
+    layer = ql.nnx.wrap(layer, CONFIG, rngs=nnx.Rngs(1))
+    with pytest.raises(TypeError, match="names of axes must .* Got 'ab' at 'kernel'"):
+        ql.nnx.place(layer, mesh)
 
 
 def test_every_leaf_that_does_not_fit_is_named(mesh):
