@@ -201,7 +201,11 @@ class Packing:
         fmt, size, double = get_format(self.fmt), self.block_size, self.double_quant
         if size is None:
             size = fmt.block_sizes[0] if fmt.block_sizes else 64
-        double = fmt.double_scales is not None if double is None else bool(double)
+        if double is None:
+            double = fmt.double_scales is not None
+        if not isinstance(double, int | np.bool_) or double not in (0, 1):
+            raise ValueError(f"`double_quant` must be True or False. Got {double!r}.")
+        double = bool(double)
         is_int = isinstance(size, int) and not isinstance(size, bool)
         if not is_int or not 16 <= size <= 4096 or size & (size - 1):
             raise ValueError(

@@ -97,7 +97,7 @@ class QTensor(Kernel):
         *,
         shape: Sequence[int],
         fmt: str,
-        block_size: int,
+        block_size: int | None,
         dtype: DTypeLike,
         contract: Contract = -2,
     ) -> "QTensor":
@@ -112,7 +112,8 @@ class QTensor(Kernel):
             scale_offset: The mean of the scales if double-quantized; else None.
             shape: The kernel's own shape.
             fmt: The number format.
-            block_size: Number of weights along K that share a scale.
+            block_size: Number of weights along K that share a scale; None for the
+                default of the format.
             dtype: The logical dtype.
             contract: The contracted axes, as in `quantize`.
 
@@ -154,7 +155,7 @@ class QTensor(Kernel):
         parts = {"codes": codes, **stored._asdict()}
         _check_parts(parts, packing, shape, matrix_shape)
         pad = codes.shape[-2] * packing.format.codes_per_byte - matrix_shape[-2]
-        return cls(codes, *stored, fmt, block_size, name, pad, geometry)
+        return cls(codes, *stored, fmt, packing.block_size, name, pad, geometry)
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:

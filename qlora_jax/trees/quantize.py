@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from .._jax.arguments import as_array
 from .._jax.memory import check_donated, delete, is_concrete
 from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
@@ -251,7 +252,8 @@ def quantize(
     Raises:
         TypeError: If the array is not floating-point (float8 is not supported) or is a
             shape (call `quantize` under `jax.eval_shape`); if `fmt` is neither a string
-            nor a config; or if `params` is a tree and `fmt` is not a config.
+            nor a config; if `params` is a tree and `fmt` is not a config; or if it is
+            an array and `importance` is not.
         ValueError: If the array has fewer than two axes; if a setting is out of range
             or combined with a config; if `importance` does not fit, where all leaves
             are listed; or, outside jit, if a weight is not finite, or too large for the
@@ -296,7 +298,7 @@ def quantize(
         packing = Packing(fmt, block_size, double_quant)
         geometry = Geometry.contracting(contract, params.shape)
         if importance is not None:
-            importance = jnp.asarray(importance)
+            importance = as_array("importance", importance)
             _check_importance(
                 {"array": importance}, {"array": params}, {"array": geometry}, scales
             )

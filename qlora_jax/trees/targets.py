@@ -94,12 +94,14 @@ def _check_experts(path: str, shape: tuple[int, ...], config: QLoRAConfig) -> No
     if is_shared and not batch:
         raise ValueError("`shared` needs a stack of experts.")
     # The last batch axis has the experts; layers come before it.
-    experts = 1 if is_shared or not batch else batch[-1]
-    if (ranks := config.ranks_of(path)) and len(ranks) != experts:
-        raise ValueError(
-            f"`rank_pattern` must have one rank, or one for each of {experts} experts. "
-            f"Got {ranks}."
-        )
+    num_adapters = 1 if is_shared or not batch else batch[-1]
+    ranks = config.ranks_of(path)  # None unless they are a sequence
+    if ranks is None or len(ranks) == num_adapters:
+        return
+    expected = f", or one for each of {num_adapters} experts"
+    if num_adapters == 1:
+        expected = " unless a kernel has several experts with adapters of their own"
+    raise ValueError(f"`rank_pattern` must have one rank{expected}. Got {ranks}.")
 
 
 def _check_merged(kernel: Kernel, k: int, config: QLoRAConfig) -> None:

@@ -316,6 +316,8 @@ def quantize(*args, **options):
         (quantize(ONES, block_size=8), ValueError, BLOCKS),
         (quantize(ONES, block_size=8192), ValueError, BLOCKS),
         (quantize(ONES, block_size=True), ValueError, "to 4096. Got True"),
+        (quantize(ONES, double_quant="no"), ValueError, "True or False. Got 'no'"),
+        (quantize(ONES, double_quant=np.ones(2)), ValueError, "True or False. Got arr"),
         (quantize(ONES.astype(int)), TypeError, "floating-point array: .* Got int"),
         (quantize([1.0, 2.0]), TypeError, "floating-point array: .* Got list"),
         (quantize(np.ones(4, np.float32)), ValueError, "at least 2 axes. Got shape"),
@@ -431,9 +433,11 @@ def test_what_is_no_array_is_no_operand_of_jax():
 )
 def test_a_qtensor_from_the_parts_of_any_geometry(shape, contract):
     q = ql.quantize(np.zeros(shape, np.float32), contract=contract)
-    settings = {"shape": shape, "fmt": "nf4", "block_size": 64, "contract": contract}
-    built = ql.QTensor.from_parts(*jax.tree.leaves(q), **settings, dtype=jnp.float32)
-    assert jax.tree.structure(built) == jax.tree.structure(q)
+    settings = {"shape": shape, "fmt": "nf4", "contract": contract}
+    for block_size in (64, None):  # None is the default of nf4, which is 64
+        settings["block_size"] = block_size
+        built = ql.QTensor.from_parts(*jax.tree.leaves(q), **settings, dtype="float32")
+        assert jax.tree.structure(built) == jax.tree.structure(q)
 
 
 @pytest.mark.parametrize(

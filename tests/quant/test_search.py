@@ -241,6 +241,8 @@ def test_importance_that_does_not_fit_is_refused():
         lambda: ql.quantize(params["a"], importance=jnp.ones(64)),
         "`scales` must be 'search' with `importance`. Got 'absmax'.",
     )
+    with pytest.raises(TypeError, match="`importance` must be an array. Got dict."):
+        ql.quantize(params["a"], scales="search", importance={"a": jnp.ones(64)})
 
 
 def test_rules_that_would_be_ignored_are_refused():
