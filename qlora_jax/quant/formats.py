@@ -188,6 +188,13 @@ def check_dtype(argument: str, dtype: DTypeLike) -> str:
     return dtype_name
 
 
+def checked_result_dtype(dtype: DTypeLike | None) -> np.dtype | None:
+    """Returns the dtype of decoded weights; raises TypeError unless it is floating."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be floating-point. Got {jnp.dtype(dtype)}.")
+    return None if dtype is None else jnp.dtype(dtype)
+
+
 @dataclass(frozen=True)
 class Packing:
     """The number format, block size, and whether the scales are quantized too."""

@@ -209,6 +209,7 @@ class StraightThrough(ArrayKernel):
                 to the kernel's own dtype first.
 
         Raises:
+            TypeError: If `dtype` is not floating-point.
             ValueError: Outside jit, as in `to_qtensor`.
         """
         w = lax.stop_gradient(self.kernel)

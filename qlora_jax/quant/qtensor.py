@@ -19,7 +19,7 @@ from .._jax.modes import call_in_auto_mode
 from .._jax.pytree import register
 from .._jax.specs import AnyMesh, SpecEntry, fitting_spec, spec_of
 from .codes import dequantize_blocks
-from .formats import Packing, check_dtype, get_format
+from .formats import Packing, check_dtype, checked_result_dtype, get_format
 from .geometry import Contract, Geometry
 from .host_codes import HostCodes, Put, on_device, placed_codes
 from .kernel import Kernel, Placement
@@ -41,7 +41,8 @@ class QTensor(Kernel):
 
     It is a pytree of four arrays, which `from_parts` checks. It is not an array itself:
     operators, indexing, conversion and attributes of arrays such as `.T` raise a
-    TypeError that names `matmul` and `dequantize`.
+    TypeError that names `matmul` and `dequantize`. Only `==` and `!=` do not: they
+    compare identities, as for most Python objects.
 
     Attributes:
         codes: The uint8 codes: `[*batch, ceil(K / 2), N]` for 4-bit formats, with even
@@ -232,12 +233,15 @@ class QTensor(Kernel):
             dtype: Dtype of the result; by default the kernel's own. Weights are rounded
                 to the kernel's own dtype first.
 
+        Raises:
+            TypeError: If `dtype` is not floating-point.
+
         Example:
             >>> import jax.numpy as jnp, qlora_jax as ql
             >>> ql.quantize(jnp.ones((64, 2, 4)), contract=-3).dequantize().shape
             (64, 2, 4)
         """
-        return _dequantize(self, None if dtype is None else jnp.dtype(dtype))
+        return _dequantize(self, checked_result_dtype(dtype))
 
     def dequantize_matrix(self, dtype: DTypeLike | None = None) -> Array:  # noqa: D102
         k, codes = self.matrix_shape[-2], on_device(self.codes)

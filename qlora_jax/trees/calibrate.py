@@ -1,6 +1,6 @@
 """`calibrate` measures the inputs of kernels: the `importance` for `quantize`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ def calibrate(
         entries of an expert that got no rows are zero.
 
     Raises:
+        TypeError: If `batches` is a single batch in a dict, or not an iterable.
         ValueError: If there is no batch, or an adapter does not fit its kernel. Outside
             jit, also if the outputs do not depend on the product with some kernel. The
             message then lists all such kernels.
@@ -67,6 +68,10 @@ def calibrate(
         >>> ql.quantize(params, search, importance=importance)["kernel"].fmt
         'nf4'
     """
+    # A loop over a single batch would take its keys for batches.
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        kind = type(batches).__name__
+        raise TypeError(f"`batches` must be an iterable of batches. Got {kind}.")
     checked_adapters(base, lora)  # raises if they do not fit
     kernels = leaves_by_path(base)
     by_keys = {}

@@ -14,7 +14,7 @@ from .._jax.arguments import as_array
 from .._jax.memory import check_donated, delete, is_concrete
 from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
-from ..quant.formats import Packing
+from ..quant.formats import Packing, checked_result_dtype
 from ..quant.geometry import Contract, Geometry, to_matrix
 from ..quant.kernel import Kernel, as_kernel, is_kernel
 from ..quant.pack import (
@@ -332,8 +332,7 @@ def dequantize(tree: Tree, dtype: DTypeLike | None = None) -> Tree:
         >>> ql.dequantize(ql.quantize(jnp.ones((64, 2)), "nf4")).dtype
         dtype('float32')
     """
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"`dtype` must be floating-point. Got {jnp.dtype(dtype)}.")
+    checked_result_dtype(dtype)  # raises even if the tree has no kernel
 
     def dequantize_leaf(path: str, leaf: Leaf) -> Leaf:
         if is_kernel(leaf):

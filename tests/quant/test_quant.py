@@ -398,6 +398,9 @@ USES = {
     "product": lambda q: 2 * q,
     "power": lambda q: q**2,
     "remainder": lambda q: q % 2,
+    "quotient and remainder": lambda q: divmod(1, q),
+    "round": round,
+    "membership": lambda q: 1 in q,
     "abs": abs,
     "comparison": lambda q: jnp.ones((128, 24)) < q,
     "float": float,
@@ -420,6 +423,9 @@ def test_a_kernel_is_no_array(name, freeze_base):
     assert kernel and not hasattr(kernel, "T")
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = kernel.nothing
+    for dtype in ("int32", "complex64"):
+        with pytest.raises(TypeError, match=f"`dtype` must be .* Got {dtype}"):
+            kernel.dequantize(dtype)
 
 
 def test_what_is_no_array_is_no_operand_of_jax():

@@ -121,3 +121,5 @@ def test_no_batch_is_refused():
     base, lora = float_trees({"kernel": normal(0, (K, N))})
     with pytest.raises(ValueError, match="`batches` must have at least one batch"):
         ql.calibrate(ql.apply, base, lora, iter([]))
+    with pytest.raises(TypeError, match="`batches` must be an iterable .* Got dict"):
+        ql.calibrate(ql.apply, base, lora, {"x": jnp.ones((2, K))})
