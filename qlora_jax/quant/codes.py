@@ -30,9 +30,9 @@ def quantize_blocks(
 ) -> tuple[UInt8[Array, "*batch rows n"], Float32[Array, "*batch blocks n"]]:
     """Returns the codes and the scale of each block.
 
-    With 4-bit codes, an odd K is padded with the code of zero. `largest` is empty, or
-    the second argument of `ScaleScheme.encode`. If the scheme uses it, a search needs
-    it, since the search encodes the scales of one part of the kernel at a time.
+    With 4-bit codes, an odd K is padded with the code of zero. `largest` is the
+    optional second argument of `ScaleScheme.encode`. It must be passed if the scheme
+    uses it and scales are searched, because the search encodes scales in parts.
     `importance` is an argument of `search_scales`.
     """
     k, block_size = w.shape[-2], packing.block_size
@@ -86,7 +86,8 @@ def _quantize_rows(
     used_scales = scales
     if scheme.uses_stored_scales:
         used_scales = scheme.decode(scheme.encode(scales, *largest))
-    # `divide` applies only to the formats of bitsandbytes, nf4 and fp4, with peak 1.
+    # `divide` is for the formats of bitsandbytes, nf4 and fp4, which have peak 1. It is
+    # ignored in int4 and int8, which bitsandbytes does not have.
     if fmt.ties == "even" or (divide and fmt.peak == 1):
         # No weight is larger than 16 times its scale, so `divisor` equals the scale.
         # The maximum hides from XLA that the scale is broadcast: XLA would replace the

@@ -153,8 +153,9 @@ class Geometry:
             elif size == -1:
                 # K, or N, divided by the sizes of its other axes.
                 pairs = zip(self.kinds, self.sizes, strict=True)
-                stored = math.prod(s for c, s in pairs if c == kind and s != -1)
-                shape.append((k if kind == "k" else n) // max(stored, 1))
+                other_sizes = [s for c, s in pairs if c == kind and s != -1]
+                size = (k if kind == "k" else n) // max(math.prod(other_sizes), 1)
+                shape.append(size)
             else:
                 shape.append(size)
         return tuple(shape)

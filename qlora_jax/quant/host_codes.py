@@ -23,7 +23,7 @@ from .._jax.memory import HOST_KIND
 from .._jax.pytree import register
 from .._jax.specs import Axes
 
-ROWS = 8  # of a tile
+TILE_ROWS = 8
 
 # Puts an array on a mesh and returns it: `put(array, axes, memory_kind)`.
 Put = Callable[[Any, Sequence[Axes], str | None], Any]
@@ -37,7 +37,7 @@ class HostCodes:
     """
 
     array: Array  # uint8 `[*batch, ceil(rows / 8), 8, N]`, padded with zeros
-    rows: int
+    rows: int  # without the padding
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102
@@ -52,8 +52,8 @@ class HostCodes:
         return _codes_at(self, index)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None):
-        *batch, tiles, rows, n = self.array.shape
-        codes = np.asarray(self.array).reshape(*batch, tiles * rows, n)
+        *batch, tiles, tile_rows, n = self.array.shape
+        codes = np.asarray(self.array).reshape(*batch, tiles * tile_rows, n)
         return codes[..., : self.rows, :].astype(dtype or codes.dtype, copy=False)
 
 
@@ -89,8 +89,8 @@ class HostShaped:
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         *batch, tiles, _, columns = index
         num_rows = self.codes.shape[-2]
-        start, stop, _ = tiles.indices(-(-num_rows // ROWS))
-        rows = slice(start * ROWS, min(stop * ROWS, num_rows))
+        start, stop, _ = tiles.indices(-(-num_rows // TILE_ROWS))
+        rows = slice(start * TILE_ROWS, min(stop * TILE_ROWS, num_rows))
         codes = np.asarray(self.codes[(*batch, rows, columns)])
         return np.asarray(to_host_shape(codes).array)
 
@@ -100,11 +100,13 @@ def to_host_shape(codes: PyTree) -> HostCodes:
     if isinstance(codes, jax.ShapeDtypeStruct):
         return jax.eval_shape(to_host_shape, codes)
     *batch, rows, n = codes.shape
-    missing = -rows % ROWS
+    missing = -rows % TILE_ROWS
     if missing:
         pad = np.pad if isinstance(codes, np.ndarray) else jnp.pad
         codes = pad(codes, [*[(0, 0)] * len(batch), (0, missing), (0, 0)])
-    return HostCodes(codes.reshape(*batch, (rows + missing) // ROWS, ROWS, n), rows)
+    return HostCodes(
+        codes.reshape(*batch, (rows + missing) // TILE_ROWS, TILE_ROWS, n), rows
+    )
 
 
 def on_device(codes: PyTree) -> Any:
@@ -120,8 +122,8 @@ def on_device(codes: PyTree) -> Any:
             sharding = NamedSharding(host_sharding.mesh, spec)
         return jax.ShapeDtypeStruct(codes.shape, codes.dtype, sharding=sharding)
     array = jax.device_put(codes.array, jax.memory.Space.Device)
-    *batch, tiles, rows, n = array.shape
-    array = array.reshape(*batch, tiles * rows, n)
+    *batch, tiles, tile_rows, n = array.shape
+    array = array.reshape(*batch, tiles * tile_rows, n)
     return lax.slice_in_dim(array, 0, codes.rows, axis=len(batch))
 
 

@@ -92,8 +92,10 @@ class Placement:
 
     def matrix_axes(self, ndim: int) -> tuple[Axes, ...]:
         """The mesh axes of a matrix form with `ndim` axes."""
-        missing = ndim - len(self.kernel)
-        return ((),) * missing + self.kernel[max(-missing, 0) :]
+        axes = (
+            (),
+        ) * ndim + self.kernel  # axes in front of `self.kernel` are not split
+        return axes[len(axes) - ndim :]
 
     def row_axes(self, count: int) -> tuple[Axes, ...]:
         """The mesh axes of an input's `count` row axes."""

@@ -48,8 +48,9 @@ def quantize_unchecked(
 ) -> QTensor:
     """Quantizes a kernel without the checks of its values, which read all weights.
 
-    `largest` is empty, or for NVFP4 an array `[*batch]` that is used instead of the
-    largest magnitude of the kernel's weights, which in NVFP4 is the largest scale.
+    `largest` is the optional second argument of `ScaleScheme.encode`, `[*batch]`. Only
+    NVFP4 uses it. The scale of a block is its largest weight there, so the largest
+    scale of a kernel is the largest magnitude of its weights.
     """
     w = jnp.asarray(w)
     geometry = Geometry.of(geometry.kinds, w.shape)

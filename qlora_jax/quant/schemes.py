@@ -39,8 +39,10 @@ class ScaleScheme:
 
     name: str  # what error messages call the scales
     # Maps the scales to the stored arrays. If the scheme `uses_largest`, an optional
-    # second argument replaces the largest of these scales, so that kernels that an
-    # inference server fuses can share it. Callers pass `*largest`, empty or an array.
+    # second argument replaces the largest of these scales: that of all kernels that an
+    # inference server fuses, or of a kernel whose scales are encoded in parts. Other
+    # schemes take no second argument. Callers therefore pass it on as `*largest`, which
+    # is empty or holds one array.
     encode: Callable[..., StoredScales]
     # Maps the stored arrays to float32 scales: those that `encode` got, rounded. In
     # `E4M3`, `encode` also divides them by 6.

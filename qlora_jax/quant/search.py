@@ -61,7 +61,7 @@ def candidate_ratios(fmt: Format) -> tuple[float, ...]:
     # A larger scale is good only if it rounds this weight well to the second largest
     # value, as the candidates in `jumps` do. NVFP4 has two of them, because in its
     # small blocks, the second one lowers the error by 1%.
-    largest, second = np.unique(np.abs(fmt.table))[:-3:-1]
+    *_, second, largest = np.unique(np.abs(fmt.table))  # in ascending order
     jump = float(largest / second)
     jumps = (0.96 * jump, 1.02 * jump) if fmt.scales is E4M3 else (0.99 * jump,)
     return 0.8, 0.88, 0.94, 1.06, *jumps
@@ -134,7 +134,7 @@ def _search_part(
     fmt, scheme = packing.format, packing.scheme
     # E4M3 divides the scales that it encodes by 6, and decoding does not undo that. The
     # search multiplies decoded scales by 6, to compare them with those it encoded.
-    factor = np.float32(E2M1_MAX if scheme is E4M3 else 1)
+    e4m3_factor = np.float32(E2M1_MAX if scheme is E4M3 else 1)
     may_be_negative = fmt.is_uniform and fmt.bits == 4
     reference = _signed_scales(blocks, fmt) if may_be_negative else scales
 
@@ -144,19 +144,19 @@ def _search_part(
             return scales
         if scheme.uses_largest:  # a larger scale cannot be stored
             scales = jnp.minimum(scales, largest[0][..., None, None])
-        return scheme.decode(scheme.encode(scales, *largest)) * factor
+        return scheme.decode(scheme.encode(scales, *largest)) * e4m3_factor
 
     def measure(scale: Array) -> tuple[Array, Array, Array]:
         """Returns the error of a scale, then the refined scale and its error.
 
         The refined scale is the best one for the same values c, rounded by `store`.
         """
-        # The weights are divided by the decoded scale, `scale / factor`, before they
-        # are squared, so that large ones do not overflow and small ones do not vanish.
-        # The sums are thus in units of this scale. To compare the errors of different
-        # scales, `squared_ratio` converts them to units of `scales`.
+        # The weights are divided by the decoded scale, `scale / e4m3_factor`, before
+        # they are squared, so that large ones do not overflow and small ones do not
+        # vanish. The sums are thus in units of this scale. To compare the errors of
+        # different scales, `squared_ratio` converts them to units of `scales`.
         error_sum, slope, curvature = _sum_errors(
-            blocks, factor / scale, fmt, sqrt_importance
+            blocks, e4m3_factor / scale, fmt, sqrt_importance
         )
         # If the values c stay the same and the scale is multiplied by 1 + t, the error
         # is error_sum - 2 t slope + t^2 curvature, least at t = slope / curvature.
@@ -167,7 +167,7 @@ def _search_part(
         squared_ratio = jnp.square(scale / scales)
         return squared_ratio * error_sum, refined, squared_ratio * refined_sum
 
-    def choose(best: tuple[Array, Array], error: Array, scale: Array) -> tuple:
+    def keep_better(best: tuple[Array, Array], error: Array, scale: Array) -> tuple:
         # A comparison with NaN is false. For blocks of zeros and for blocks with NaN,
         # no error is finite, so they keep the scale by the rule of the format.
         is_better = error < best[0]
@@ -177,11 +177,11 @@ def _search_part(
     def try_ratio(best: tuple[Array, Array], ratio: Array) -> tuple[tuple, None]:
         scale = store(reference * ratio)
         error, refined, refined_error = measure(scale)
-        best = choose(best, error, scale)
-        return choose(best, refined_error, refined), None
+        best = keep_better(best, error, scale)
+        return keep_better(best, refined_error, refined), None
 
     error, refined, refined_error = measure(store(scales))
-    best = choose((error, scales), refined_error, refined)
+    best = keep_better((error, scales), refined_error, refined)
     ratios = jnp.asarray(candidate_ratios(fmt), jnp.float32)
     (_, best_scales), _ = lax.scan(try_ratio, best, ratios)
     return best_scales

@@ -18,6 +18,11 @@ from .kernel import Kernel
 from .qtensor import QTensor, float_scales, round_to, with_scales
 
 
+def _of_stack(name: str) -> Any:
+    """Returns a property of `LayerOfStack` that has the value of the stack."""
+    return property(operator.attrgetter(f"stack.{name}"))
+
+
 @dataclass(frozen=True, eq=False)
 class LayerOfStack(Kernel):
     """One kernel of a packed stack `[L, *kernel]`, which products read in place."""
@@ -26,11 +31,12 @@ class LayerOfStack(Kernel):
     index: Array
     is_packed = True
 
-    # These properties have the values of the stack.
-    dtype, geometry, packing, label, placement, memory = (  # pyright: ignore
-        property(operator.attrgetter(f"stack.{name}"))
-        for name in ("dtype", "geometry", "packing", "label", "placement", "memory")
-    )
+    dtype = _of_stack("dtype")  # pyright: ignore[reportIncompatibleMethodOverride]
+    geometry = _of_stack("geometry")
+    packing = _of_stack("packing")
+    label = _of_stack("label")  # pyright: ignore[reportIncompatibleMethodOverride]
+    placement = _of_stack("placement")
+    memory = _of_stack("memory")
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102

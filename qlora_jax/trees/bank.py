@@ -283,7 +283,7 @@ def _misfit_reason(adapter: Adapter | None, template: Adapter | None) -> str | N
         return f"it is missing. Filling in zeros would change a {template.label}."
     if not adapter.can_be_in_bank:
         return f"a {adapter.label} cannot be in a bank."
-    names = "label", "matrix_shape", "geometry", "dropout", *_own_settings(template)
+    names = "label", "matrix_shape", "geometry", "dropout", *_settings_of_kind(template)
     if any(getattr(adapter, name) != getattr(template, name) for name in names):
         return f"it must be {_describe(template)}. Got {_describe(adapter)}."
     if adapter.rank > template.rank:
@@ -300,17 +300,17 @@ def _zeros_add_nothing(adapter: Adapter) -> bool:
     return all("r" in roles for roles in adapter.roles.values())
 
 
-def _own_settings(adapter: Adapter) -> list[str]:
+def _settings_of_kind(adapter: Adapter) -> list[str]:
     """Returns the names of the settings that only this kind of adapter has."""
     return [name for name in adapter.settings if name not in SETTINGS]
 
 
 def _describe(adapter: Adapter) -> str:
-    own_names = _own_settings(adapter)
-    own_text = "".join(f" and {name} {getattr(adapter, name)}" for name in own_names)
+    names = _settings_of_kind(adapter)
+    settings_text = "".join(f" and {name} {getattr(adapter, name)}" for name in names)
     return (
         f"a {adapter.label} of {[*adapter.matrix_shape]}, kernel axes "
-        f"{adapter.geometry.kinds!r} and dropout {adapter.dropout}{own_text}"
+        f"{adapter.geometry.kinds!r} and dropout {adapter.dropout}{settings_text}"
     )
 
 

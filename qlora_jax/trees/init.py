@@ -119,7 +119,8 @@ def init_targets(
             leaf = as_base_leaf(kernel, config, largest.get(path), donate=donate)
         # DoRA's magnitudes are the norms of the packed weights.
         base_kernel = as_kernel(leaf, geometry)
-        adapter_key = next(keys) if is_target else key  # only targets use the key
+        # Only the adapters of targets have random values; the others ignore their key.
+        adapter_key = next(keys) if is_target else key
         adapters[key_path] = new_adapter(adapter_key, base_kernel, config, path)
         return leaf
 

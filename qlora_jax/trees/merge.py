@@ -38,6 +38,8 @@ from .paths import (
 )
 from .quantize import dequantize
 
+_WeightedLoRA = tuple[LoRA, float]  # an adapter and its weight in the sum
+
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 # The default precision of TPUs would round the factors to bfloat16.
@@ -92,7 +94,8 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         TypeError: If `base` is a combined tree.
         ValueError: If an adapter has no kernel in `base` or does not fit it; if a tree
             was restored without its structure; or, outside jit, if merged weights that
-            are to be packed are not finite. All of these kernels are listed.
+            are to be packed are not finite, or too large for the format. All of these
+            kernels are listed.
 
     Warns:
         UserWarning: Outside jit, with the largest changes of a kernel by requantizing
@@ -306,31 +309,31 @@ def merge_adapters(
     if rank is not None and method != "svd":
         raise ValueError(f"`rank` must be None for method {method!r}. Got {rank!r}.")
     rank = None if rank is None else as_rank(rank)
-    # Collect the terms of each kernel's sum, in the order of the adapters.
-    terms: dict[KeyPath, list[tuple[LoRA, float]]] = {}
+    # Collect the adapters of each kernel with their weights, in order.
+    sums: dict[KeyPath, list[_WeightedLoRA]] = {}
     for tree, weight in zip(adapters, weights, strict=True):
         for keys, adapter in adapters_by_keys(tree).items():
-            terms.setdefault(keys, []).append((adapter, weight))  # pyright: ignore
-    problems = {path_string(k): _mismatch(pairs, method) for k, pairs in terms.items()}
+            sums.setdefault(keys, []).append((adapter, weight))  # pyright: ignore
+    problems = {path_string(k): _mismatch(pairs, method) for k, pairs in sums.items()}
     raise_if_any("these adapters cannot be merged", problems)
 
-    def merge_terms(pairs: list[tuple[LoRA, float]]) -> Adapter:
-        weighted = [_weighted_product(lora, weight) for lora, weight in pairs]
+    def merge_loras(pairs: list[_WeightedLoRA]) -> Adapter:
+        terms = [_weighted_product(lora, weight) for lora, weight in pairs]
         largest_rank = max(lora.rank for lora, _ in pairs)
-        a, b = _METHODS[method](weighted, largest_rank if rank is None else rank)
+        a, b = _METHODS[method](terms, largest_rank if rank is None else rank)
         dtype = jnp.result_type(*(x for lora, _ in pairs for x in (lora.a, lora.b)))
         a, b = a.astype(dtype), b.astype(dtype)
         return dataclasses.replace(pairs[0][0], a=a, b=b, scaling=1.0)
 
-    merged = {keys: merge_terms(pairs) for keys, pairs in terms.items()}
+    merged = {keys: merge_loras(pairs) for keys, pairs in sums.items()}
     raise_if_any(
         "these merged adapters overflow. Use smaller weights",
-        {path_string(k): _overflow(merged[k], pairs) for k, pairs in terms.items()},
+        {path_string(k): _overflow(merged[k], pairs) for k, pairs in sums.items()},
     )
     return nested_by_keys(merged)
 
 
-def _overflow(merged: Adapter, pairs: list[tuple[LoRA, float]]) -> str | None:
+def _overflow(merged: Adapter, pairs: list[_WeightedLoRA]) -> str | None:
     def is_finite(lora: Adapter) -> bool:
         arrays = lora.arrays.values()
         return all(all_below(x, math.inf) for x in arrays if is_concrete(x))
@@ -382,10 +385,10 @@ def _cat(terms: list[_WeightedProduct], _: int) -> _Merged:
 def _linear(terms: list[_WeightedProduct], _: int) -> _Merged:
     # The sign goes into A alone, since the root of a negative coefficient is not real.
     roots = [jnp.sqrt(jnp.abs(term.coefficient)) for term in terms]
-    pairs = list(zip(terms, roots, strict=True))
+    terms_and_roots = list(zip(terms, roots, strict=True))
     # The result also has terms such as sqrt(c1 c2) A1 B2, as in PEFT.
-    a = sum(jnp.sign(term.coefficient) * root * term.a for term, root in pairs)
-    return jnp.asarray(a), jnp.asarray(sum(root * term.b for term, root in pairs))
+    a = sum(jnp.sign(x.coefficient) * root * x.a for x, root in terms_and_roots)
+    return jnp.asarray(a), jnp.asarray(sum(root * x.b for x, root in terms_and_roots))
 
 
 def _svd(terms: list[_WeightedProduct], rank: int) -> _Merged:
@@ -408,7 +411,7 @@ def _svd(terms: list[_WeightedProduct], rank: int) -> _Merged:
 _METHODS = {"cat": _cat, "svd": _svd, "linear": _linear}
 
 
-def _mismatch(pairs: list[tuple[LoRA, float]], method: str) -> str | None:
+def _mismatch(pairs: list[_WeightedLoRA], method: str) -> str | None:
     loras = [lora for lora, _ in pairs]
     # Of the kinds of this library, only `LoRA` is linear and not shared.
     if other_kinds := [x.label for x in loras if not x.is_linear or x.is_shared]:

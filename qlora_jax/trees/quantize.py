@@ -161,7 +161,7 @@ def _check_settings_of_trained(
     contract: Contract,
 ) -> None:
     """Raises ValueError if arguments of `quantize` differ from a kernel's settings."""
-    # The default of `fmt` cannot be told from "nf4", so it stands for any format.
+    # A `fmt` of "nf4" is not compared, since it may be the default that nobody chose.
     settings = {"fmt": None if fmt == "nf4" else fmt, "block_size": block_size}
     settings |= {"double_quant": double_quant}
     wrong = {

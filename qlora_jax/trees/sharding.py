@@ -177,12 +177,13 @@ def spec_of_names(
             f"{names!r} at {path!r}."
         )
 
-    def to_mesh(name: Any) -> Any:
+    def mesh_axes(name: Any) -> Axes:
+        # An axis of the array may have several names, each for one or more mesh axes.
         if isinstance(name, tuple | list):
-            return tuple(axis for part in name for axis in axes_of(to_mesh(part)))
-        return logical_axes.get(name, name)
+            return tuple(axis for part in name for axis in mesh_axes(part))
+        return axes_of(logical_axes.get(name, name))
 
-    return PartitionSpec(*map(to_mesh, names))
+    return make_spec(*map(mesh_axes, names))
 
 
 def _axes_on_mesh(mesh: Mesh, spec: Spec, leaf: Leaf) -> tuple[Axes, ...]:

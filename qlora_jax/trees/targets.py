@@ -185,8 +185,8 @@ def _check_accepted(
     # A config may have turned output axes of the module into batch axes.
     if stored != expected and not (is_module and roles_fit(stored, expected)):
         raise ValueError(
-            f"it is packed with axes {stored!r} (b batch, k contracted, n output); "
-            f"they must be {expected!r}."
+            f"it is packed with axes {stored!r} (b batch, k contracted, n output), but "
+            f"the {'module' if is_module else 'config'} has {expected!r}."
         )
 
 
