@@ -92,9 +92,8 @@ class Placement:
 
     def matrix_axes(self, ndim: int) -> tuple[Axes, ...]:
         """The mesh axes of a matrix form with `ndim` axes."""
-        axes = (
-            (),
-        ) * ndim + self.kernel  # axes in front of `self.kernel` are not split
+        # Axes in front of those of `self.kernel` are not split.
+        axes = ((),) * ndim + self.kernel
         return axes[len(axes) - ndim :]
 
     def row_axes(self, count: int) -> tuple[Axes, ...]:

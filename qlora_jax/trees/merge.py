@@ -23,7 +23,7 @@ from ..adapters.merge_aware import MergeAware, is_merge_aware
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.pack import StraightThrough, check_values, quantize_unchecked
 from ..quant.qtensor import QTensor, with_scales
-from ..quant.schemes import SMALLEST_NORMAL, quotient, with_e4m3_divisor
+from ..quant.schemes import SMALLEST_NORMAL, with_e4m3_divisor
 from .adapters import adapters_by_keys, check_lora_trees, checked_adapters
 from .paths import (
     KeyPath,
@@ -192,16 +192,19 @@ def _with_divisor(q: QTensor, divisor: Float32[Array, "*batch"]) -> QTensor:
 def _relative_changes(
     before: Leaf, merged: Array, packed: QTensor
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    arrays = [dequantize(before), merged, dequantize(packed)]
-    arrays = [x.astype(jnp.float32) for x in arrays]
+    merged = merged.astype(jnp.float32)
     # Squares of very large weights would overflow, and those of very small ones vanish.
-    largest = [jnp.max(jnp.abs(x), initial=SMALLEST_NORMAL) for x in arrays]
-    unit = functools.reduce(jnp.maximum, largest)
-    before, merged, packed_weights = (quotient(x, unit) for x in arrays)
+    # So weights are first divided by the largest, in two steps, because its reciprocal
+    # might be flushed to zero.
+    factor = lax.rsqrt(jnp.max(jnp.abs(merged), initial=SMALLEST_NORMAL))
+
+    def norm(w: Array) -> Float32[Array, ""]:
+        return jnp.sqrt(jnp.sum(jnp.square(w * factor * factor)))
+
     # The floor avoids 0 / 0 for a kernel of zeros.
-    merged_norm = jnp.maximum(jnp.linalg.norm(merged.ravel()), 1e-30)
-    rounding = jnp.linalg.norm((packed_weights - merged).ravel())
-    change = jnp.linalg.norm((merged - before).ravel())
+    merged_norm = jnp.maximum(norm(merged), 1e-30)
+    rounding = norm(dequantize(packed) - merged)
+    change = norm(merged - dequantize(before))
     return rounding / merged_norm, change / merged_norm
 
 
