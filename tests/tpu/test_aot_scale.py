@@ -331,9 +331,10 @@ def test_memory_of_a_step_is_what_the_formulas_say():
     # Layer inputs are in host memory, and nothing else is.
     assert single["host_argument_size"] == sharded["host_temp_size"] == 0
     assert single["host_temp_size"] == 2 * LAYERS * TOKENS * WIDTH
-    # The number is from JAX 0.12.0.1; 3% are for other compiler versions.
-    assert single["temp_size"] <= 1.03 * 14_223_360
-    assert sharded["temp_size"] <= 1.03 * 8_279_552
+    # The numbers are from JAX 0.12.0.1. The compiler of JAX 0.10.2 needs 5.6% more for
+    # the second one.
+    assert single["temp_size"] <= 1.06 * 14_223_360
+    assert sharded["temp_size"] <= 1.06 * 8_279_552
     assert (
         argument_bytes() / 4 <= sharded["argument_size"] <= 1.04 * argument_bytes() / 4
     )
