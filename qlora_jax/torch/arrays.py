@@ -9,7 +9,10 @@ import torch
 
 
 class Wrapped(Protocol):
-    """An object that holds a PyTorch module, such as a `WrappedModule`."""
+    """An object that holds a PyTorch module: a `WrappedModule` or a `LanguageModel`.
+
+    It is a protocol, because the modules that define these classes import this one.
+    """
 
     @property
     def module(self) -> torch.nn.Module:

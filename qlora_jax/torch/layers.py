@@ -67,10 +67,10 @@ def stack(model: Model, tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
     keeps only the input of each layer for the backward pass.
 
     Layers of a `ModuleList` are equal if they have the same classes, settings and
-    shapes of tensors. Different layers may also repeat in a fixed pattern, such as
-    three layers with linear attention and one with full attention. Each step of the
-    scan then runs all layers of one period. The layers must run one after another, each
-    on the output of the previous one.
+    shapes of tensors, but no tensor in common. Different layers may also repeat in a
+    fixed pattern, such as three layers with linear attention and one with full
+    attention. Each step of the scan then runs all layers of one period. The layers must
+    run one after another, each on the output of the previous one.
 
     The stack of layers 0 to 15 has a name such as `"model.layers.0:16:1.mlp.weight"`,
     with the start, stop and step of a Python slice.
@@ -182,6 +182,7 @@ def runs_of(names: Iterable[str], module: torch.nn.Module) -> dict[LayerRun, lis
         ):
             num_periods = len(range(start, stop, period))
             run = LayerRun(list_name, start, start + num_periods * period, period)
+            # This run is wrong if it begins with layers that have no tensors.
             run = runs_by_stack.get(run.stacked_name(0, ""), run)
         runs.setdefault(run, []).append(name)
     return runs
@@ -208,12 +209,21 @@ def _runs_with_empty_start(module: torch.nn.Module) -> dict[str, LayerRun]:
 def find_runs(module: torch.nn.Module) -> Iterator[LayerRun]:
     """Yields the runs of equal layers of every outermost `ModuleList`."""
     outermost: list[str] = []
+    tensor_names = named_tensors(module).keys()
     for name, inner in module.named_modules():
         is_inside = any(name.startswith(f"{outer}.") for outer in outermost)
         # If the whole module is a ModuleList, only lists in its layers are searched.
         if name and isinstance(inner, torch.nn.ModuleList) and not is_inside:
             outermost.append(name)
-            signatures = [_signature(layer) for layer in inner]
+            layers = list(inner)
+            signatures = []
+            for index, layer in enumerate(layers):
+                prefix = f"{name}.{index}."
+                names = {prefix + tensor_name for tensor_name in named_tensors(layer)}
+                # Each layer of a run needs its own module and its own tensors. A tensor
+                # that a layer shares has the name of the first layer that has it.
+                is_shared = layers.count(layer) > 1 or not names <= tensor_names
+                signatures.append((index,) if is_shared else _signature(layer))
             for start, stop, period in _periodic(signatures, 0, len(signatures)):
                 yield LayerRun(name, start, stop, period)
 

@@ -69,6 +69,11 @@ class LayerScan:
         The last call returns the output of the scan.
         """
         hidden = args[0] if args else kwargs.pop("hidden_states", None)
+        if not isinstance(hidden, torch.Tensor):
+            self._refuse(
+                "they must get their hidden states as the first argument, or as "
+                f"`hidden_states`. Got {type(hidden).__name__}"
+            )
         is_chained = isinstance(hidden, PendingOutput) and hidden.source_scan is self
         if index != len(self.calls) or is_chained != (index > 0):
             self._refuse("they must run one after another, each on the last output")

@@ -73,11 +73,21 @@ def call_module(
     that the keys of `leaves` do not have.
     """
     # `tensors` has only the first name of each tied weight. `functional_call` also
-    # replaces the weight under its other names. It puts a tensor that the module
-    # assigns to a parameter or a buffer into `tensors`.
+    # replaces the weight under its other names. If the module assigns a tensor to a
+    # parameter or a buffer, `functional_call` writes this tensor into `tensors`.
     tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
     values = {name: _value_of(tensor) for name, tensor in tensors.items()}
-    output = torch.func.functional_call(module, tensors, args, kwargs)
+    # If a module has two names, `functional_call` does not restore its tensors.
+    originals = [
+        (inner, dict(inner._parameters), dict(inner._buffers))
+        for inner in module.modules()
+    ]
+    try:
+        output = torch.func.functional_call(module, tensors, args, kwargs)
+    finally:
+        for inner, parameters, buffers in originals:
+            inner._parameters.update(parameters)
+            inner._buffers.update(buffers)
     changed = [
         f"{prefix}{name}"
         for name, value in values.items()
@@ -183,10 +193,29 @@ class KernelTensor(Placeholder):
         """Returns the tensor with its last two axes swapped."""
         return KernelTensor.of(self.base, self.lora, not self.is_transposed)
 
-    def decoded(self) -> torch.Tensor:
+    def decoded(self) -> "DecodedWeight":
         """Returns the float weights, with the adapter added."""
         weight = ql.merge(self.base, self.lora)
-        return as_tensor(weight.swapaxes(-1, -2) if self.is_transposed else weight)
+        weight = weight.swapaxes(-1, -2) if self.is_transposed else weight
+        return DecodedWeight(weight, torchax.default_env())
+
+
+class DecodedWeight(torchax.tensor.Tensor):
+    """The decoded weights of a kernel, which raise an error if they are changed.
+
+    A change would have no effect on the kernel. Every change of a tensor of torchax in
+    place, or of a view of it, assigns a new array to its attribute `_elem`.
+    """
+
+    @property
+    def _elem(self) -> jax.Array:
+        return self.__dict__["weight"]
+
+    @_elem.setter
+    def _elem(self, array: jax.Array) -> None:
+        if "weight" in self.__dict__:
+            raise _changed_in_place(self)
+        self.__dict__["weight"] = array
 
 
 @dataclass
@@ -218,9 +247,10 @@ class KernelFunctions(TorchFunctionMode):
         return jax.tree.map(_stop_gradient, result)
 
     def _call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if func is torch.Tensor.copy_ and isinstance(args[1], View):
+        if func is torch.Tensor.copy_:
             # torchax can copy from tensors, but not from its views of tensors.
-            args = (args[0], args[1].torch(), *args[2:])
+            sources = jax.tree.map(_without_view, (args[1:], kwargs))
+            args, kwargs = (args[0], *sources[0]), sources[1]
         if func in GROUPED_PRODUCTS:
             return self._grouped_product(*args, **kwargs)
         if func is IS_ALL_TRUE:
@@ -251,12 +281,8 @@ class KernelFunctions(TorchFunctionMode):
                     f"weight of one is read by {func.__name__} outside of the layer. "
                     "Pass trees that are not stacked."
                 )
-        first = next(iter(args), None)
-        if isinstance(first, KernelTensor) and _changes_in_place(func):
-            raise ValueError(
-                "the module must not change packed or adapted weights in place. Got "
-                f"{func.__name__} of a weight of shape {tuple(first.shape)}."
-            )
+        if func in SETTERS and isinstance(args[0], KernelTensor):
+            raise _changed_in_place(args[0])
         result = NotImplemented
         if (rule := RULES.get(func)) is not None:
             result = rule(self, *args, **kwargs)
@@ -335,7 +361,9 @@ class KernelFunctions(TorchFunctionMode):
         self, input: torch.Tensor, mat1: torch.Tensor, mat2: Any, **factors: float
     ) -> Any:
         """Computes `torch.addmm`, as in the `Conv1D` of GPT-2."""
-        y = NotImplemented if factors else self.matmul(mat1, mat2)
+        if factors or isinstance(input, KernelTensor):
+            return NotImplemented
+        y = self.matmul(mat1, mat2)
         return y if y is NotImplemented else input + y
 
     def embedding(
@@ -347,8 +375,8 @@ class KernelFunctions(TorchFunctionMode):
     ) -> Any:
         """Computes `F.embedding`.
 
-        The options are ignored: `padding_idx` only affects the gradient of the table,
-        `max_norm` is refused before, and the others depend on these two.
+        The options are ignored: `max_norm` is refused before, `norm_type` depends on
+        it, and the others only affect how PyTorch computes the gradient of the table.
         """
         if not isinstance(weight, KernelTensor) or weight.is_transposed:
             return NotImplemented
@@ -366,12 +394,17 @@ class KernelFunctions(TorchFunctionMode):
         """Computes `input.T`, `input.mT` or `input.t()` of a matrix."""
         return input.transposed() if input.ndim == 2 else NotImplemented
 
+    def data(self, input: KernelTensor) -> torch.Tensor:
+        """Computes `input.data`, whose changes are changes of the weight."""
+        return self._decode(input)
+
     def _grouped_product(
         self, x: torch.Tensor, weight: Any, offs: Any = None, **options: Any
     ) -> Any:
         # Group i has the rows offs[i - 1] to offs[i] - 1.
         settings = {"offs": offs, **options}
-        if (names := [n for n, x in settings.items() if x is not None]) != ["offs"]:
+        names = [name for name, value in settings.items() if value is not None]
+        if names != ["offs"]:
             raise NotImplementedError(
                 f"grouped products must have the option 'offs' alone. Got {names}."
             )
@@ -379,8 +412,14 @@ class KernelFunctions(TorchFunctionMode):
         sizes = jnp.diff(as_array(offs), prepend=jnp.zeros(1, jnp.int32))
         if _roles_of(weight) == "bkn":
             key = self._key(weight.lora)
-            options = {"dropout_key": key, "backend": self.backend}
-            y = ql.ragged_dot(rows, weight.base, sizes, weight.lora, **options)
+            y = ql.ragged_dot(
+                rows,
+                weight.base,
+                sizes,
+                weight.lora,
+                dropout_key=key,
+                backend=self.backend,
+            )
         else:
             # Unlike `jax.lax.ragged_dot`, this function supports every kind of `vmap`.
             y = ql.ragged_dot(rows, as_array(self._decode(weight)), sizes)
@@ -392,6 +431,10 @@ def _stop_gradient(value: Any) -> Any:
     if isinstance(value, torchax.tensor.Tensor) and value.dtype.is_floating_point:
         return as_tensor(jax.lax.stop_gradient(as_array(value)))
     return value
+
+
+def _without_view(value: Any) -> Any:
+    return value.torch() if isinstance(value, View) else value
 
 
 def _roles_of(value: object) -> str:
@@ -414,14 +457,10 @@ def _mark_statistics(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Non
             statistic.add_(0)
 
 
-def _changes_in_place(func: Callable) -> bool:
-    """Whether a PyTorch function changes its first argument."""
-    name = getattr(func, "__name__", "")
-    is_in_place = name.endswith("_") and not name.endswith("__")
-    return (
-        (is_in_place and name not in ("requires_grad_", "detach_"))
-        or name in IN_PLACE_OPERATORS
-        or func == SET_DATA
+def _changed_in_place(weight: torch.Tensor) -> ValueError:
+    return ValueError(
+        "the module must not change packed or adapted weights in place. Got a change "
+        f"of a weight of shape {tuple(weight.shape)}."
     )
 
 
@@ -435,15 +474,13 @@ def _values(args: tuple, kwargs: dict) -> Iterable[object]:
 # it is also computed here if none of its operands is a kernel.
 GROUPED_PRODUCTS = {getattr(torch, "_grouped_mm"), F.grouped_mm}  # noqa: B009
 IS_ALL_TRUE = torch.Tensor._is_all_true
-SET_DATA = torch.Tensor.data.__set__  # pyright: ignore
-IN_PLACE_OPERATORS = {"__setitem__"} | {
-    f"__i{name}__"
-    for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")
-}
+# torchax replaces these in its class of tensors, so they do not work on tensors here.
+SETTERS = {torch.Tensor.__setitem__, torch.Tensor.data.__set__}  # pyright: ignore
 RULES: dict[Callable, Callable[..., Any]] = {
     F.linear: KernelFunctions.linear,
     F.embedding: KernelFunctions.embedding,
     torch.addmm: KernelFunctions.addmm,
+    torch.Tensor.data.__get__: KernelFunctions.data,  # pyright: ignore
     torch.Tensor.t: KernelFunctions.transpose_matrix,
     torch.Tensor.T.__get__: KernelFunctions.transpose_matrix,  # pyright: ignore
     torch.Tensor.mT.__get__: KernelFunctions.transpose_matrix,  # pyright: ignore

@@ -75,7 +75,8 @@ class WrappedModule:
 
         Returns:
             What the module returns, with JAX arrays in place of tensors. Mappings, such
-            as the outputs of transformers, become plain dicts.
+            as the outputs of transformers, become plain dicts, and tuples that are not
+            namedtuples, such as the result of `torch.max`, become plain tuples.
 
         Raises:
             TypeError: If an argument is a PyTorch tensor; or if the module returns
@@ -128,23 +129,23 @@ class WrappedModule:
     ) -> Iterator[torchax.tensor.Environment]:
         """Prepares PyTorch's and JAX's settings for one call of the module."""
         env = torchax.default_env()
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as contexts:
             # PyTorch asks for 64-bit integers, and JAX warns that it makes 32-bit ones.
             # PyTorch's code also broadcasts arrays of different ranks, which JAX may be
             # set to refuse.
-            stack.enter_context(warnings.catch_warnings())
+            contexts.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "Explicitly requested dtype .?int64")
-            stack.enter_context(jax.numpy_rank_promotion("allow"))
+            contexts.enter_context(jax.numpy_rank_promotion("allow"))
             # Gradients are only stopped by a `torch.no_grad` in the module's own code,
             # and not by one around the call of `apply`.
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(autograd_functions.in_jax(kernel_functions))
-            stack.enter_context(self._modes())
+            contexts.enter_context(torch.enable_grad())
+            contexts.enter_context(autograd_functions.in_jax(kernel_functions))
+            contexts.enter_context(self._wrapped_training())
             for scan in scans:
-                stack.enter_context(scan.active())
-            stack.enter_context(env.override_property(prng=key))
-            stack.enter_context(env)
-            stack.enter_context(kernel_functions)
+                contexts.enter_context(scan.active())
+            contexts.enter_context(env.override_property(prng=key))
+            contexts.enter_context(env)
+            contexts.enter_context(kernel_functions)
             yield env
 
     def _checked_leaves(self, variables: Mapping[str, PyTree]) -> dict[str, Any]:
@@ -187,7 +188,7 @@ class WrappedModule:
         return scans, unstacked
 
     @contextlib.contextmanager
-    def _modes(self) -> Iterator[None]:
+    def _wrapped_training(self) -> Iterator[None]:
         # The modes are those from the time of `wrap`, even if they have changed since,
         # because a jitted function would not notice the change.
         modules = dict(self.module.named_modules())
@@ -258,9 +259,11 @@ def _to_arrays(output: Any) -> PyTree:
     if isinstance(output, Mapping):
         return {key: _to_arrays(value) for key, value in output.items()}
     if isinstance(output, tuple | list):
-        values = map(_to_arrays, output)
-        is_named = hasattr(output, "_fields")
-        return type(output)(*values) if is_named else type(output)(values)
+        values = [_to_arrays(value) for value in output]
+        if hasattr(output, "_fields"):  # a namedtuple
+            return type(output)(*values)
+        # Classes such as that of the result of `torch.max` are no pytrees.
+        return values if isinstance(output, list) else tuple(values)
     if output is None or isinstance(output, bool | int | float):
         return output
     hint = ""

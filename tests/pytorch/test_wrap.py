@@ -285,6 +285,51 @@ def test_scanned_layers_cannot_change_the_type_of_hidden_states(
     refusal(lambda: model.apply({"params": stacked}, x), "cannot be scanned", change)
 
 
+class ByName(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_scanned_layers_must_get_hidden_states():
+    module = Layers(lambda x, layer, index: layer(x=x))
+    module.layers = torch.nn.ModuleList(ByName(64, 64) for _ in range(2))
+    stacked = ql.torch.stack(module, ql.torch.params(module))
+    x = jnp.ones((2, 64))
+    refusal(
+        lambda: ql.torch.wrap(module).apply({"params": stacked}, x),
+        "must get their hidden states as the first argument",
+    )
+
+
+def shared_layers():
+    layer = torch.nn.Linear(64, 64)
+    return [layer, torch.nn.Linear(64, 64), layer]
+
+
+def shared_activations():
+    activation = torch.nn.ReLU()
+    return [torch.nn.Linear(64, 64), activation, torch.nn.Linear(64, 64), activation]
+
+
+def tied_layers():
+    layers = [torch.nn.Linear(64, 64) for _ in range(3)]
+    layers[2].weight = layers[0].weight
+    return layers
+
+
+@pytest.mark.parametrize(
+    "make_layers", [shared_layers, shared_activations, tied_layers]
+)
+def test_layers_that_share_modules_or_tensors_are_not_stacked(make_layers):
+    module = Layers(lambda x, layer, index: layer(x))
+    module.layers = torch.nn.ModuleList(make_layers())
+    params = ql.torch.params(module)
+    if make_layers is not tied_layers:
+        assert ql.torch.stack(module, params).keys() == params.keys()
+    output = ql.torch.wrap(module).apply({"params": params}, jnp.ones((2, 64)))
+    assert_close(output, module(torch.ones(2, 64)).detach().numpy())
+
+
 def test_numpy_arrays_are_stacked():
     module = Layers(lambda x, layer, index: layer(x))
     module.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
@@ -531,7 +576,35 @@ def set_data(x, weight):
     return x @ weight
 
 
-@pytest.mark.parametrize("compute", [double, set_data])
+def rectify(x, weight):
+    torch.nn.functional.relu(weight, inplace=True)
+    return x @ weight
+
+
+def write_product(x, weight):
+    torch.mul(weight, 2, out=weight)
+    return x @ weight
+
+
+def change_view(x, weight):
+    weight[0].add_(1)
+    return x @ weight
+
+
+def set_row(x, weight):
+    weight[0] = 1
+    return x @ weight
+
+
+def change_data(x, weight):
+    weight.data.add_(1)
+    return x @ weight
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [double, set_data, rectify, write_product, change_view, set_row, change_data],
+)
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_changes_of_weights_in_place_are_refused(compute, is_packed):
     module = Weight(compute)
@@ -541,6 +614,32 @@ def test_changes_of_weights_in_place_are_refused(compute, is_packed):
         lambda: ql.torch.wrap(module).apply({"params": base}, jnp.ones((2, 64))),
         "in place" if is_packed else "['weight']",
     )
+
+
+def test_the_sum_of_a_packed_weight_and_a_product():
+    module = Weight(lambda x, weight: torch.addmm(weight, x, weight))
+    base = {"weight": ql.quantize(ql.torch.params(module)["weight"])}
+    x = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    weight = np.asarray(ql.dequantize(base["weight"]))
+    output = ql.torch.wrap(module).apply({"params": base}, x)
+    assert_close(output, weight + x @ weight)
+
+
+def test_copies_with_arguments_by_name():
+    module = Weight(lambda x, weight: x.new_zeros(2, 64).copy_(other=x[1:3]))
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    model = ql.torch.wrap(module)
+    assert_close(model.apply({"params": ql.torch.params(module)}, x), x[1:3])
+
+
+def test_tuples_of_pytorch_are_returned_inside_jit():
+    module = Weight(lambda x, weight: (torch.max(x, dim=1), x.shape))
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    apply = jax.jit(ql.torch.wrap(module).apply)
+    (values, indices), shape = apply({"params": ql.torch.params(module)}, x)
+    np.testing.assert_array_equal(values, x.max(1))
+    np.testing.assert_array_equal(indices, x.argmax(1))
+    assert shape == (4, 64)
 
 
 @pytest.mark.parametrize(
