@@ -179,7 +179,8 @@ def _compute_batch(
     size: int, is_batched: list, spec: ProductSpec, operands: Operands
 ) -> tuple[Array, bool]:
     left, right, scales, layer, offsets = operands
-    _, (left_mapped, right_mapped, scales_mapped, layer_mapped, _) = is_batched
+    _, is_mapped = is_batched
+    left_mapped, right_mapped, scales_mapped, layer_mapped, offsets_mapped = is_mapped
     if spec.packed_as is None and spec.mesh is None and offsets is None:
         # XLA batches float products without copying an operand that is not mapped.
         axes = 0 if left_mapped else None, 0 if right_mapped else None
@@ -208,7 +209,7 @@ def _compute_batch(
     left = with_mapped_axis(size, left, left_mapped)
     # 3. The rows of all ragged products are sorted by expert, for a single product.
     if offsets is not None:
-        offsets = with_mapped_axis(size, offsets, is_batched[1].offsets)
+        offsets = with_mapped_axis(size, offsets, offsets_mapped)
         has_batch_of_experts = bool(right_mapped or spec.output == "w")
         rows = SortedRows.sort(offsets, left.shape[1], has_batch_of_experts)
         if spec.output == "w":
