@@ -209,13 +209,13 @@ class DecodedWeight(torchax.tensor.Tensor):
 
     @property
     def _elem(self) -> jax.Array:
-        return self.__dict__["weight"]
+        return vars(self)["weight"]
 
     @_elem.setter
     def _elem(self, array: jax.Array) -> None:
-        if "weight" in self.__dict__:
+        if "weight" in vars(self):
             raise _changed_in_place(self)
-        self.__dict__["weight"] = array
+        vars(self)["weight"] = array
 
 
 @dataclass
@@ -249,7 +249,7 @@ class KernelFunctions(TorchFunctionMode):
     def _call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func is torch.Tensor.copy_:
             # torchax can copy from tensors, but not from its views of tensors.
-            sources = jax.tree.map(_without_view, (args[1:], kwargs))
+            sources: Any = jax.tree.map(_without_view, (args[1:], kwargs))
             args, kwargs = (args[0], *sources[0]), sources[1]
         if func in GROUPED_PRODUCTS:
             return self._grouped_product(*args, **kwargs)
