@@ -281,8 +281,9 @@ class KernelFunctions(TorchFunctionMode):
                     f"weight of one is read by {func.__name__} outside of the layer. "
                     "Pass trees that are not stacked."
                 )
-        if func in SETTERS and isinstance(args[0], KernelTensor):
-            raise _changed_in_place(args[0])
+        first = next(iter(args), None)
+        if func in SETTERS and isinstance(first, KernelTensor):
+            raise _changed_in_place(first)
         result = NotImplemented
         if (rule := RULES.get(func)) is not None:
             result = rule(self, *args, **kwargs)
