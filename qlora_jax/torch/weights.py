@@ -209,13 +209,13 @@ class DecodedWeight(torchax.tensor.Tensor):
 
     @property
     def _elem(self) -> jax.Array:
-        return vars(self)["weight"]
+        return self.__dict__["weight"]
 
     @_elem.setter
     def _elem(self, array: jax.Array) -> None:
-        if "weight" in vars(self):
+        if "weight" in self.__dict__:
             raise _changed_in_place(self)
-        vars(self)["weight"] = array
+        self.__dict__["weight"] = array
 
 
 @dataclass

@@ -241,7 +241,7 @@ def wrap(
     return WrappedModule(module_of(model), modes, policy, backend)
 
 
-def _to_tensor(value: object) -> object:
+def _to_tensor(value: Any) -> Any:
     if isinstance(value, jax.Array | np.ndarray):
         return as_tensor(jnp.asarray(value))
     if isinstance(value, torch.Tensor) and not isinstance(value, torchax.tensor.Tensor):
