@@ -209,13 +209,13 @@ class DecodedWeight(torchax.tensor.Tensor):
 
     @property
     def _elem(self) -> jax.Array:
-        return self.__dict__["weight"]
+        return self._array
 
     @_elem.setter
     def _elem(self, array: jax.Array) -> None:
-        if "weight" in self.__dict__:
+        if hasattr(self, "_array"):
             raise _changed_in_place(self)
-        self.__dict__["weight"] = array
+        self._array = array
 
 
 @dataclass
