@@ -416,10 +416,10 @@ def run_configs_of(
     run_configs = []
     for adapter in _split_adapters(adapters):
         # Absolute, because "." has no parent.
-        folder = pathlib.Path(os.path.abspath(adapter)).parent
+        folder = pathlib.Path(os.path.abspath(os.path.expanduser(adapter))).parent
         try:
             run_configs.append(read_run_config(folder / CONFIG))
-        except (OSError, TypeError, ValueError):
+        except (OSError, ValueError):
             # Without the settings of a run, its base would be packed differently. In
             # other folders, the file may not exist or belong to another program.
             if is_run(folder) or describe_sweep(folder):

@@ -97,7 +97,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
             push(config.output.push_to_hub)  # fails now rather than after training
     packing_config = packing_config_for(config.model, model, fmt)
     if packing_config is None:
-        _check_unpacked(config, model)
+        _check_unpacked(config.model, config.adapter.merge_aware, model)
     # The adapters.
     lora_config = lora_config_for(
         config.adapter, model, packing_config, config.model.scales
@@ -291,22 +291,11 @@ def _check_torch_settings(config: TrainConfig, engine: TorchEngine) -> None:
         )
 
 
-def _check_unpacked(config: TrainConfig, model: BaseModel) -> None:
+def _check_unpacked(
+    settings: ModelConfig, is_merge_aware: bool, model: BaseModel
+) -> None:
     """Checks the settings of a run whose base stays as it is stored."""
-    settings = config.model
-    # Old runs may have any values of these options, and must still resume.
-    if model.stored_fmt is None and not config.output.resume:
-        defaults = ql.QLoRAConfig(fmt=None)
-        for name in ("block_size", "double_quant"):
-            # The config.yaml of every run has the defaults, with `fmt` none too. A new
-            # run may use this file.
-            value = getattr(settings, name)
-            if value not in (None, getattr(defaults, name)):
-                raise ValueError(
-                    f"`{name}` must be left out with `fmt` none, which packs nothing. "
-                    f"Got {value}."
-                )
-    if settings.scales != "absmax" and not config.adapter.merge_aware:
+    if settings.scales != "absmax" and not is_merge_aware:
         raise ValueError(
             "`scales` must be absmax unless training packs weights. Got "
             f"{settings.scales}, and a base that stays as it is stored."
@@ -381,8 +370,8 @@ def _complete_settings(
     if data.valid:  # also raises if rows do not fit the batches
         text_rows = [row._replace(images=None) for row in data.valid]
         make_eval_batches(config.training, text_rows)
-    # `QLoRAConfig` replaces unset values by the defaults of the format. Those of `fmt`
-    # none have no effect, but the stamps of earlier runs have them.
+    # `QLoRAConfig` replaces unset values by the defaults of the format, which have no
+    # effect with `fmt` none.
     packing = stored_packing or ql.QLoRAConfig(
         fmt=None if config.model.fmt == "none" else config.model.fmt,
         block_size=config.model.block_size,
@@ -413,8 +402,15 @@ def member_configs(config: TrainConfig) -> list[TrainConfig]:
     """Returns the settings of each run of a sweep; without one, those of the run.
 
     Runs that failed are left out when the others are resumed. Raises ValueError if all
-    have failed, or if the resumed sweep never had one of the runs.
+    have failed, if the resumed sweep never had one of the runs, or if a seed of a new
+    run is too large.
     """
+    seeds = config.training.seed
+    largest = max(seeds) if isinstance(seeds, list) else seeds
+    # `jax.random.key` drops the higher bits of a seed, so several runs would be equal.
+    # Old runs may have such seeds, and must still resume.
+    if largest >= 1 << 32 and not config.output.resume:
+        raise ValueError(f"`seed` must be from 0 to 2**32 - 1. Got {seeds}.")
     if not config.is_sweep:
         return [config]
     swept = {name: x for name, x in config.sweepable.items() if isinstance(x, list)}
@@ -435,7 +431,9 @@ def member_configs(config: TrainConfig) -> list[TrainConfig]:
     folders = [pathlib.Path(x.output.out) for x in members]
     if config.output.resume and not all((x / CONFIG).is_file() for x in folders):
         started_config = read_run_config(pathlib.Path(config.output.out) / CONFIG)
-        raise _other_values_error(config, started_config)
+        # With equal values, the sweep was killed before it wrote all of its settings.
+        if config.sweepable != started_config.sweepable:
+            raise _other_values_error(config, started_config)
     return members
 
 

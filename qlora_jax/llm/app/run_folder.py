@@ -23,7 +23,8 @@ def is_run(folder: pathlib.Path) -> bool:
 
 def describe_sweep(folder: pathlib.Path) -> str:
     """Returns a sentence that names the runs of a sweep; empty for other folders."""
-    names = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    # The folders of a sweep's runs have names such as learning_rate=0.0001.
+    names = sorted(path.parent.name for path in folder.glob(f"*=*/{CONFIG}"))
     if not (folder / CONFIG).is_file() or not names:
         return ""
     return f" It is a sweep, whose runs are in its folders {', '.join(names)}."

@@ -15,7 +15,6 @@ from .options import (
     PATH,
     POSITIVE,
     REQUIRED,
-    SEED,
     Config,
     Limit,
     normalize_swept,
@@ -309,7 +308,7 @@ class TrainingConfig(Config):
     accumulation: int = option(1, limit=COUNT)
     max_length: int = option(1024, limit=COUNT)
     packing: bool = False
-    seed: int | list[int] = option(0, section="seeds", limit=SEED)
+    seed: int | list[int] = option(0, section="seeds", limit=NOT_NEGATIVE)
     data_seed: int | None = option(None, limit=NOT_NEGATIVE)
     on_nan: Literal["stop", "skip"] = option("stop", may_change=True)
 

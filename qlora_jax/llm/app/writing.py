@@ -271,7 +271,8 @@ def _write_pair(
     is what packing changed, if a 4-bit file has the adapter merged.
     """
     name = str(model.path) if model.path.is_file() else model.name
-    path = pathlib.Path(name)
+    # Servers get quoted paths, in which a shell does not expand "~".
+    path = pathlib.Path(name).expanduser()
     paths = {"base": str(path.absolute()) if path.exists() else name}
 
     def write_part(

@@ -183,9 +183,9 @@ class _Loader(yaml.SafeLoader):
     """A loader that rejects repeated keys, of which YAML would keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        if repeated := [key for key in keys if keys.count(key) > 1]:
-            raise ValueError(f"Got {repeated[0]!r} more than once.")
+        keys = [(key.tag, str(key.value)) for key, _ in node.value]
+        if len({*keys}) < len(keys):
+            raise ValueError(f"Got {max(keys, key=keys.count)[1]!r} more than once.")
         return super().construct_mapping(node, deep)
 
 

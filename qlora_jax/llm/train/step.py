@@ -273,7 +273,7 @@ class Step:
         Raises:
             ValueError: If there are no batches.
         """
-        if not batches:
+        if len(batches) == 0:  # may also be a stack of batches in an array
             raise ValueError("`batches` must have a batch. Got none.")
         add_batch, finish = self._programs_for(state)
         sums = None

@@ -17,7 +17,11 @@ from tokenizer_helpers import write_rows
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.base_model import open_model_and_adapters, read_as_trained
+from qlora_jax.llm.app.base_model import (
+    open_model_and_adapters,
+    read_as_trained,
+    run_configs_of,
+)
 from qlora_jax.llm.models import download
 from qlora_jax.llm.models.tiny import save_tiny
 
@@ -207,6 +211,8 @@ def test_a_run_and_what_it_replaces(capsys, command):
 
 
 def test_an_adapter_has_its_run_in_the_current_folder_too(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert len(run_configs_of("~/run/adapter")) == 1
     monkeypatch.chdir(folder / "run" / "adapter")
     config = app.ScoreConfig(str(folder / "base"), "d", adapter=".")
     _, _, options = open_model_and_adapters(config)
@@ -224,6 +230,9 @@ def test_an_adapter_is_not_read_without_the_damaged_settings_of_its_run(
     with pytest.raises(ValueError, match="config.yaml must have the settings of a run"):
         open_model_and_adapters(config)
     (tmp_path / "run" / "metrics.jsonl").unlink()  # then it is another program's folder
+    # So it is beside a folder of Hydra's settings, which is no run of a sweep.
+    (tmp_path / "run" / ".hydra").mkdir()
+    (tmp_path / "run" / ".hydra" / "config.yaml").write_text("{}")
     assert open_model_and_adapters(config)[2] == {}
 
 

@@ -32,7 +32,11 @@ from qlora_jax.llm.app.run import (
     make_run,
     member_configs,
 )
-from qlora_jax.llm.app.run_folder import open_run_folder, write_run_config
+from qlora_jax.llm.app.run_folder import (
+    open_run_folder,
+    read_run_config,
+    write_run_config,
+)
 from qlora_jax.llm.app.training import _end_at_signal
 from qlora_jax.llm.cli.parser import parse
 from qlora_jax.llm.data import open_tokenizer, read_dataset
@@ -400,8 +404,6 @@ SPLASH = dict(batch_size=8, attention="splash")
         (dict(keep_best=True, data="train.jsonl"), "`keep_best` needs validation rows"),
         (dict(log="wandb,tb"), "`log` must only contain .* Got .'tb'"),
         (dict(fmt="none", base_memory="host"), "`base_memory` must be device"),
-        (dict(fmt="none", block_size=32), "`block_size` must be left out with `fmt` n"),
-        (dict(fmt="none", double_quant=False), "`double_quant` must be left out with"),
         (OFFLOADED, "adamw8bit or lion with `offload_optimizer`"),
         (dict(learning_rate="1e-3,x"), "`learning_rate` must be of type float, or sev"),
         (dict(learning_rate="1e-3,0.001"), "or several different values"),
@@ -439,16 +441,13 @@ def test_what_is_wrong_is_refused_before_the_model_is_read(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_without_packing_resumes_with_an_old_block_size(folder, data, tmp_path):
-    out, options = tmp_path / "run", dict(fmt="none", block_size=32, resume=True)
-    config = settings(folder, data, out, **options)
+def test_runs_with_seeds_that_were_accepted_resume(folder, data, tmp_path):
+    out = tmp_path / "run"
     out.mkdir()
+    config = settings(folder, data, out, seed=2**32 + 1, resume=True)
     write_run_config(config, out / "config.yaml", "a folder")
-    resumed = make_run(config, "2026-01-01")
-    assert resumed.packing_config is None and resumed.stamp["block_size"] == 32
-    # The settings that a run writes can be used for a new one.
-    new = make_run(settings(folder, data, tmp_path / "new", fmt="none"), "2026-01-01")
-    assert make_run(new.config.replace(out="other"), "2026-01-01").stamp == new.stamp
+    assert member_configs(config) == [config]
+    assert read_run_config(out / "config.yaml").training.seed == 2**32 + 1
 
 
 def test_epochs_are_a_decimal_number_of_passes(folder, data, tmp_path):

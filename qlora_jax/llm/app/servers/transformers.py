@@ -1,7 +1,5 @@
 """transformers with PEFT."""
 
-import json
-
 from .server import BITSANDBYTES, E2M1, INT4_FMTS, Server
 
 # PEFT silently skips packed modules, so transformers must decode them.
@@ -14,7 +12,7 @@ TRANSFORMERS = Server(
     bases={**BITSANDBYTES, **dict.fromkeys(INT4_FMTS, "compressed-tensors"), **E2M1},
     adapter="peft",
     command="model = transformers.AutoModelForCausalLM.from_pretrained({base}{flags})",
-    quote=json.dumps,  # as text in Python
+    quote=repr,  # as text in Python
     option="; model = peft.PeftModel.from_pretrained(model, {adapter})",
     flags=dict.fromkeys(("compressed-tensors", *E2M1), _DECODED),
 )
