@@ -362,7 +362,7 @@ def collate(
     size: int,
     width: int,
     num_targets: int,
-    num_sequences: int,  # S of `Batch.answers`, or 0 for no answers
+    num_sequences: int = 0,  # S of `Batch.answers`, or 0 for no answers
 ) -> Batch:
     """Returns a batch of `size` rows. Each group of sequences fills one of them."""
     ids, segments, positions = np.zeros((3, size, width), np.int32)  # [B, T]

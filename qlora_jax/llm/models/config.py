@@ -464,7 +464,9 @@ class DecoderConfig:
         sizes = {name: getattr(self, name) for name in names}
         wrong = {name: x for name, x in sizes.items() if not _is_size(x)}
         if wrong:
-            raise ValueError(f"{[*wrong]} must be positive integers. Got {wrong}.")
+            raise ValueError(
+                f"{[*wrong]} must be positive integers of Python. Got {wrong}."
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 "`num_kv_heads` must divide `num_heads`. "
@@ -515,7 +517,7 @@ class DecoderConfig:
     def _check_ropes(self):
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
-                "`rotary_dim` must be even and at most `head_dim`, and not negative. "
+                "`rotary_dim` must be positive, even and at most `head_dim`. "
                 f"Got {self.rotary_dim=}, {self.head_dim=}."
             )
         for rope in filter(None, self.ropes):

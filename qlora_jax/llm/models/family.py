@@ -458,7 +458,9 @@ def rope_sections(
     Older files have the first one in `rope_scaling`, which overrides the newer key.
     """
     sections = read_section(raw, "rope_parameters")
-    if unknown := sorted(sections.keys() - {_FULL, _SLIDING}):
+    unknown = sorted(sections.keys() - {_FULL, _SLIDING})
+    # transformers writes keys beside both sections, and then ignores them.
+    if unknown and not {_FULL, _SLIDING} <= sections.keys():
         raise ValueError(
             "`rope_parameters` must have a section for each kind of layers. Got the "
             f"keys {unknown}."

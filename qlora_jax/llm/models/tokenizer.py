@@ -163,8 +163,8 @@ class FolderTokenizer:
             tokenizer = (
                 self._rebuild() if is_rebuilt else Tokenizer.from_str(self._text)
             )
-        except Exception as error:  # tokenizers raises no other class
-            raise ValueError(f"{self._file} must be a tokenizer. {error}") from error
+        except Exception as error:  # tokenizers raises plain Exceptions
+            raise ValueError(f"{self._file} must be a tokenizer. {error!r}") from error
         # Tokens in the vocabulary keep their ids. The others get the next ids, in the
         # order of this list.
         tokens: list[str | AddedToken] = [x for _, x in sorted(self._added.items())]
