@@ -96,8 +96,11 @@ class DoRA(LowRank):
     def _adapt_rows(self, rows: Array, norms: Array | None) -> Array:
         v, m = super()._adapt_rows(rows, norms), self.m.astype(jnp.float32)
         if norms is not None:
+            # In a bank, both are 0 for an id of -1, and 0 / 0 would have a gradient of
+            # NaN. Other norms are far above the floor (see `_safe_sqrt`).
+            scale = m / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
             # `jax_numpy_rank_promotion` may be "raise", so broadcast [D] explicitly.
-            return v * jnp.broadcast_to(m / norms, v.shape)
+            return v * jnp.broadcast_to(scale, v.shape)
         norms = _safe_sqrt(jnp.sum(jnp.square(lax.stop_gradient(v)), -1))
         return v * (m / norms)[..., None]
 

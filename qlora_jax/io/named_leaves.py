@@ -282,18 +282,23 @@ def join_experts(tensors: Mapping[str, Any], names: Names) -> dict[str, Any]:
     stack_names: dict[str, str] = {}  # the name of the stack of each part
     stacks: dict[str, dict[int, Any]] = {}  # the parts of each stack by number
     for name, x in tensors.items():
-        match = re.fullmatch(r"(.*)\.(0|[1-9][0-9]*)", name)
+        match = re.fullmatch(r"(.*)\.(0|[1-9][0-9]{0,8})", name)
         if match and len(x.shape) == 2 and names.is_stack(match[1]):
             stack_names[name] = match[1]
             stacks.setdefault(match[1], {})[int(match[2])] = x
+    stacks = {
+        name: parts
+        for name, parts in stacks.items()
+        if name not in tensors and {*parts} == {*range(len(parts))}
+    }
     joined: dict[str, Any] = {}
     for name, x in tensors.items():
         stack_name = stack_names.get(name, "")
-        parts = stacks.get(stack_name, {})
-        if not parts or stack_name in tensors or {*parts} != {*range(len(parts))}:
+        if stack_name not in stacks:
             joined[name] = x
         elif stack_name not in joined:
             # Files list names in alphabetical order, in which 10 comes before 2.
+            parts = stacks[stack_name]
             experts = [parts[i] for i in range(len(parts))]
             joined[stack_name] = _stack_experts(experts, names.stack_roles(stack_name))
     return joined

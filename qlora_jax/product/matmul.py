@@ -80,7 +80,8 @@ def explain_backend(
     """Returns the back ends that are tried for a product on this process's devices.
 
     Args:
-        x: The input of `matmul`, or its shape and dtype.
+        x: The input of `matmul`, or its shape and dtype. For a stack, it may be the
+            input of one layer, without the batch axes.
         q: The quantized kernel.
         transpose: Whether to explain the product of the gradient instead, `x @ W^T` for
             x `[*batch, ..., N]`.
@@ -106,6 +107,8 @@ def explain_backend(
     check_float(x.dtype)
     spec = replace(product_spec(q), output="x" if transpose else "y")
     *batch, k, n = q.matrix_shape
+    if x.shape[: len(batch)] != (*batch,):
+        batch = []
     contracted = n if transpose else k
     check_shape(x.shape, batch, contracted)
     shape = *batch, math.prod(x.shape[len(batch) : -1]), contracted

@@ -52,7 +52,6 @@ class NotAnArray:
     __matmul__ = __rmatmul__ = __mul__ = __rmul__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = _refuse
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _refuse
-    __divmod__ = __rdivmod__ = __round__ = __contains__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __pos__ = __abs__ = _refuse
     __float__ = __int__ = __complex__ = __getitem__ = __iter__ = __len__ = _refuse
 

@@ -430,7 +430,8 @@ class KernelFunctions(TorchFunctionMode):
 def _stop_gradient(value: Any) -> Any:
     # Views of torchax refer to the tensor that they show, so they are not replaced.
     if isinstance(value, torchax.tensor.Tensor) and value.dtype.is_floating_point:
-        return as_tensor(jax.lax.stop_gradient(as_array(value)))
+        array = jax.lax.stop_gradient(as_array(value))
+        return type(value)(array, torchax.default_env())  # such as a `DecodedWeight`
     return value
 
 

@@ -50,7 +50,7 @@ def calibrate(
         entries of an expert that got no rows are zero.
 
     Raises:
-        TypeError: If `batches` is a single batch in a dict, or not an iterable.
+        TypeError: If `batches` is a single batch in a dict.
         ValueError: If there is no batch, or an adapter does not fit its kernel. Outside
             jit, also if the outputs do not depend on the product with some kernel. The
             message then lists all such kernels.
@@ -69,7 +69,7 @@ def calibrate(
         'nf4'
     """
     # A loop over a single batch would take its keys for batches.
-    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+    if isinstance(batches, Mapping):
         kind = type(batches).__name__
         raise TypeError(f"`batches` must be an iterable of batches. Got {kind}.")
     checked_adapters(base, lora)  # raises if they do not fit

@@ -70,9 +70,10 @@ def place(
             moves the codes of its layer to the device. "device" moves them back.
 
     Raises:
-        TypeError: If `base` is a combined tree; if `rules` is not a dict of specs, or
-            `rows` or the names in a box are not a sequence; or if `specs` has other
-            leaves than specs, boxes and arrays without a box, which are replicated.
+        TypeError: If `base` is a combined tree; if `rules` is not a dict of specs,
+            `rows` is not a sequence, or the names in a box are a string; or if `specs`
+            has other leaves than specs, boxes and arrays without a box, which are
+            replicated.
         ValueError: If `rules` is set, and `specs` or `logical_axes` too; if a rule is
             not a regular expression or matches no leaf, or `specs` has other leaves
             than `base`; if `rows` or a spec names an axis twice or one that the mesh

@@ -601,9 +601,24 @@ def change_data(x, weight):
     return x @ weight
 
 
+def change_data_without_gradients(x, weight):
+    with torch.no_grad():
+        weight.data.add_(1)
+    return x @ weight
+
+
 @pytest.mark.parametrize(
     "compute",
-    [double, set_data, rectify, write_product, change_view, set_row, change_data],
+    [
+        double,
+        set_data,
+        rectify,
+        write_product,
+        change_view,
+        set_row,
+        change_data,
+        change_data_without_gradients,
+    ],
 )
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_changes_of_weights_in_place_are_refused(compute, is_packed):

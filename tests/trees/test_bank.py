@@ -348,6 +348,20 @@ def test_rows_of_a_table_have_their_adapters(contract):
         look_up_rows(bank, np.array([0, 1]))
 
 
+def test_rows_without_an_adapter_have_finite_gradients():
+    """Their magnitudes and norms are 0, and so would be 0 / 0."""
+    params = {"embedding": normal(0, (16, 8))}
+    config = ql.QLoRAConfig(targets="embedding", rank=2, use_dora=True)
+    base, lora = ql.init(jax.random.key(0), params, config)
+    bank, ids = ql.bank([lora], capacity=2), np.array([-1, 0, -1])
+
+    def total(trained):
+        chosen = ql.select(dataclasses.replace(bank, lora=trained), ids)["embedding"]
+        return ql.lookup(base["embedding"], chosen, np.array([3, 4, 5])).sum()
+
+    chex.assert_tree_all_finite(jax.grad(total)(bank.lora))
+
+
 def test_what_does_not_fit_is_refused():
     base, (first, second, third) = trees()
     _, (dora, *_) = trees(use_dora=True)

@@ -26,6 +26,8 @@ from ..safetensors import open_safetensors
 from ..stored_weight import in_float
 from ..tensors import DeferredTensor, SliceableTensor, TensorLike
 
+_FLOATS = "one of " + ", ".join(FLOAT_DTYPES)  # float8 has scales in other tensors
+
 
 def save_merged(
     path: Path,
@@ -120,7 +122,7 @@ def _check_trained(
         if shape != trained_shape:
             mismatched.append(f"{name} (must be {shape}, is {trained_shape})")
         elif str(dtype := tensors[name].dtype) not in FLOAT_DTYPES:
-            mismatched.append(f"{name} (must be floating-point, is {dtype})")
+            mismatched.append(f"{name} (must be {_FLOATS}, is {dtype})")
     refuse_names({"missing": missing, "mis-shaped": mismatched})
 
 
@@ -154,7 +156,7 @@ def _merged_tensors(
                 continue
             x = tensors[name]
             if str(x.dtype) not in FLOAT_DTYPES:
-                problems.append(f"{path}: {name} must be floating-point, is {x.dtype}.")
+                problems.append(f"{path}: {name} must be {_FLOATS}, is {x.dtype}.")
                 continue
             # A shared adapter has a single position for all experts of a layer.
             matrix_lora = lora.at((*index[:-1], 0) if lora.is_shared else index)

@@ -351,7 +351,7 @@ def test_published_configs_are_read_without_a_warning(name):
         ({"layers": (LayerKind(),) * 3}, "`layers` must have one entry, or one for"),
         ({"layers": (LayerKind(window=0),)}, "`window` must be positive or None"),
         ({"layers": (LayerKind(Rope(divisors=(1.0,))),)}, "must be empty or have 4"),
-        ({"rotary_dim": 10}, "`rotary_dim` must be even and at most `head_dim`"),
+        ({"rotary_dim": 10}, "`rotary_dim` must be positive, even and at most `head"),
         ({"pre_norms": False}, "`post_norms` must be True without `pre_norms`"),
         ({"parallel_mlp": True, "post_norms": True}, "`post_norms` must be False"),
         ({"layer_norms": True, "unit_offset_norms": True}, "with `layer_norms`"),
@@ -361,7 +361,7 @@ def test_published_configs_are_read_without_a_warning(name):
         ({"layers": (LayerKind(Rope(float("nan"))),)}, r"'ropes\[0\].theta'. must be"),
         ({"num_kv_heads": 0}, "'num_kv_heads'. must be positive integers"),
         ({"intermediate_size": 1.5}, "'intermediate_size'. must be positive integers"),
-        ({"rotary_dim": -2}, "`rotary_dim` must be even and at most `head_dim`, and"),
+        ({"rotary_dim": -2}, "`rotary_dim` must be positive, even and at most `head"),
         ({"layers": (LayerKind(Rope(dim=-2)),)}, "must be positive, even and at most"),
         (
             {"layers": (LayerKind(Rope(num_pairs=5)),)},
