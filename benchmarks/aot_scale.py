@@ -46,7 +46,7 @@ def lower_row(row: dict) -> Any:
     from qlora_jax.llm.app.train_config import TrainConfig
 
     devices, backend = devices_of(row)
-    settings = {"model": row["model"], "data": "", "out": "", "steps": 1000}
+    settings = {"model": row["model"], "data": "data", "out": "run", "steps": 1000}
     settings |= {"warmup": 20, **row["settings"]}
     config = TrainConfig.from_settings(settings)
     with tempfile.TemporaryDirectory() as folder:

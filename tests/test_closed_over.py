@@ -42,6 +42,8 @@ CHECKED = {
     "trees/bank.py _checked_index": "with_adapter",
     "trees/bank.py select": "select",
     "trees/calibrate.py calibrate": "calibrate",
+    "trees/merge.py _mismatch": "merge_adapters",
+    "trees/merge.py is_finite": "merge_adapters",
     "trees/merge.py merge_leaf": "merge",
     "trees/merge.py _is_finite_number": "merge_adapters",
     "trees/quantize.py _check_importance": "quantize by importance",

@@ -212,7 +212,7 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
 
 def test_rows_have_models_and_settings_of_train():
     for row in scale_rows.ROWS:
-        options = {"model": row["model"], "data": "", "out": "", "steps": 1000}
+        options = {"model": row["model"], "data": "data", "out": "run", "steps": 1000}
         config = TrainConfig.from_settings({**options, **row["settings"]})
         engine, config_names = config.model.engine, scale_models.CONFIGS
         assert row["model"] in scale_models.MODELS

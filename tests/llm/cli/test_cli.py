@@ -423,7 +423,10 @@ def test_wrong_input_is_an_error_without_a_traceback(
         ([], "qlora-jax: the command must be .*, check. Got none"),
         (["score", "--model", "m"], "score: `data` must be given"),
         (["inspect"], "inspect: `path` must be given"),
-        ([*SCORE, "--batch-tokens=0"], "score: `batch_tokens` must be positive. Got 0"),
+        (
+            [*SCORE, "--batch-tokens=0"],
+            "score: `batch_tokens` must be at least 2. Got 0",
+        ),
         ([*SCORE, "--batch-tokens=1.5"], "`batch_tokens` must be an integer. Got 1.5"),
         (["train", "--lora_alpha=x"], "`lora_alpha` must be a number. Got x"),
         (
