@@ -398,7 +398,6 @@ USES = {
     "product": lambda q: 2 * q,
     "power": lambda q: q**2,
     "remainder": lambda q: q % 2,
-    "round": round,
     "abs": abs,
     "comparison": lambda q: jnp.ones((128, 24)) < q,
     "float": float,
