@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -162,17 +161,25 @@ class Worker:
         facts: What the worker reported when it was ready; it has "error" if it failed.
     """
 
-    def __init__(self, command: list[str], paths: Sequence[Path] = ()):
-        """Starts a command that answers as worker.py does, with `PYTHONPATH` set."""
-        settings = {"JAX_PLATFORMS": "cpu"}
-        if paths:
-            settings["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    def __init__(self, command: list[str], checkout: Path | None = None):
+        """Starts a command that answers as worker.py does.
+
+        If `checkout` is a path, the command runs in its folder `benchmarks`, and
+        imports its modules.
+        """
+        settings, folder = {"JAX_PLATFORMS": "cpu"}, None
+        if checkout is not None:
+            # `python -c` searches the working directory before `PYTHONPATH`, so it must
+            # not be the root of another checkout.
+            folder = checkout / "benchmarks"
+            settings["PYTHONPATH"] = os.pathsep.join(map(str, (checkout, folder)))
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            cwd=folder,
             env=os.environ | settings,
         )
         self.facts = self._read()

@@ -78,22 +78,18 @@ def main() -> None:
     )
     args = parser.parse_args()
     checkouts = [args.before.resolve(), args.after.resolve()]
-    commands = {}  # from the folder of a checkout's benchmarks, by the name of the case
+    python_arguments = {}  # by the name of the case; paths are relative to benchmarks
     for name, case in cases(args.quick).items():
-        arguments = [case.pop("peer", "qlora_jax"), json.dumps(case)]
-        commands[name] = lambda folder, x=arguments: [str(folder / "worker.py"), *x]
+        peer = case.pop("peer", "qlora_jax")
+        python_arguments[name] = ["worker.py", peer, json.dumps(case)]
     settings = json.dumps([*([2, 64] if args.quick else [32, 256]), args.rounds])
     for name in ("dense", "LoRA on float", "QLoRA, nf4"):
-        arguments = ["-c", COMPILE, name, settings]
-        commands[f"compile: {name}"] = lambda folder, x=arguments: x
+        python_arguments[f"compile: {name}"] = ["-c", COMPILE, name, settings]
     rows = []
-    chosen = [name for name in commands if args.only in name]
+    chosen = [name for name in python_arguments if args.only in name]
     for name in tqdm(chosen, disable=None):
-        workers = []
-        for checkout in checkouts:
-            folder = checkout / "benchmarks"
-            command = [sys.executable, *commands[name](folder)]
-            workers.append(Worker(command, [checkout, folder]))
+        command = [sys.executable, *python_arguments[name]]
+        workers = [Worker(command, checkout) for checkout in checkouts]
         rows.append(compare(name, workers, args.rounds))
         tqdm.write(" ".join(rows[-1]))  # a run takes most of an hour
     print_table(HEADER, rows, args.markdown)

@@ -167,6 +167,7 @@ class RegisteredEinsum:
                     f"`{argument}` must be a string, or a function of a module that "
                     f"returns one. Got {value!r}."
                 )
+        # Classes themselves are callable, so `hasattr` would be True for any class.
         if not any("__call__" in vars(cls) for cls in self.cls.__mro__):
             raise TypeError(f"`cls` must have a `__call__`. Got {self.cls.__name__}.")
         if isinstance(self.einsum, str) and not self.einsum.isidentifier():

@@ -159,9 +159,7 @@ class QLoRAConfig:
         for name, convert in converters.items():
             set_field(name, settings_by_pattern(name, getattr(self, name), convert))
         # 2. Check flags, and check and convert numbers.
-        flags = {"freeze_base", "rank_stabilized", "use_dora", "merge_aware"}
-        flags |= {"double_quant"} if self.double_quant is not None else set()
-        for name in sorted(flags):
+        for name in ("freeze_base", "merge_aware", "rank_stabilized", "use_dora"):
             if (value := getattr(self, name)) not in (True, False):
                 raise ValueError(f"`{name}` must be True or False. Got {value!r}.")
         set_field("rank", as_rank(self.rank))
@@ -392,7 +390,7 @@ def _as_ranks(ranks: int | Sequence[int]) -> int | tuple[int, ...]:
 
 def _as_rows(rows: Iterable[int]) -> tuple[int, ...]:
     try:
-        # Bools would be a mask, and not indices.
+        # Bools would be a mask, not indices. They become -1, which is rejected below.
         indices = sorted(
             -1 if isinstance(row, bool) else operator.index(row) for row in rows
         )

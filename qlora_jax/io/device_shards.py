@@ -75,10 +75,8 @@ def place_leaves(shapes: Tree, place: Callable[[Tree], Tree] | None) -> Tree:
             f"{missing[:5]}. Unexpected: {unexpected[:5]}."
         )
     for path, leaf in leaves.items():
-        # Adapters have no shape.
-        shape, placed_shape = (
-            getattr(x, "shape", None) for x in (leaf, placed_leaves[path])
-        )
+        shape = getattr(leaf, "shape", None)  # adapters have no shape
+        placed_shape = getattr(placed_leaves[path], "shape", None)
         if shape != placed_shape:
             raise ValueError(
                 f"`place` must return {path} with shape {shape}. Got {placed_shape}."

@@ -69,11 +69,11 @@ def write_folder(
     new_config = {k: x for k, x in merged.items() if x is not None or k not in changes}
     if "quantization_config" in changes:
         new_config.pop("quantization", None)  # MLX's name for the same settings
-        # The config of a multimodal model may have them in that of its language model.
-        if isinstance(text := new_config.get("text_config"), Mapping):
-            names = ("quantization_config", "quantization")
+        # Multimodal models may have these settings in the language model's config.
+        if isinstance(text_config := new_config.get("text_config"), Mapping):
+            removed_keys = ("quantization_config", "quantization")
             new_config["text_config"] = {
-                k: x for k, x in text.items() if k not in names
+                k: x for k, x in text_config.items() if k not in removed_keys
             }
     # mlx-lm and older versions of transformers read the older keys.
     new_config |= older_config_keys(new_config)

@@ -75,7 +75,8 @@ class Entry:
         if not self.names or not all(isinstance(n, str) and n for n in self._templates):
             raise ValueError(f"`names` must be non-empty strings. Got {self.names!r}.")
         for name in (*self._templates, self.parameter or ""):
-            if "{" in (rest := _PLACEHOLDER.sub("", name)) or "}" in rest:
+            literal_text = _PLACEHOLDER.sub("", name)
+            if "{" in literal_text or "}" in literal_text:
                 raise ValueError(
                     "a placeholder must consist of lower-case letters and underscores "
                     f"in braces, such as {{layer}}. Got {name!r}."

@@ -181,7 +181,7 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
 
 
 def _empty_items(node: Tree, keys: tuple = ()) -> Iterator[tuple]:
-    """Yields the keys of lists' items without arrays, which a file could not keep."""
+    """Yields the keys of list items without arrays, which a file cannot represent."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield from _empty_items(value, (*keys, DictKey(key)))

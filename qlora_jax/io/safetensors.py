@@ -237,12 +237,18 @@ def make_header(
     """Returns the bytes before the tensors, and the order of the tensors."""
     if "__metadata__" in tensors:
         raise ValueError("a tensor must not be called `__metadata__`.")
-    # JSON would silently turn other keys into strings.
-    if others := [name for name in tensors if not isinstance(name, str)]:
-        raise TypeError(f"names of tensors must be strings. Got {others}.")
-    pairs = (metadata or {}).items()
-    if others := [pair for pair in pairs if not all(isinstance(x, str) for x in pair)]:
-        raise TypeError(f"`metadata` must map strings to strings. Got {dict(others)}.")
+    # JSON would silently turn keys of other types into strings.
+    if wrong_names := [name for name in tensors if not isinstance(name, str)]:
+        raise TypeError(f"names of tensors must be strings. Got {wrong_names}.")
+    wrong_metadata = {
+        key: value
+        for key, value in (metadata or {}).items()
+        if not (isinstance(key, str) and isinstance(value, str))
+    }
+    if wrong_metadata:
+        raise TypeError(
+            f"`metadata` must map strings to strings. Got {wrong_metadata}."
+        )
     dtypes = {name: _stored_dtype(name, x) for name, x in tensors.items()}
     # Wide values come first, so that each tensor is aligned to the size of its values.
     order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))

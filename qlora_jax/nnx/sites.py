@@ -169,12 +169,13 @@ def check_targets(
     for site in targets.values():
         for module, _, name in site.holders:
             names_by_module.setdefault(id(module), []).append(name)
-    axis_roles: dict[str, str | None] = {}
+    axis_roles: dict[str, str] = {}
     problems: dict[str, str] = {}
     for path, site in targets.items():
         names = names_by_module[id(site.module)] if site.holders else []
         try:
-            axis_roles[path] = _axis_roles(site, names, config)
+            if (roles := _axis_roles(site, names, config)) is not None:
+                axis_roles[path] = roles
         except ValueError as error:
             problems[path] = str(error)
-    return {path: x for path, x in axis_roles.items() if x is not None}, problems
+    return axis_roles, problems

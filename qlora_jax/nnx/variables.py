@@ -128,7 +128,7 @@ class AdapterModule(nnx.Module):
         untrained = {} if self.inputs is None else self.inputs.get_value()
         leaves = [*arrays, *(untrained[name] for name in self.untrained_names)]
         # The leaves are those of `sliceable_structure`. A tuple of scalings, the last
-        # leaf, is static in `structure`, which then has one leaf less.
+        # leaf, is static in `structure`, which then has one leaf fewer.
         adapter: Adapter = structure.unflatten(leaves[: structure.num_leaves])
         has_dropout = "dropout" in adapter.settings
         return with_dropout(adapter, self.rate) if has_dropout else adapter

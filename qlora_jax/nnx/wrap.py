@@ -129,10 +129,11 @@ def wrap(
     # 3. Pack the kernels, and replace variables and classes.
     base, lora = init_targets(rngs.params(), values, config, geometries, donate=donate)
     adapters = leaves_by_path(lora)
-    for path, site in (targets | trained | rows).items():
+    adapted = targets | trained | rows
+    for path, site in adapted.items():
         adapt(site.holder, site.name, path, base[path], adapters[path], rngs)
     by_module: dict[int, list[Site]] = {}  # by id: modules may not be hashable
-    for path, site in (targets | trained | rows).items():
+    for path, site in adapted.items():
         # A module reads a leaf that is trained in full as before, and keeps its class.
         # A bridge does not, because it must not pass the adapter to its linen module.
         if path in targets or path in rows or runs_linen(site.module):
@@ -158,8 +159,9 @@ def _check_call(model: nnx.Module, args: tuple, kwargs: dict) -> None:
         inspect.signature(type(model).__call__).bind_partial(model, *args, **kwargs)
     except TypeError as error:
         raise TypeError(
-            f"the sample call must have arguments of {type(model).__name__}.__call__: "
-            f"{error}. Got {len(args)} positional arguments and {[*kwargs]}."
+            "the arguments of the sample call must fit "
+            f"{type(model).__name__}.__call__: {error}. Got {len(args)} positional "
+            f"arguments and {[*kwargs]}."
         ) from error
 
 

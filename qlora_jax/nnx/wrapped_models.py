@@ -106,9 +106,8 @@ def join(model: M, base: Tree, lora: Tree) -> M:
     Raises:
         TypeError: If `model` is not an nnx module.
         ValueError: If leaves are missing, unexpected, or differ in type or shape from
-            those of the model; or if adapters do not fit, or are a `Trained` where the
-            model has another kind, or another kind where it has a `Trained`. All are
-            listed.
+            those of the model; if adapters do not fit; or if a `Trained` would replace
+            an adapter of another kind, or the reverse. All are listed.
 
     Example:
         >>> import qlora_jax as ql

@@ -48,6 +48,7 @@ def checked_backend(
     names: tuple[str, ...] = ()
     if isinstance(backend, Sequence):
         names = (backend,) if isinstance(backend, str) else tuple(backend)
+    # Search a list, because entries that are not strings may not be hashable.
     if not names or any(name not in [*BACKENDS] for name in names):
         raise ValueError(
             f"`backend` must be one of {sorted(BACKENDS)}, or several of them. Got "

@@ -108,7 +108,7 @@ def explain_backend(
     spec = replace(product_spec(q), output="x" if transpose else "y")
     *batch, k, n = q.matrix_shape
     if x.shape[: len(batch)] != (*batch,):
-        batch = []
+        batch = []  # x is the input of one layer
     contracted = n if transpose else k
     check_shape(x.shape, batch, contracted)
     shape = *batch, math.prod(x.shape[len(batch) : -1]), contracted

@@ -189,10 +189,12 @@ def check_dtype(argument: str, dtype: DTypeLike) -> str:
 
 
 def checked_result_dtype(dtype: DTypeLike | None) -> np.dtype | None:
-    """Returns the dtype of decoded weights; raises TypeError unless it is floating."""
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+    """Returns None or a floating dtype; raises TypeError for any other dtype."""
+    if dtype is None:
+        return None
+    if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`dtype` must be floating-point. Got {jnp.dtype(dtype)}.")
-    return None if dtype is None else jnp.dtype(dtype)
+    return jnp.dtype(dtype)
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,7 @@ class Placement:
     def matrix_axes(self, ndim: int) -> tuple[Axes, ...]:
         """The mesh axes of a matrix form with `ndim` axes."""
         # Axes in front of those of `self.kernel` are not split.
-        axes = ((),) * ndim + self.kernel
-        return axes[len(axes) - ndim :]
+        return (((),) * ndim + self.kernel)[len(self.kernel) :]
 
     def row_axes(self, count: int) -> tuple[Axes, ...]:
         """The mesh axes of an input's `count` row axes."""

@@ -137,10 +137,13 @@ class QTensor(Kernel):
         number_format = get_format(fmt)
         is_double = number_format.is_double(stored)
         if is_double and number_format.double_scales is None:
-            known, pairs = number_format.scales.array_names, stored._asdict().items()
-            unknown = [name for name, x in pairs if x is not None and name not in known]
+            unexpected = [
+                name
+                for name, array in stored._asdict().items()
+                if array is not None and name not in number_format.scales.array_names
+            ]
             raise ValueError(
-                f"`{unknown[0]}` must be None for {fmt!r}, whose scales are "
+                f"`{unexpected[0]}` must be None for {fmt!r}, whose scales are "
                 f"{number_format.scales.name}. Got an array."
             )
         packing = Packing(fmt, block_size, is_double)
@@ -298,8 +301,8 @@ def _check_parts(
             if not all_below(part, math.inf):
                 values.append(f"`{name}` must be finite. Got NaN or infinite values.")
     if not types and not values and parts["scales"].dtype != np.float32:
-        # Finite arrays may have scales that are not: an exponent of 255 is NaN in
-        # mxfp4, and the divisor in nvfp4 may be 0.
+        # Even finite arrays can decode to NaN or infinite scales: in mxfp4, a scale
+        # stored as 255 is NaN, and in nvfp4, the divisor may be 0.
         stored = StoredScales(*[parts[name] for name in StoredScales._fields])
         if all(map(is_concrete, jax.tree.leaves(stored))):
             with jax.ensure_compile_time_eval():

@@ -125,11 +125,12 @@ class LayerScan:
                 output = self._call(index, hidden, leaves, arguments)
             is_tuple.append(isinstance(output, tuple))
             new_hidden = _hidden_states(output)
-            before, after = jax.typeof(hidden), jax.typeof(new_hidden)
-            if (before.shape, before.dtype) != (after.shape, after.dtype):
+            input_type, output_type = jax.typeof(hidden), jax.typeof(new_hidden)
+            is_same_shape = input_type.shape == output_type.shape
+            if not is_same_shape or input_type.dtype != output_type.dtype:
                 self._refuse(
                     "their output must have the shape and dtype of their input, "
-                    f"{before.str_short()}, but is {after.str_short()}"
+                    f"{input_type.str_short()}, but is {output_type.str_short()}"
                 )
             return new_hidden
 
@@ -220,9 +221,11 @@ def _hidden_states(output: Any) -> jax.Array:
     if isinstance(output, torch.Tensor):
         return as_array(output)
     if not isinstance(output, tuple) or any(value is not None for value in output[1:]):
+        kind = type(output).__name__
+        if isinstance(output, tuple):
+            kind = f"a tuple of {len(output)} values"
         raise ScanError(
-            "a scanned layer must return its hidden states alone, as a tensor or as "
-            f"the first value of a tuple of None. Got {type(output).__name__}. Pass "
-            "trees that are not stacked."
+            "a scanned layer must return its hidden states alone: a tensor, or a tuple "
+            f"whose other values are None. Got {kind}. Pass trees that are not stacked."
         )
     return as_array(output[0])

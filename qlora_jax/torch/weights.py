@@ -281,9 +281,6 @@ class KernelFunctions(TorchFunctionMode):
                     f"weight of one is read by {func.__name__} outside of the layer. "
                     "Pass trees that are not stacked."
                 )
-        first = next(iter(args), None)
-        if func in SETTERS and isinstance(first, KernelTensor):
-            raise _changed_in_place(first)
         result = NotImplemented
         if (rule := RULES.get(func)) is not None:
             result = rule(self, *args, **kwargs)
@@ -399,6 +396,14 @@ class KernelFunctions(TorchFunctionMode):
         """Computes `input.data`, whose changes are changes of the weight."""
         return self._decode(input)
 
+    def refuse_change(self, input: torch.Tensor, *_: object) -> Any:
+        """Raises ValueError for `input[...] = value` and `input.data = value`."""
+        # They are refused here, because torch.Tensor's setters cannot be called on
+        # decoded weights: the tensors of torchax have their own setters.
+        if isinstance(input, KernelTensor):
+            raise _changed_in_place(input)
+        return NotImplemented
+
     def _grouped_product(
         self, x: torch.Tensor, weight: Any, offs: Any = None, **options: Any
     ) -> Any:
@@ -476,13 +481,13 @@ def _values(args: tuple, kwargs: dict) -> Iterable[object]:
 # it is also computed here if none of its operands is a kernel.
 GROUPED_PRODUCTS = {getattr(torch, "_grouped_mm"), F.grouped_mm}  # noqa: B009
 IS_ALL_TRUE = torch.Tensor._is_all_true
-# torchax replaces these in its class of tensors, so they do not work on tensors here.
-SETTERS = {torch.Tensor.__setitem__, torch.Tensor.data.__set__}  # pyright: ignore
 RULES: dict[Callable, Callable[..., Any]] = {
     F.linear: KernelFunctions.linear,
     F.embedding: KernelFunctions.embedding,
     torch.addmm: KernelFunctions.addmm,
     torch.Tensor.data.__get__: KernelFunctions.data,  # pyright: ignore
+    torch.Tensor.data.__set__: KernelFunctions.refuse_change,  # pyright: ignore
+    torch.Tensor.__setitem__: KernelFunctions.refuse_change,
     torch.Tensor.t: KernelFunctions.transpose_matrix,
     torch.Tensor.T.__get__: KernelFunctions.transpose_matrix,  # pyright: ignore
     torch.Tensor.mT.__get__: KernelFunctions.transpose_matrix,  # pyright: ignore

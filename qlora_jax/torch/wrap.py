@@ -140,7 +140,7 @@ class WrappedModule:
             # and not by one around the call of `apply`.
             contexts.enter_context(torch.enable_grad())
             contexts.enter_context(autograd_functions.in_jax(kernel_functions))
-            contexts.enter_context(self._wrapped_training())
+            contexts.enter_context(self._training_modes())
             for scan in scans:
                 contexts.enter_context(scan.active())
             contexts.enter_context(env.override_property(prng=key))
@@ -188,7 +188,7 @@ class WrappedModule:
         return scans, unstacked
 
     @contextlib.contextmanager
-    def _wrapped_training(self) -> Iterator[None]:
+    def _training_modes(self) -> Iterator[None]:
         # The modes are those from the time of `wrap`, even if they have changed since,
         # because a jitted function would not notice the change.
         modules = dict(self.module.named_modules())
@@ -262,7 +262,7 @@ def _to_arrays(output: Any) -> PyTree:
         values = [_to_arrays(value) for value in output]
         if hasattr(output, "_fields"):  # a namedtuple
             return type(output)(*values)
-        # Classes such as that of the result of `torch.max` are no pytrees.
+        # Other classes of tuples, such as `torch.return_types.max`, are not pytrees.
         return values if isinstance(output, list) else tuple(values)
     if output is None or isinstance(output, bool | int | float):
         return output

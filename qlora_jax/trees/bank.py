@@ -265,8 +265,8 @@ def _stack_adapters(
         loras = [tree.get(keys) for tree in trees] + [None] * (num_places - len(trees))
         padded = [_pad(adapter, template) for adapter in loras]
         lora[keys] = jax.tree.map(lambda *arrays: jnp.stack(arrays), *padded)
-        # A DoRA of zeros would silently turn the kernel into zeros, so that the scaling
-        # of its unused places is NaN.
+        # An unused place has arrays of zeros. A DoRA of zeros would silently turn the
+        # kernel into zeros, so its scaling is NaN there.
         unused = 1.0 if _zeros_add_nothing(template) else np.nan
         default = np.full(template.batch_shape, unused)
         scalings = [default if x is None else x.scalings for x in loras]

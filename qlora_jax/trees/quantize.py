@@ -161,9 +161,12 @@ def _check_settings_of_trained(
     contract: Contract,
 ) -> None:
     """Raises ValueError if arguments of `quantize` differ from a kernel's settings."""
-    # A `fmt` of "nf4" is not compared, since it may be the default that nobody chose.
-    settings = {"fmt": None if fmt == "nf4" else fmt, "block_size": block_size}
-    settings |= {"double_quant": double_quant}
+    # A `fmt` of "nf4" is not compared, because it may just be the default.
+    settings = {
+        "fmt": None if fmt == "nf4" else fmt,
+        "block_size": block_size,
+        "double_quant": double_quant,
+    }
     wrong = {
         name: value
         for name, value in settings.items()
@@ -222,7 +225,8 @@ def quantize(
     whose scale is below 1.18e-38, the smallest normal float32, decodes to 0
     (bitsandbytes keeps it on CPUs). Kernels that were trained through their
     quantization (`freeze_base=False`) are packed with the settings of their training. A
-    config, or settings other than the defaults, must be the same.
+    config must have the same settings, and so must arguments that differ from their
+    defaults.
 
     Args:
         params: A float array `[..., K, N]` (or one with other contracted axes) in

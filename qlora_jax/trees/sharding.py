@@ -71,12 +71,12 @@ def place(
 
     Raises:
         TypeError: If `base` is a combined tree; if `rules` is not a dict of specs,
-            `rows` is not a sequence, or the names in a box are a string; or if `specs`
-            has other leaves than specs, boxes and arrays without a box, which are
-            replicated.
-        ValueError: If `rules` is set, and `specs` or `logical_axes` too; if a rule is
-            not a regular expression or matches no leaf, or `specs` has other leaves
-            than `base`; if `rows` or a spec names an axis twice or one that the mesh
+            `rows` is not a sequence, or the names in a box are a string; or if a leaf
+            of `specs` is not a PartitionSpec, a box or an array. Arrays without a box
+            are replicated.
+        ValueError: If `rules` is combined with `specs` or `logical_axes`; if a rule is
+            not a regular expression or matches no leaf, or `specs` has leaves that
+            `base` lacks; if `rows` or a spec names an axis twice or one that the mesh
             lacks; if an adapter does not fit its kernel; if leaves cannot be split as
             requested (all are listed); or if `memory` is "host" and there is no packed
             stack, or the mesh has Explicit axes.

@@ -26,7 +26,8 @@ from ..safetensors import open_safetensors
 from ..stored_weight import in_float
 from ..tensors import DeferredTensor, SliceableTensor, TensorLike
 
-_FLOATS = "one of " + ", ".join(FLOAT_DTYPES)  # float8 has scales in other tensors
+# A requirement for error messages. It excludes float8, whose scales are other tensors.
+_FLOAT_REQUIREMENT = "one of " + ", ".join(FLOAT_DTYPES)
 
 
 def save_merged(
@@ -100,12 +101,12 @@ def save_merged(
     # 3. Write them and all other tensors.
     config_changes: dict[str, Any] = {"quantization_config": None}
     if dtype is not None:
-        tensors = {
+        cast_tensors = {
             name: _cast_later(name, x, dtype)
-            if jnp.issubdtype(x.dtype, jnp.floating)
-            else x
             for name, x in tensors.items()
+            if jnp.issubdtype(x.dtype, jnp.floating)
         }
+        tensors = {**tensors, **cast_tensors}
         config_changes |= {"dtype": jnp.dtype(dtype).name, "torch_dtype": None}
     written = join_experts({**tensors, **changed}, names)
     options: Any = dict(max_shard_bytes=max_shard_bytes, progress=progress)
@@ -122,7 +123,7 @@ def _check_trained(
         if shape != trained_shape:
             mismatched.append(f"{name} (must be {shape}, is {trained_shape})")
         elif str(dtype := tensors[name].dtype) not in FLOAT_DTYPES:
-            mismatched.append(f"{name} (must be {_FLOATS}, is {dtype})")
+            mismatched.append(f"{name} (must be {_FLOAT_REQUIREMENT}, is {dtype})")
     refuse_names({"missing": missing, "mis-shaped": mismatched})
 
 
@@ -156,7 +157,9 @@ def _merged_tensors(
                 continue
             x = tensors[name]
             if str(x.dtype) not in FLOAT_DTYPES:
-                problems.append(f"{path}: {name} must be {_FLOATS}, is {x.dtype}.")
+                problems.append(
+                    f"{path}: {name} must be {_FLOAT_REQUIREMENT}, is {x.dtype}."
+                )
                 continue
             # A shared adapter has a single position for all experts of a layer.
             matrix_lora = lora.at((*index[:-1], 0) if lora.is_shared else index)

@@ -140,9 +140,13 @@ class PlainLoRA:
         Raises:
             ValueError: If a module has neither `"a"` nor `"b"`, or other arrays.
         """
+        invalid_modules = [
+            module
+            for module, arrays in self.factors.items()
+            if not arrays or {*arrays} - {"a", "b"}
+        ]
         title = "`factors` must have `a` and `b`, and nothing else, of these modules"
-        wrong = [m for m, x in self.factors.items() if not x or {*x} - {*"ab"}]
-        raise_if_any(title, wrong)
+        raise_if_any(title, invalid_modules)
         tensors, ranks = {}, {}
         for module, arrays in self.factors.items():
             keys = array_keys(LoRA, module)

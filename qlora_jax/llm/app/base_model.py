@@ -443,7 +443,8 @@ def open_run(
     """Returns a run's model with the adapter of a saved state, and the state's step.
 
     By default, the state is the newest. The run may be unfinished, and is not changed.
-    `base_model`, `recode` and `engine` replace the run's settings of the model.
+    `base_model` and `engine` replace the run's settings unless they are None. `recode`
+    can turn the setting of the run on, but not off.
     """
     folder = pathlib.Path(run)
     if not (folder / CONFIG).is_file() or not (folder / STATE).is_dir():
@@ -534,9 +535,11 @@ def training_load_options(
                 f"fmt {trained_on.fmt}. The base here is a different one: {model.name} "
                 f"with fmt {fmt or model.stored_fmt or 'none'}"
             )
+    # The settings of a run have the defaults of these options, even with `fmt` none.
     if fmt == "none" and model.stored_fmt is None and not uses_run:
-        for name in ("block_size", "double_quant"):
-            if (value := getattr(settings, name, None)) is not None:
+        options_set = {"block_size": block_size, "double_quant": double_quant}
+        for name, value in options_set.items():
+            if value is not None:
                 raise ValueError(
                     f"`{name}` must be left out with `fmt` none, which packs nothing. "
                     f"Got {value}."

@@ -27,7 +27,7 @@ PackedFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nv
 # the sum is packed. For the following formats, it is merged into the weights that
 # training used, which are decoded if they were packed.
 _FORMATS_OF_TRAINED_BASE = ("merged", "gguf")
-# These types of "gguf" are exceptions: they are made in the way of a `PackedFormat`.
+# These types of "gguf" are exceptions: they merge and pack as a `PackedFormat` does.
 GGUF_4_BIT_TYPES = ("Q4_0", "Q4_K_M")
 # For a `PackedFormat`, these options describe the exported file. For a server and for
 # `_FORMATS_OF_TRAINED_BASE`, they describe how training packed the base.
@@ -36,7 +36,7 @@ PACKING_OPTIONS = ("fmt", "block_size", "double_quant", "scales")
 _FORMATS_OF_OPTIONS = {
     "dtype": ("merged",),
     "gguf_type": ("gguf",),
-    "tokenizer": ("gguf",),  # whether to leave it out
+    "tokenizer": ("gguf",),  # only if it is False
     "fmt": ("bitsandbytes", "awq", "compressed-tensors", *_FORMATS_OF_TRAINED_BASE),
     "double_quant": ("bitsandbytes", *_FORMATS_OF_TRAINED_BASE),
     "block_size": (*get_args(PackedFormat), *_FORMATS_OF_TRAINED_BASE),
@@ -190,8 +190,8 @@ class ExportConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         set_options = {name for name, value in vars(self).items() if value is not None}
-        # True is the default of `tokenizer`. If it is false but the format is not known
-        # yet, `complete_export` sets the format, which checks the config again.
+        # `tokenizer` is set only if it is False, because True is the default. If the
+        # format is not known yet, `complete_export` sets it, and thus checks again.
         if self.tokenizer or (self.server is None and self.format is None):
             set_options.remove("tokenizer")
         if {"format", "server"} <= set_options:

@@ -162,10 +162,11 @@ def pair_for(
 
 
 def with_gguf_type(pair: Pair, gguf_type: str | None, is_merge_aware: bool) -> Pair:
-    """Returns the pair if the GGUF file of its base has the type `gguf_type`.
+    """Returns what a pair becomes if its GGUF file has the type `gguf_type`.
 
-    None stands for the default: Q4_0 if the pair is exact, and otherwise F16. Raises
-    ValueError if no such file is written.
+    A type that rounds the weights makes the pair inexact. None, which stands for Q4_0
+    if the pair is exact and otherwise for F16, changes nothing. Raises ValueError if a
+    file of this type cannot be written for the pair.
     """
     if gguf_type is None:
         return pair

@@ -34,7 +34,7 @@ from .base_model import (
     open_model,
     packing_config_for,
 )
-from .options import options_of
+from .options import SEED, options_of
 from .processes import is_first, log
 from .program import make_mesh, make_placer, make_schedule, resolve_dtype
 from .pushing import check_base, push
@@ -407,10 +407,9 @@ def member_configs(config: TrainConfig) -> list[TrainConfig]:
     """
     seeds = config.training.seed
     largest = max(seeds) if isinstance(seeds, list) else seeds
-    # `jax.random.key` drops the higher bits of a seed, so several runs would be equal.
-    # Old runs may have such seeds, and must still resume.
-    if largest >= 1 << 32 and not config.output.resume:
-        raise ValueError(f"`seed` must be from 0 to 2**32 - 1. Got {seeds}.")
+    # Old runs may have larger seeds, and must still resume.
+    if not (SEED.contains(largest) or config.output.resume):
+        raise ValueError(f"`seed` must be {SEED.description}. Got {seeds}.")
     if not config.is_sweep:
         return [config]
     swept = {name: x for name, x in config.sweepable.items() if isinstance(x, list)}

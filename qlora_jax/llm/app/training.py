@@ -502,6 +502,7 @@ def _end_at_signal(
 
 
 def _resume_command(config: TrainConfig) -> str:
+    """Returns the command that resumes a run, to be run in each of its processes."""
     file = pathlib.Path(config.output.out) / CONFIG
     command = f"qlora-jax train --config {shlex.quote(str(file))} --resume"
     # The file has all settings of the run but this one, which differs by process.

@@ -29,7 +29,7 @@ ERRORS += TypeError, ValueError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns a command's exit status. Does not change this process's settings."""
+    """Runs a command and returns its exit status. Keeps the settings of the process."""
     return _run(arguments, lambda config: None)
 
 

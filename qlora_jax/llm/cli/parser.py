@@ -179,8 +179,8 @@ def _normalize_flag(argument: str) -> str:
     return f"{flag}{equals}{value}"
 
 
-class _Loader(yaml.SafeLoader):
-    """A loader that rejects repeated keys, of which YAML would keep the last."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A loader that rejects repeated keys, of which PyYAML would keep only the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [(key.tag, str(key.value)) for key, _ in node.value]
@@ -191,7 +191,7 @@ class _Loader(yaml.SafeLoader):
 
 def _read_settings(file: str, config_type: type[Config]) -> dict[str, object]:
     try:
-        settings = yaml.load(pathlib.Path(file).read_text("utf-8"), _Loader)
+        settings = yaml.load(pathlib.Path(file).read_bytes(), _UniqueKeyLoader)
         if not isinstance(settings, dict):
             raise ValueError(f"Got {settings!r}.")
         return config_type.resolve_names(settings)

@@ -176,8 +176,9 @@ def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, 
         if all(are_texts) and not is_chat:
             if tools or groups:
                 raise ValueError(
-                    "`tools` and `system` need a chat template, which texts use only "
-                    "if `chat` is true, and pairs of texts only with a `prompt`."
+                    "`tools` and `system` need a chat template. It is applied to texts "
+                    "only if `chat` is true, and to pairs of texts only with a "
+                    "`prompt`."
                 )
             return prompt, completion
         if all(are_texts):

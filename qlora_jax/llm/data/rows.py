@@ -130,9 +130,13 @@ def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source
         stems = {name: parts.stem for name, parts in parsed.items() if parts}
         splits = _assign_splits(stems, str(path), "file", parsed, notes)
         # A split may be in a format that no reader supports, as in valid.tsv.
-        absent = [name for x in SPLITS if x not in splits for name in SPLITS[x]]
-        unread = [name for name in parsed if name not in stems]
-        if unread := [name for name in unread if name.partition(".")[0] in absent]:
+        absent_stems = [stem for x in SPLITS if x not in splits for stem in SPLITS[x]]
+        unread = [
+            name
+            for name in parsed
+            if name not in stems and name.partition(".")[0] in absent_stems
+        ]
+        if unread:
             notes.append(
                 f"{path}: ignored, since files must be {FILES}: {', '.join(unread)}"
             )
@@ -265,8 +269,8 @@ class JsonLines:
         for number, row in readers.read_jsonl(file):
             self.line_number = number
             yield number, row
-            # The caller asks for the next row, which starts here, or is the first one
-            # after blank lines.
+            # Until the caller asks for the next row, `offset` is that of the row above.
+            # The next row starts here, possibly after blank lines.
             self.offset = file.tell()
 
     def read_row(self, offset: int) -> Any:

@@ -35,7 +35,7 @@ _Q4_0: Any = ql.QLoRAConfig(fmt="q4_0").packing
 _Q4_0_FORMATS = _Q4_0.format.equivalents  # formats with the codes and scales of Q4_0
 # The kernels that Q4_0 packs.
 _LAYER_KERNELS = r"layers(_\d+)?/(?!.*/(router|shared_expert_gate)/).*/kernel"
-# Where a block has its float16 numbers, by which its codes are multiplied or shifted.
+# The bytes of a block that hold its scales and offsets in float16.
 _F16_BYTES = {
     "Q8_0": slice(2),
     "Q5_0": slice(2),
@@ -358,12 +358,13 @@ def _encode(name: str, x: np.ndarray, fmt: str) -> np.ndarray:
             encoded = pack_k_quant(x, fmt)
         else:
             encoded = gguf.quantize(np.ascontiguousarray(x), quantization_type)
-    numbers = encoded
+    # The floats that may have overflowed: all values, or the scales of blocks.
+    stored_floats = encoded
     if fmt in _F16_BYTES:
         _, block_bytes = gguf.GGML_QUANT_SIZES[quantization_type]
         blocks = encoded.reshape(-1, block_bytes)[:, _F16_BYTES[fmt]]
-        numbers = np.ascontiguousarray(blocks).view(np.float16)
-    if not np.isfinite(numbers).all():
+        stored_floats = np.ascontiguousarray(blocks).view(np.float16)
+    if not np.isfinite(stored_floats).all():
         largest = float(np.abs(x).max())
         raise ValueError(f"{name} must fit {fmt}. Got a value of {largest}.")
     return encoded

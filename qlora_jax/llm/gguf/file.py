@@ -123,8 +123,8 @@ class _Cursor:
 def _number_code(kind: int) -> str:
     if kind not in _NUMBERS:
         raise ValueError(
-            "Its values must be numbers, strings, or arrays of numbers or strings. Got "
-            f"the type {kind}."
+            "Its metadata values must be numbers, strings, or arrays of numbers or "
+            f"strings. Got a value of GGUF's type {kind}."
         )
     return _NUMBERS[kind]
 

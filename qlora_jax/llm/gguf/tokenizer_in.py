@@ -83,7 +83,7 @@ def _read_bpe(file: GGUFFile) -> "Tokenizer":
             "with tokenizer.json."
         )
     settings = PRE_TOKENIZERS[pre]
-    _check_lengths(tokens, types)
+    _check_lengths(tokens=tokens, token_type=types)
     vocab = {token: index for index, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     if wrong := [merge for merge in merges if " " not in merge]:
@@ -107,7 +107,7 @@ def _read_spm(file: GGUFFile) -> "Tokenizer":
 
     keys = ("tokens", "token_type", "scores")
     tokens, types, scores = (_get(file, key) for key in keys)
-    _check_lengths(tokens, types, scores)
+    _check_lengths(tokens=tokens, token_type=types, scores=scores)
     # 1. Merges form all tokens except special and added ones.
     unknown = next(iter(_tokens_of_types(tokens, types, UNKNOWN)), None)
     unmerged = _tokens_of_types(tokens, types, SPECIAL, USER_DEFINED, UNUSED, UNKNOWN)
@@ -135,15 +135,13 @@ def _read_spm(file: GGUFFile) -> "Tokenizer":
     return tokenizer
 
 
-def _check_lengths(*arrays: Sequence[object] | None) -> None:
-    """Checks the arrays of tokens, their types and, for SentencePiece, their scores."""
-    sizes = [len(array or ()) for array in arrays]
-    if not sizes[0] or len(set(sizes)) > 1:
-        names = (
-            "tokens, token_type and scores" if sizes[2:] else "tokens and token_type"
-        )
+def _check_lengths(**arrays: Sequence[object] | None) -> None:
+    """Checks that arrays with an item for each token have one length, and not 0."""
+    sizes = {name: len(array or ()) for name, array in arrays.items()}
+    if 0 in sizes.values() or len({*sizes.values()}) > 1:
         raise ql.io.CheckpointError(
-            f"{names} must have the same length, and at least one item. Got {sizes}."
+            f"{', '.join(sizes)} must have the same length, and at least one item. Got "
+            f"{sizes}."
         )
 
 

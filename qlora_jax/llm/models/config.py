@@ -465,7 +465,7 @@ class DecoderConfig:
         wrong = {name: x for name, x in sizes.items() if not _is_size(x)}
         if wrong:
             raise ValueError(
-                f"{[*wrong]} must be positive integers of Python. Got {wrong}."
+                f"{[*wrong]} must be positive integers, of type int. Got {wrong}."
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -570,8 +570,8 @@ class DecoderConfig:
             if kind.is_chunked and kind.window is None:
                 raise ValueError("`window` must be set if `is_chunked`. Got None.")
             heads, dim = self.heads_of(kind), self.dim_of(kind.rope)
-            is_dim = dim % 2 == 0 and 0 < dim <= heads.head_dim
-            if self.num_heads % heads.num_kv_heads or not is_dim:
+            is_valid_dim = dim % 2 == 0 and 0 < dim <= heads.head_dim
+            if self.num_heads % heads.num_kv_heads or not is_valid_dim:
                 raise ValueError(
                     f"`num_kv_heads` of a layer must divide {self.num_heads}, and its "
                     "number of rotated values must be positive, even and at most "
@@ -584,17 +584,18 @@ class DecoderConfig:
 
     def _check_latent_layers(self):
         """Refuses options that `LatentAttention` would ignore."""
-        names = ["qk_norms", "value_norms", "attention_gate", "sinks", "fuses_qkv"]
-        ignored = [name for name in [*names, "query_scaling"] if getattr(self, name)]
+        options = ["qk_norms", "value_norms", "attention_gate", "sinks", "fuses_qkv"]
+        options += ["query_scaling"]
+        ignored = [name for name in options if getattr(self, name)]
         for i, kind in enumerate(self.layers):
             if kind.latent is None:
                 continue
-            of_layer = ("heads", "kv_group", "unit_norms")
-            wrong = ignored + [name for name in of_layer if getattr(kind, name)]
+            names = ("heads", "kv_group", "unit_norms")
+            wrong = ignored + [name for name in names if getattr(kind, name)]
             if wrong:
                 raise ValueError(
                     f"{wrong} must not be set for layers with `latent`, which do not "
-                    f"support them. Got such a layer, {i}."
+                    f"support them. Layer {i} has `latent`."
                 )
             if (dim := self.dim_of(kind.rope)) != kind.latent.rope_dim:
                 raise ValueError(

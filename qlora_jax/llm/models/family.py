@@ -404,9 +404,8 @@ def read_rope(
     }
     if wrong := {key: x for key, x in numbers.items() if not x > 0}:
         raise ValueError(f"{[*wrong]} must be positive. Got {wrong}.")
-    has_lengths = _ORIGINAL in numbers and bool(
-        {"factor", "attention_factor", _LONGEST} & {*numbers}
-    )
+    alternatives = ("factor", "attention_factor", _LONGEST)
+    has_lengths = _ORIGINAL in numbers and any(key in numbers for key in alternatives)
     if kind not in ("default", "linear") and not has_lengths:
         raise ValueError(
             f'`rope_type` "{kind}" must come with `max_position_embeddings`, or with '
@@ -417,7 +416,7 @@ def read_rope(
     # `DecoderConfig` rejects them.
     with np.errstate(all="ignore"):
         frequencies = theta ** (-np.arange(0, dim, 2) / dim)
-        return Rope(theta, **compute_fields(values | numbers, frequencies, theta))
+        return Rope(theta, **compute_fields(values | numbers, frequencies))
 
 
 def read_partial_rope(
@@ -459,7 +458,7 @@ def rope_sections(
     """
     sections = read_section(raw, "rope_parameters")
     unknown = sorted(sections.keys() - {_FULL, _SLIDING})
-    # transformers writes keys beside both sections, and then ignores them.
+    # If both sections are present, transformers ignores other keys.
     if unknown and not {_FULL, _SLIDING} <= sections.keys():
         raise ValueError(
             "`rope_parameters` must have a section for each kind of layers. Got the "
@@ -474,11 +473,11 @@ def _first_present(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _linear(values, frequencies, theta) -> dict[str, Any]:
+def _linear(values, frequencies) -> dict[str, Any]:
     return {"divisors": (values["factor"],) * len(frequencies)}
 
 
-def _llama3(values, frequencies, theta) -> dict[str, Any]:
+def _llama3(values, frequencies) -> dict[str, Any]:
     """Llama 3.1: divides slow frequencies by `factor`, and keeps fast ones."""
     # `factor` divides the frequencies of pairs with fewer than `low` rotations in the
     # original context. Pairs with more than `high` rotations keep their frequencies,
@@ -490,7 +489,7 @@ def _llama3(values, frequencies, theta) -> dict[str, Any]:
     return {"divisors": tuple(divisors.tolist())}
 
 
-def _yarn(values, frequencies, theta) -> dict[str, Any]:
+def _yarn(values, frequencies) -> dict[str, Any]:
     """YaRN (arXiv:2309.00071): divisors that grow with the pair index, and a scale."""
     half, original = len(frequencies), values[_ORIGINAL]
     factor = values.get("factor") or values[_LONGEST] / original
@@ -498,7 +497,7 @@ def _yarn(values, frequencies, theta) -> dict[str, Any]:
     def find_pair(rotations: float) -> float:
         """Returns the pair that rotates this often within the original context."""
         position = original / (rotations * 2 * math.pi)
-        return half * math.log(position) / math.log(theta)
+        return half * math.log(position) / math.log(values["rope_theta"])
 
     # 1. The ramp. Pairs that rotate more than `beta_fast` times keep their frequency.
     # The frequencies of pairs that rotate less than `beta_slow` times are divided by
@@ -530,23 +529,27 @@ def _yarn(values, frequencies, theta) -> dict[str, Any]:
     }
 
 
-def _longrope(values, frequencies, theta) -> dict[str, Any]:
+def _longrope(values, frequencies) -> dict[str, Any]:
     """LongRoPE (arXiv:2402.13753): divisors for short and for long sequences."""
     half, original = len(frequencies), values[_ORIGINAL]
-    for key in ("short_factor", "long_factor"):
+
+    def read_divisors(key: str) -> tuple[float, ...]:
         divisors = read_list(values, key) or ()
         if len(divisors) != half:
             raise ValueError(f"`{key}` must have {half} values. Got {len(divisors)}.")
         if wrong := [x for x in divisors if not is_number(x)]:
             raise ValueError(f"`{key}` must be numbers. Got {wrong}.")
+        return tuple(map(float, divisors))
+
+    short_divisors, long_divisors = map(read_divisors, ("short_factor", "long_factor"))
     scale = values.get("attention_factor")
     if scale is None:
         factor = values.get("factor") or values[_LONGEST] / original
         log = math.log(factor) / math.log(original)
         scale = math.sqrt(1 + log) if factor > 1 else 1.0
     return {
-        "divisors": tuple(map(float, values["short_factor"])),
-        "long_divisors": tuple(map(float, values["long_factor"])),
+        "divisors": short_divisors,
+        "long_divisors": long_divisors,
         "original_length": int(original),
         "scale": scale,
     }
@@ -555,7 +558,7 @@ def _longrope(values, frequencies, theta) -> dict[str, Any]:
 # For each `rope_type`: the keys that it requires, and the function that computes fields
 # of `Rope` from them.
 _ROPE_TYPES: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, Any]]]] = {
-    "default": ((), lambda values, frequencies, theta: {}),
+    "default": ((), lambda values, frequencies: {}),
     "linear": (("factor",), _linear),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), _llama3),
     "yarn": ((), _yarn),

@@ -94,10 +94,11 @@ def split_into_periods(structures: Sequence[Hashable]) -> list[tuple[int, int]]:
     stack once. Of several with equally few stacks, it has the fewest groups, and then
     the longest period in the first group.
 
-    If a period could repeat less often, there would sometimes be fewer stacks: this
-    function divides "aaabaabaab" into "aaa", "baabaa" and "b", which have 1 + 3 + 1
-    stacks, while "a" and "aabaabaab" would have 1 + 3. The rule stays as it is, because
-    the division determines the paths of parameters in stored adapters.
+    The number of stacks is not always the smallest possible one, because a period may
+    not repeat less often than it can: "aaabaabaab" is divided into "aaa", "baabaa" and
+    "b", which have 1 + 3 + 1 stacks, while "a" and "aabaabaab" would have 1 + 3. This
+    rule must not change, because the division determines the paths of parameters in
+    stored adapters.
 
     Example:
         >>> split_into_periods("dddfdddf"), split_into_periods("dmmmm")

@@ -41,7 +41,7 @@ class JaxEngine:
         contract: Empty, because the default of `QLoRAConfig` holds for all kernels.
         image_token_id: None, because the decoder reads only text.
         generation_problem: None, because all models can generate tokens.
-        can_pack_rows: Whether rows may have several sequences in all models: True.
+        can_pack_rows: True, because every model supports rows with several sequences.
     """
 
     path: pathlib.Path

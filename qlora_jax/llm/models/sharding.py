@@ -109,8 +109,7 @@ def divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
     """Whether a spec splits a leaf evenly, and only between quantization blocks."""
     shape = list(leaf.shape)
     if ql.is_packed(leaf):
-        kinds = leaf.geometry.kinds  # a letter for each trailing axis
-        contracted = kinds.index("k") - len(kinds)
+        contracted = leaf.geometry.axes("k", len(shape))[0]
         # Count blocks instead of rows along the contracted axis. If the last block is
         # partial, the count is 1, because the axis then cannot be split.
         blocks, remainder = divmod(shape[contracted], leaf.block_size)

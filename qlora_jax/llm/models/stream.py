@@ -83,7 +83,7 @@ class Stream:
 
         Returns:
             A lazy iterator over the new tokens, including the one that ends the answer.
-            It raises a RuntimeError if another one has started in the meantime.
+            It raises a RuntimeError if a later iterator of the stream has started.
 
         Raises:
             ValueError: If the prompt is empty, if a key is needed but missing, or if

@@ -15,10 +15,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"rope_theta": 500_000.0},
 }
 _MISTRALS = ("mistral", "ministral3")
-# If these keys are null in the text half, the whole model has their values, or they
-# have their defaults. In other keys, such as `sliding_window`, null is a value.
-_NULL_KEYS = ("dtype", "eos_token_id", "rope_theta", "tie_word_embeddings")
-_NULL_KEYS += ("torch_dtype",)
+# If one of these keys is null in the text half, it is treated as missing: its value is
+# that of the whole model, or the default. For other keys, such as `sliding_window`,
+# null is a value.
+_MISSING_IF_NULL = ("dtype", "torch_dtype", "eos_token_id", "rope_theta")
+_MISSING_IF_NULL += ("tie_word_embeddings",)
 
 
 class TextHalf(NamedTuple):
@@ -89,7 +90,11 @@ def read_text_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("text_config") is None and kind == "qwen2_5_vl":
         # Published files have all settings in one section.
         text = {key: x for key, x in raw.items() if key not in _IMAGE_KEYS}
-    text = {k: x for k, x in text.items() if x is not None or k not in _NULL_KEYS}
+    text = {
+        key: x
+        for key, x in text.items()
+        if x is not None or key not in _MISSING_IF_NULL
+    }
     if kind == "mistral3" and text.get("model_type", "mistral") not in _MISTRALS:
         raise ValueError(
             f"`model_type` in `text_config` must be one of {_MISTRALS}. Got "

@@ -49,11 +49,11 @@ class TorchEngine:
         language_model: The model without the settings of `make_model`.
         name: The value of the option `engine`.
         experts: None, because there is no loss that balances the load of experts.
-        head_key: None, because the loss of a model in PyTorch supports adapters of the
-            head, so that no code has to look for one.
+        head_key: None, because the loss of a model in PyTorch supports an adapter of
+            the head, which needs no special treatment.
         has_vision: False, because a vision part is read with the language model.
-        can_pack_rows: Whether rows may have several sequences in all models: False.
-            `packing_problem` tells whether they may in this model.
+        can_pack_rows: False, because not every model supports rows with several
+            sequences. `packing_problem` tells whether this one does.
         ropes: Empty, because the keys in a cache do not depend on the size of the
             cache. `Stream` reads this attribute, as it does that of `DecoderConfig`.
     """

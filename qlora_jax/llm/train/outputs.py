@@ -86,12 +86,13 @@ class Metrics(Callback):
 
 
 def _to_line(row: dict[str, Any]) -> str:
-    def without_nan(x):  # JSON has no NaN or infinity, so these become null
-        if isinstance(x, list):  # the values of the adapters of a sweep
-            return [*map(without_nan, x)]
-        return None if isinstance(x, float) and not np.isfinite(x) else x
+    # JSON has no NaN or infinity, so these become null.
+    def replace_nonfinite(value: Any) -> Any:
+        if isinstance(value, list):  # the values of the adapters of a sweep
+            return [replace_nonfinite(x) for x in value]
+        return None if isinstance(value, float) and not np.isfinite(value) else value
 
-    row = {name: without_nan(x) for name, x in row.items()}
+    row = {name: replace_nonfinite(value) for name, value in row.items()}
     return json.dumps(row, allow_nan=False) + "\n"
 
 

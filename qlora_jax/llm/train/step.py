@@ -157,7 +157,7 @@ class Report(NamedTuple):
         loss: The mean loss: in nats per target token, or per answer or pair of answers.
         grad_norm: The global norm of the gradient, before clipping.
         tokens: The number of target tokens, answers or pairs, by which sums of losses
-            are divided. The `tokens` of metrics are others: all tokens of the batches.
+            are divided. In `metrics.jsonl`, `tokens` counts all tokens instead.
         is_finite: Whether the loss, the gradient and the new adapter are finite.
         metrics: The mean of each metric that the loss function returns, by name. With
             a loss scale, also `loss_scale`, the factor that this step used.

@@ -46,8 +46,8 @@ FindDifference = Callable[[Mapping[str, Any], DecoderConfig, str | None], str | 
 class Server:
     """How a server loads a base and an adapter.
 
-    A format is a value of `export --format`, such as awq. A number format is one of the
-    weights, such as int4_f16.
+    In the comments below, a format is a value of `export --format`, such as awq, and a
+    number format is the format of packed weights, such as int4_f16.
     """
 
     name: str

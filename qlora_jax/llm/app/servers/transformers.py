@@ -12,7 +12,7 @@ TRANSFORMERS = Server(
     bases={**BITSANDBYTES, **dict.fromkeys(INT4_FMTS, "compressed-tensors"), **E2M1},
     adapter="peft",
     command="model = transformers.AutoModelForCausalLM.from_pretrained({base}{flags})",
-    quote=repr,  # as text in Python
+    quote=repr,  # as Python string literals
     option="; model = peft.PeftModel.from_pretrained(model, {adapter})",
     flags=dict.fromkeys(("compressed-tensors", *E2M1), _DECODED),
 )
