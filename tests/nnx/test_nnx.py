@@ -349,7 +349,7 @@ def drop_in(**options):
         (lambda: ql.nnx.wrap(OWN_MODEL, CONFIG, rngs=0), TypeError,
          "`rngs` must be an nnx.Rngs. Got int"),
         (lambda: wrap(OWN_MODEL, backend="tiled"), TypeError,
-         r"arguments of NNXOwn.__call__: .*'backend'. Got 0 .* \['backend'\]"),
+         r"must fit NNXOwn.__call__: .*'backend'. Got 0 .* \['backend'\]"),
         (lambda: wrap(HoldsDict(), ql.QLoRAConfig(targets="w")), ValueError,
          "w: weights must be a floating-point array.* Got dict"),
         (lambda: drop_in(dot_general=None), ValueError,

@@ -245,7 +245,11 @@ def test_a_vector_in_a_format_without_a_dtype_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
-        ("gpt2", {"token_types": [2, 1]}, r"token_type must have the .* Got \[3, 2\]"),
+        (
+            "gpt2",
+            {"token_types": [2, 1]},
+            r"token_type must have the .*'tokens': 3, 'token_type': 2\}",
+        ),
         ("gpt2", {"token_merges": ["ab"]}, r"pairs of tokens .* Got \['ab'\]"),
         ("gpt2", {"eos_token_id": 3}, "eos_token_id` must be the id of a token. Got 3"),
         (
@@ -256,7 +260,11 @@ def test_a_vector_in_a_format_without_a_dtype_is_named(tmp_path):
         # Without the key, llama.cpp would add tokens of its own choice.
         ("llama", {"bos_token_id": None}, "bos_token_id` must be the id .* Got None"),
         ("gpt2", {"eos_token_id": None}, "eos_token_id` must be the id .* Got None"),
-        ("llama", {"token_scores": [0.0]}, r"and scores must have .* Got \[3, 3, 1\]"),
+        (
+            "llama",
+            {"token_scores": [0.0]},
+            r"scores must have .*'tokens': 3, 'token_type': 3, 'scores': 1\}",
+        ),
     ],
 )
 def test_a_damaged_tokenizer_is_described(tmp_path, model, changes, message):
