@@ -1,0 +1,65 @@
+"""Makes folders of hostile files, as a stranger could publish them.
+
+Each function writes files into a folder, and returns the folder. Tests run the commands
+of `commands_on` on it: no command may run code from it, read other files than those in
+it, write or delete anything outside the output folder, or work without end.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizer_helpers import write_rows
+
+from qlora_jax.llm.models.tiny import save_tiny
+
+
+def make_model(folder, **changes):
+    """Writes a harmless tiny model. `changes` are values of its config.json."""
+    return pathlib.Path(save_tiny(folder, **changes))
+
+
+def change_json(file, **changes):
+    """Changes values of the JSON object in a file, which is new if it is missing."""
+    values = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(values | changes))
+    return file.parent
+
+
+def make_adapter(folder, **changes):
+    """Writes a harmless adapter for `make_model`, whose B is zero.
+
+    `changes` are values of its adapter_config.json.
+    """
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "bias": "none"}
+    settings |= {"target_modules": ["o_proj"], "layers_to_transform": [0]}
+    change_json(folder / "adapter_config.json", **settings | changes)
+    name = "base_model.model.model.layers.0.self_attn.o_proj.lora_{}.weight"
+    shapes = {"A": (2, 64), "B": (64, 2)}
+    tensors = {name.format(x): np.zeros(shapes[x], np.float32) for x in shapes}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def commands_on(model, work):
+    """Returns a command line for each command that opens a model, by its name.
+
+    `work` is an existing folder for the rows that the commands read, and for what they
+    write. The commands are quick: they compute few tokens.
+    """
+    rows = write_rows(work / "rows.jsonl", [{"prompt": "in", "completion": "in"}])
+    train = ["train", "--model", model, "--data", rows, "--steps", 1, "--rank", 2]
+    return {
+        "train": [*train, "--out", work / "run"],
+        "preview": [*train, "--out", work / "run", "--preview", 1],
+        "generate": ["generate", "--model", model, "--prompt", "in"]
+        + ["--max-new-tokens", 1],
+        "score": ["score", "--model", model, "--data", rows],
+        "merged": ["export", "--model", model, "--format", "merged"]
+        + ["--out", work / "merged"],
+        "gguf": ["export", "--model", model, "--format", "gguf"]
+        + ["--out", work / "model.gguf"],
+        "inspect": ["inspect", model],
+    }
