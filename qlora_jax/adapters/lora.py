@@ -59,8 +59,9 @@ class LowRank(Adapter):
 
     @property
     def scalings(self) -> np.ndarray:  # noqa: D102
-        # A tuple has one scaling for each matrix of a stack, in row-major order.
-        shape = self.batch_shape if isinstance(self.scaling, tuple) else ()
+        # A tuple has one scaling for each matrix of a stack, in row-major order. So has
+        # an array, whose axes are the batch axes.
+        shape = self.batch_shape if np.ndim(self.scaling) else ()
         return np.broadcast_to(np.reshape(self.scaling, shape), self.batch_shape)
 
     def sliceable(self) -> Self:  # noqa: D102
@@ -78,7 +79,11 @@ class LowRank(Adapter):
         return dataclasses.replace(self, scaling=scaling, untrained_leaves=())
 
     def at(self, index: tuple[int, ...]) -> Self:  # noqa: D102
-        return super().at(index).with_scalings(np.asarray(self.scalings[index]))
+        scaling: Any = self.scaling
+        # An array may be traced, and stays an array.
+        is_array = bool(self.untrained_leaves)
+        scaling = scaling[index] if is_array else np.asarray(self.scalings[index])
+        return super().at(index).with_scalings(scaling)
 
     def _settings_misfit(self, batch: Sequence[int], k: int) -> str | None:
         if not isinstance(self.scaling, tuple) or len(self.scaling) == math.prod(batch):

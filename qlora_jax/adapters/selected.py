@@ -54,6 +54,11 @@ class Selected(Adapter):
     def untrained_leaves(self) -> tuple[str, ...]:  # noqa: D102
         return (*self.adapters.untrained_leaves, "ids")
 
+    def at(self, index: tuple[int, ...]) -> Self:  # noqa: D102
+        return dataclasses.replace(
+            self, adapters=self.adapters.at(index), ids=self.ids[index]
+        )
+
     def _replace(self, arrays: Mapping[str, PyTree], **settings: Any) -> Self:
         adapters = self.adapters._replace(arrays, **settings)
         return dataclasses.replace(self, adapters=adapters)

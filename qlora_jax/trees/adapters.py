@@ -14,6 +14,7 @@ from ..adapters.base import (
     is_adapter,
     misfit_reason,
     parts_of,
+    replace_arrays,
 )
 from .paths import (
     KeyPath,
@@ -172,7 +173,7 @@ def split(tree: Tree) -> tuple[Tree, dict]:
 def lora_labels(tree: Tree) -> Tree:
     """Returns a label for each array of a tree, for `optax.partition`.
 
-    The label is "lora" in adapters, "kernel" in kernels that are trained through their
+    The label is "lora" for the trained arrays of adapters, "kernel" in kernels that are trained through their
     quantization (`freeze_base=False`), and "frozen" elsewhere.
 
     Args:
@@ -189,7 +190,11 @@ def lora_labels(tree: Tree) -> Tree:
 
     def label_arrays(node: Tree) -> Tree:
         label = getattr(node, "trained_as", "frozen")
-        return jax.tree.map(lambda _: label, node)
+        if not is_adapter(node):
+            return jax.tree.map(lambda _: label, node)
+        # The scalings and ids of adapters that `select` chose are leaves, too.
+        frozen = jax.tree.map(lambda _: "frozen", node)
+        return replace_arrays(frozen, lambda _, x: jax.tree.map(lambda _: label, x))
 
     # Kernels and adapters have a label. An `AdaptedKernel` has none, so the map goes on
     # to its parts.

@@ -428,6 +428,69 @@ def test_a_chosen_adapter_merges_as_itself():
         chex.assert_trees_all_equal(ql.merge(base, ql.select(bank, adapter_id)), want)
 
 
+@pytest.mark.parametrize("ids", [1, IDS])
+@pytest.mark.parametrize("optimize", [optax.masked, "partition"])
+def test_only_a_and_b_of_chosen_adapters_are_trained(optimize, ids):
+    base, (lora, *_) = trees()
+    base, lora = base["up"], lora["up"]
+    chosen = ql.select(ql.bank([lora, lora, lora]), ids)
+    names = {
+        path[-1].name
+        for path, label in jax.tree_util.tree_leaves_with_path(ql.lora_labels(chosen))
+        if label == "lora"
+    }
+    assert names == {"a", "b"}
+    tree = ql.combine(base, chosen)
+    x = normal(9, (len(IDS), 64))
+
+    def loss(tree, x):
+        return jnp.sum(ql.apply(*ql.split(tree), x))
+
+    value, grads = jax.jit(ql.value_and_grad(loss))(tree, x)
+    want, (grad_a, grad_b) = jax.value_and_grad(
+        lambda arrays: loss(ql.combine(base, with_arrays(chosen, *arrays)), x)
+    )((chosen["kernel"].adapters.a, chosen["kernel"].adapters.b))
+    assert_close(value, want)
+    assert_close(grads["kernel"].lora.adapters.a, grad_a)
+    assert_close(grads["kernel"].lora.adapters.b, grad_b)
+    # A step of AdamW, whose weight decay moves whatever it takes for trained.
+    adamw = optax.adamw(1e-2, weight_decay=0.1)
+    if optimize == "partition":
+        parts = {"lora": adamw, "frozen": optax.set_to_zero()}
+        optimizer = optax.partition(parts, ql.lora_labels)
+    else:
+        optimizer = optax.masked(adamw, ql.lora_mask)
+    updates, _ = optimizer.update(grads, optimizer.init(tree), tree)
+    new = optax.apply_updates(tree, updates)["kernel"].lora
+    old = chosen["kernel"]
+    np.testing.assert_array_equal(new.ids, old.ids)
+    np.testing.assert_array_equal(new.adapters.scaling, old.adapters.scaling)
+    assert np.any(new.adapters.b != old.adapters.b)
+
+
+def with_arrays(chosen, a, b):
+    adapters = dataclasses.replace(chosen["kernel"].adapters, a=a, b=b)
+    return {"kernel": dataclasses.replace(chosen["kernel"], adapters=adapters)}
+
+
+@pytest.mark.parametrize("use_jit", [False, True])
+def test_one_layer_of_a_chosen_stack(use_jit):
+    """The scalings are an array, `[layers, places]` in the bank."""
+    base, loras = trees()
+    base, loras = base["stack"]["kernel"], [lora["stack"] for lora in loras]
+    chosen = ql.select(ql.bank(loras), 2)["kernel"]
+    np.testing.assert_array_equal(chosen.adapters.scalings[:, 2], [0.5, 2.0])
+
+    def second_layer(lora):
+        return lora.at((1,))
+
+    layer = (jax.jit(second_layer) if use_jit else second_layer)(chosen)
+    x = normal(9, (3, 64))
+    got = ql.apply(jax.tree.map(lambda array: array[1], base), layer, x)
+    w, lora = np.asarray(ql.dequantize(base)[1], np.float64), loras[2]["kernel"]
+    assert_close(got, x @ (w + 2.0 * np.asarray(lora.a[1]) @ np.asarray(lora.b[1])))
+
+
 @pytest.mark.newest
 def test_an_adapter_on_an_adapted_model():
     """The first adapter is frozen. Loss and gradient are those on merged weights."""
