@@ -33,7 +33,7 @@ def make_model(dim: int, depth: int) -> nnx.Module:
         num_heads=4,
         head_dim=dim // 4,
         num_kv_heads=2,
-        rope_theta=10_000,
+        rope_theta=1_000_000,  # what Tunix 0.1.7 uses, whatever is set here
         norm_eps=1e-5,
         weight_tying=False,
     )

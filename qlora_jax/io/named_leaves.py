@@ -102,7 +102,7 @@ def find_leaves(
 ) -> dict[str, NamedLeaf]:
     """Returns the leaves of `like` by path; an error lists all mismatched tensors."""
     leaves: dict[str, NamedLeaf] = {}
-    unnamed, missing, mismatched = [], [], []
+    unnamed, missing, mismatched, not_float = [], [], [], []
     used: set[str] = set()
     # Check the leaves, and record which tensors they use.
     for path, array in leaves_by_path(like).items():
@@ -121,7 +121,7 @@ def find_leaves(
             if shape != leaf.tensor_shape:
                 mismatched.append(f"{name} (must be {leaf.tensor_shape}, is {shape})")
             elif dtype not in FLOAT_DTYPES:
-                mismatched.append(f"{name} (must be floating-point, is {dtype})")
+                not_float.append(f"{name} ({dtype})")
     # The table must ignore every other tensor, unless the tensor has no effect.
     unexpected = [
         name
@@ -132,7 +132,9 @@ def find_leaves(
     ]
     refuse_shared_names(leaves.values())
     problems = {"missing": missing, "unexpected": unexpected}
-    refuse_names(problems | {"mis-shaped": mismatched, "no name": unnamed})
+    dtypes = f"not {', '.join(FLOAT_DTYPES)}"
+    problems |= {"mis-shaped": mismatched, dtypes: not_float, "no name": unnamed}
+    refuse_names(problems)
     return leaves
 
 

@@ -222,6 +222,8 @@ def test_all_wrong_tensors_are_listed():
     del tensors["layers.1.norm.weight"]
     tensors["layers.0.up.weight"] = tensors["layers.0.up.weight"].T
     tensors["layers.2.q.bias"] = tensors["layers.2.q.bias"].astype(np.int32)
+    fp8 = tensors["layers.0.q.weight"].astype(ml_dtypes.float8_e4m3fn)
+    tensors["layers.0.q.weight"] = fp8
     tensors["other.weight"] = np.ones(2)
     shapes = {**like(), "more": {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}}
     with pytest.raises(CheckpointError) as error:
@@ -230,8 +232,8 @@ def test_all_wrong_tensors_are_listed():
     for line in [
         "missing: layers.1.norm.weight",
         "unexpected: other.weight",
-        r"mis-shaped: layers.0.up.weight (must be (256, 128), is (128, 256)), "
-        "layers.2.q.bias (must be floating-point, is int32)",
+        "mis-shaped: layers.0.up.weight (must be (256, 128), is (128, 256))\n",
+        "float64: layers.0.q.weight (float8_e4m3fn), layers.2.q.bias (int32)\n",
         "no name: more/kernel",
     ]:
         assert line in text, text

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from coming_from import code_blocks
 from flax import nnx
 from helpers import randomized
 from nnx_contract import assert_equals_merged
@@ -34,9 +35,10 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 60, (2, 8)))
 POSITIONS = jnp.broadcast_to(jnp.arange(8), TOKENS.shape)
 DENSE = [f"self_attention/{name}/kernel" for name in ("key", "out", "query", "value")]
 DENSE += [f"mlp/{name}/kernel" for name in ("wi_0", "wi_1", "wo")]
-# The config defines the contracted axes of kernels inside a bridge.
-CONTRACT = {r".*/(query|key|value)/kernel": -3, r".*/out/kernel": (-3, -2)}
-CONFIG = ql.QLoRAConfig(rank=4, alpha=8, contract=CONTRACT)
+# docs/coming_from/maxtext.md defines the contracted axes of kernels inside a bridge.
+names = {"ql": ql}
+exec(code_blocks("maxtext", "py")[1].split("base, lora")[0], names)
+CONFIG = names["config"]
 
 
 def make_config(**settings):

@@ -42,7 +42,7 @@ def wrap(code, model):
 def test_the_same_run_in_tunix(tunix):
     from tunix.sft import peft_trainer
 
-    qwix_code, our_code, train_code, _ = code_blocks("tunix", "py")
+    qwix_code, our_code, train_code, *_ = code_blocks("tunix", "py")
     theirs = wrap(qwix_code, tunix.make_model(dim=32, depth=2))
     ours = wrap(our_code, tunix.make_model(dim=32, depth=2))
     # Start from the adapter of qwix, whose A and B have the axes of the kernel.
@@ -72,6 +72,28 @@ def test_the_same_run_in_tunix(tunix):
     (before, after), expected = train(ours), train(theirs)
     assert np.all(after < before)
     assert_close((before, after), expected)
+
+
+def test_the_check_of_rotary_positions(tunix):
+    (code,) = (block for block in code_blocks("tunix", "py") if "apply_rope" in block)
+    batch = next(iter(tunix.batches(1, seed=0)))
+    inputs = tunix.model_inputs(batch)
+    tokens = inputs["input_tokens"], inputs["positions"], None, inputs["attention_mask"]
+
+    def logits_and_warnings(theta):
+        config = tunix.make_model(dim=32, depth=2).config
+        config = dataclasses.replace(config, rope_theta=theta)
+        model = tunix.llama3.Llama3(config, rngs=nnx.Rngs(0))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            exec(compile(code, "tunix.md", "exec"), {"model": model})
+        return model(*tokens)[0], [str(x.message) for x in caught]
+
+    with_default, messages = logits_and_warnings(1_000_000)
+    assert not messages
+    with_other, messages = logits_and_warnings(10_000)
+    assert any("1000000 instead of 10000" in message for message in messages)
+    np.testing.assert_array_equal(with_default, with_other)  # Tunix ignores the setting
 
 
 def test_the_same_weights_in_nf4(tunix):

@@ -74,7 +74,7 @@ _PUBLISHED = {
         "DeepSeek V2", "16B-A2.4B, 236B-A21B", "deepseek-ai/DeepSeek-V2-Lite-Chat"
     ),
     "deepseek_v3": _Published(
-        "DeepSeek V3 and R1", "671B-A37B", "deepseek-ai/DeepSeek-V3"
+        "DeepSeek V3 and R1", "671B-A37B", "unsloth/DeepSeek-V3-bf16"
     ),
     "kimi_k2": _Published("Kimi K2", "1T-A32B", "moonshotai/Kimi-K2-Thinking"),
     "glm4_moe_lite": _Published("GLM-4.7-Flash", "30B-A3B", "zai-org/GLM-4.7-Flash"),
@@ -83,7 +83,7 @@ _PUBLISHED = {
     ),
     "lfm2": _Published("LFM2", "350M to 2.6B", "LiquidAI/LFM2-1.2B"),
     "ministral3": _Published(
-        "Ministral 3", "3B to 14B", "mistralai/Ministral-3-3B-Instruct-2512"
+        "Ministral 3", "3B to 14B", "mistralai/Ministral-3-3B-Reasoning-2512"
     ),
     "olmo2": _Published("OLMo 2", "1B to 32B", "allenai/OLMo-2-0425-1B-Instruct"),
     "olmo3": _Published("OLMo 3", "7B, 32B", "allenai/Olmo-3-7B-Instruct"),
