@@ -408,6 +408,7 @@ def open_language_model(
     Raises:
         ValueError: If transformers has no causal language model of this type, or if the
             values of its buffers are not known.
+        CheckpointError: If the folder has no `config.json` that can be read.
 
     Example:
         >>> import qlora_jax as ql, tempfile, transformers
@@ -419,7 +420,17 @@ def open_language_model(
     import transformers
 
     register_attention()
-    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    # For a type that it does not have, transformers would offer to run code of the
+    # folder, or guess the type from the folder's name.
+    model_type = ql.io.read_config_json(folder).get("model_type")
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            "`model_type` in config.json must be one that transformers has, because "
+            f"code in a model's folder is never run. Got {model_type!r}."
+        )
+    config: Any = transformers.AutoConfig.from_pretrained(
+        folder, trust_remote_code=False
+    )
     mapping: Any = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto_class: Any = transformers.AutoModelForImageTextToText
     if type(config) not in mapping:
@@ -436,7 +447,10 @@ def open_language_model(
     attention = ATTENTION_NAME if model_class._supports_sdpa else "eager"
     with torch.device("meta"):
         module = auto_class.from_config(
-            config, attn_implementation=attention, dtype=torch.float32
+            config,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
     module.eval()
     buffers = _compute_buffers(module)

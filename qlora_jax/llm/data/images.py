@@ -83,7 +83,9 @@ class ImageProcessor:
                 f"images need: pip install 'qlora-jax[train,torch]'. {error}"
             ) from error
         try:
-            processor: Any = transformers.AutoProcessor.from_pretrained(self.path)
+            processor: Any = transformers.AutoProcessor.from_pretrained(
+                self.path, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"{self.path} must have a processor of images. {error}"

@@ -7,6 +7,7 @@ it, write or delete anything outside the output folder, or work without end.
 
 import json
 import pathlib
+import textwrap
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -63,3 +64,29 @@ def commands_on(model, work):
         + ["--out", work / "model.gguf"],
         "inspect": ["inspect", model],
     }
+
+
+def add_code(folder, file, marker):
+    """Names a module of the folder in `file`, which makes the file `marker`.
+
+    This is how models name code of their own for each of transformers' classes.
+    """
+    code = f"""
+        import pathlib
+        import transformers
+        pathlib.Path({str(marker)!r}).touch()
+        class Config(transformers.PreTrainedConfig):
+            model_type = "evil"
+        class Model(transformers.PreTrainedModel):
+            config_class = Config
+        class Tokenizer(transformers.PreTrainedTokenizerFast): ...
+        class Processor(transformers.ProcessorMixin): ...
+    """
+    (folder / "evil.py").write_text(textwrap.dedent(code))
+    classes = {"AutoConfig": "Config", "AutoTokenizer": ["Tokenizer"] * 2}
+    classes |= {"AutoModelForCausalLM": "Model", "AutoProcessor": "Processor"}
+    references = {
+        name: [f"evil.{x}" for x in value] if type(value) is list else f"evil.{value}"
+        for name, value in classes.items()
+    }
+    return change_json(folder / file, auto_map=references)
