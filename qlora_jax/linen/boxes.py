@@ -161,6 +161,11 @@ class KernelBox(meta.AxisMetadata):
 register(KernelBox, ("kernel",), ("version", "path"))
 
 
+def has_dropout_stream(module: nn.Module) -> bool:
+    """Whether `make_rng("dropout")` can draw keys in a module."""
+    return module.has_rng("dropout") or module.has_rng("params")
+
+
 def boxes_inside(module: nn.Module, cls: type[B]) -> dict[str, B]:
     """Returns the boxes of type `cls` of a module and its submodules, by path."""
     flat = jax.tree_util.tree_leaves_with_path(

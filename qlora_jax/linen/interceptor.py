@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable
 import flax.linen as nn
 import jax
 from flax.linen.module import InterceptorContext
+from jaxtyping import Array
 
+from ..adapters.base import Adapter, dropout_keys, parts_of
 from ..adapters.call import adapted_call
 from ..trees.paths import Leaf, Tree, raise_if_any
-from .boxes import Backend, KernelBox, boxes_of, run_in_float
+from .boxes import Backend, KernelBox, boxes_of, has_dropout_stream, run_in_float
 from .calls import RULES, call_of
 
 MAPPED = (
@@ -62,7 +64,11 @@ class Interceptor:
             box = boxes[call.kernel]
             if is_in_forward_mode(module):
                 raise ValueError(f"{box.path}: {FORWARD_MODE}")
-            return adapted_call(call, *box.parts(), path=box.path, backend=self.backend)
+            kernel, lora, key = box.parts()
+            if lora is not None and box.dropout:
+                key = self._dropout_key(module, box, lora, key)
+            path, backend = box.path, self.backend
+            return adapted_call(call, kernel, lora, key, path=path, backend=backend)
         # 4. Run any other method, and the methods that it calls, on float weights.
         _refuse_dropout(boxes.values())
         self.in_float.append(module.path)
@@ -70,6 +76,24 @@ class Interceptor:
             return run_in_float(module, method, args, kwargs, KernelBox, self.backend)
         finally:
             self.in_float.pop()
+
+    def _dropout_key(
+        self, module: nn.Module, box: KernelBox, lora: Adapter, key: Array | None
+    ) -> Array | None:
+        # Each call draws from the stream of its module, as `nn.Dropout` does, because
+        # calls of a layer in a vmap or a scan may share the leaf and its key.
+        if has_dropout_stream(module):
+            return dropout_keys(lora, module.make_rng("dropout"))
+        # Without a stream, only the layers of a stack, which the transform slices with
+        # their adapters and keys, have different keys.
+        _, original, _ = parts_of(self.kernels.get(str(box.path), box.kernel))
+        if original is None or original.batch_shape == lora.batch_shape:
+            raise ValueError(
+                f"{box.path}: the `split_rngs` of the transform around its module must "
+                "have 'dropout', since its adapter has dropout. Got none, and a call "
+                "with a dropout key."
+            )
+        return key
 
     def _refuse_mapped(self, module: nn.Module, boxes: Iterable[KernelBox]) -> None:
         # The model may call another wrapped model, whose kernels are not in

@@ -7,15 +7,15 @@ from jaxtyping import Array, Float
 
 from ..memory.by_tiles import by_tiles
 from ..trees.paths import raise_if_any
-from .boxes import KernelBox, boxes_inside
+from .boxes import KernelBox, boxes_inside, has_dropout_stream
 
 
 def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
     """Returns a function that runs a module on at most `tile` tokens at a time.
 
     Like `qlora_jax.memory.tiled`, for a linen module inside another module. Packed
-    kernels and adapters are moved and gathered once for all tiles. Modules such as
-    `nn.Dropout` get a key for each tile. Parameters have the same names as without
+    kernels and adapters are moved and gathered once for all tiles. Dropout, including that
+    of adapters, gets a key for each tile. Parameters have the same names as without
     tiles.
 
     Args:
@@ -26,8 +26,8 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
 
     Raises:
         ValueError: If `tile` is not a positive integer, or, when the function is
-            called, if adapters inside have dropout, since all tiles would drop the same
-            entries.
+            called, if adapters inside have dropout and no stream of keys reaches the
+            module (`split_rngs`), since all tiles would drop the same entries.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
@@ -48,11 +48,12 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
         return boxes_inside(module, KernelBox).values()
 
     def run_tile(module: nn.Module, carry: None, tokens: Array) -> tuple[None, Array]:
-        raise_if_any(
-            "these adapters must have no dropout in tiles of tokens, since all tiles "
-            "would drop the same entries",
-            [f"{box.path}: {box.dropout}" for box in boxes(module) if box.dropout],
-        )
+        if not has_dropout_stream(module):
+            raise_if_any(
+                "these adapters must have no dropout in tiles of tokens, since all "
+                "tiles would drop the same entries without a 'dropout' stream",
+                [f"{box.path}: {box.dropout}" for box in boxes(module) if box.dropout],
+            )
         return carry, module(tokens)
 
     def scan(module: nn.Module, tiles: Float[Array, "tiles ..."]) -> Array:

@@ -39,6 +39,75 @@ def test_methods_of_unbound_modules_and_lifted_models_are_no_reads(x):
         assert not np.allclose(dropped, apply(variables, x))
 
 
+class Repeated(nn.Module):
+    """Runs one layer several times on the same parameters: row i of x is call i."""
+
+    kind: str
+    split: Any = None  # `split_rngs` of the transform
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(64, use_bias=False, name="layer")
+        split = self.split or {"params": False, "dropout": True}
+        if self.kind == "vmap":
+            run = nn.vmap(
+                lambda layer, row: layer(row),
+                variable_axes={"params": None},
+                split_rngs=split,
+            )
+            return run(layer, x)
+        if self.kind == "scan":
+            run = nn.scan(
+                lambda layer, carry, row: (carry, layer(row)),
+                variable_broadcast="params",
+                split_rngs=split,
+            )
+            return run(layer, None, x)[1]
+        return jnp.stack([layer(row) for row in x])
+
+
+def draw_masks(model, rngs, x=None):
+    """Returns which inputs each call keeps: W is 0, and A and B are the identity."""
+    x = jnp.ones((4, 64)) if x is None else x
+    params = {"layer": {"kernel": jnp.zeros((64, 64))}}
+    config = ql.QLoRAConfig(rank=64, alpha=64, dropout=0.5, fmt=None)
+    base, lora = ql.init(KEY, params, config)
+    lora = jax.tree.map(lambda a: jnp.eye(64), lora)
+    y = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x, rngs=rngs)
+    y = np.asarray(y)
+    np.testing.assert_array_equal(y[y != 0], 2)  # dropout scales what it keeps
+    return y != 0
+
+
+@pytest.mark.parametrize("kind", ["vmap", "scan", "calls"])
+@pytest.mark.parametrize("stream", ["dropout", "params"])
+def test_each_call_of_a_layer_draws_its_own_dropout_mask(kind, stream):
+    """As `nn.Dropout` does."""
+    split = {"params": stream == "params", "dropout": True}
+    model = Repeated(kind, split)
+    masks = draw_masks(model, {stream: jax.random.key(3)})
+    assert len(np.unique(masks, axis=0)) == len(masks)
+    # A quarter passes any two masks. It would be a half if the masks were equal.
+    both = masks[:, None] & masks[None, :]
+    assert abs(both[~np.eye(4, dtype=bool)].mean() - 0.25) < 0.1
+    np.testing.assert_array_equal(draw_masks(model, {stream: jax.random.key(3)}), masks)
+
+
+@pytest.mark.parametrize("kind", ["vmap", "scan"])
+def test_calls_share_a_dropout_mask_if_flax_gives_them_one_key(kind):
+    model = Repeated(kind, {"params": False, "dropout": False})
+    masks = draw_masks(model, {"dropout": jax.random.key(3)})
+    assert len(np.unique(masks, axis=0)) == 1
+
+
+@pytest.mark.parametrize("kind", ["vmap", "scan"])
+def test_a_dropout_stream_that_does_not_reach_the_layer_is_named(kind):
+    """`nn.Dropout` raises an error there, too."""
+    model = Repeated(kind, {"params": False})
+    with pytest.raises(ValueError, match="layer/kernel: .*`split_rngs`.*'dropout'"):
+        draw_masks(model, {"dropout": jax.random.key(3)})
+
+
 TRACES: list = []
 
 

@@ -204,15 +204,39 @@ class Tiled(nn.Module):
         return ql.linen.tiled(nn.Dense(8, name="dense"), self.tile)(x)
 
 
-def test_adapters_in_linen_tiles_have_no_dropout():
-    x, config = jnp.ones((1, 6, 32)), ql.QLoRAConfig(rank=2, dropout=0.5)
-    params = Tiled().init(jax.random.key(0), x)["params"]
-    base, lora = ql.linen.init(jax.random.key(1), Tiled(), params, config, x)
+class TiledLayers(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        return ql.linen.tiled(nn.Dense(64, use_bias=False, name="up"), 4)(x), None
+
+
+class ScannedTiles(nn.Module):
+    split: tuple
+
+    @nn.compact
+    def __call__(self, x):
+        rngs = dict.fromkeys(self.split, True)
+        layers = nn.scan(TiledLayers, variable_axes={"params": 0}, split_rngs=rngs)
+        return layers(name="layers")(x, jnp.zeros(1))[0]
+
+
+def test_each_linen_tile_has_its_own_dropout_of_adapters():
+    """W is 0, and A and B are the identity, so results are masks of 256 inputs."""
+    ranks = {"layers/up/kernel": 64}
+    config = ql.QLoRAConfig(alpha=64, dropout=0.5, fmt=None, rank_pattern=ranks)
+    params = {"layers": {"up": {"kernel": jnp.zeros((1, 64, 64))}}}
+    base, lora = ql.init(jax.random.key(1), params, config)
+    lora = jax.tree.map(lambda a: jnp.eye(64)[None], lora)
     variables, rngs = {"params": base, "lora": lora}, {"dropout": jax.random.key(2)}
-    wrapped = ql.linen.wrap(Tiled(2))
-    assert wrapped.apply(variables, x).shape == (1, 6, 8)
-    with pytest.raises(ValueError, match="no dropout in tiles.*\n.*dense/kernel: 0.5"):
-        wrapped.apply(variables, x, rngs=rngs)
+
+    def run(*split):
+        wrapped = ql.linen.wrap(ScannedTiles(split))
+        return wrapped.apply(variables, jnp.ones((1, 8, 64)), rngs=rngs)
+
+    first, second = jnp.split(run("params", "dropout"), 2, axis=1)
+    assert 80 < np.sum(first == second) < 176
+    with pytest.raises(ValueError, match="no dropout in tiles.*\n.*up/kernel: 0.5"):
+        run("params")  # no stream reaches the layers
 
 
 class TiledDropout(nn.Module):
