@@ -1,10 +1,10 @@
 """Checks lora trees against base trees, and combines and splits the two."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
 
 import jax
-import jax.numpy as jnp
 
 from .._jax.pytree import is_tree_leaf
 from ..adapters.base import (
@@ -26,6 +26,8 @@ from .paths import (
     nested_by_keys,
     raise_if_any,
 )
+
+T = TypeVar("T")
 
 # The arrays that every packed kernel has.
 PACKED_ARRAYS = frozenset({"codes", "scales"})
@@ -173,8 +175,8 @@ def split(tree: Tree) -> tuple[Tree, dict]:
 def lora_labels(tree: Tree) -> Tree:
     """Returns a label for each array of a tree, for `optax.partition`.
 
-    The label is "lora" for the trained arrays of adapters, "kernel" in kernels that are trained through their
-    quantization (`freeze_base=False`), and "frozen" elsewhere.
+    The label is "lora" for the trained arrays of adapters, "kernel" in kernels that are
+    trained through their quantization (`freeze_base=False`), and "frozen" elsewhere.
 
     Args:
         tree: A combined tree, or a base or lora tree.
@@ -191,10 +193,9 @@ def lora_labels(tree: Tree) -> Tree:
     def label_arrays(node: Tree) -> Tree:
         label = getattr(node, "trained_as", "frozen")
         if not is_adapter(node):
-            return jax.tree.map(lambda _: label, node)
+            return _filled(node, label)
         # The scalings and ids of adapters that `select` chose are leaves, too.
-        frozen = jax.tree.map(lambda _: "frozen", node)
-        return replace_arrays(frozen, lambda _, x: jax.tree.map(lambda _: label, x))
+        return replace_arrays(_filled(node, "frozen"), lambda _, x: _filled(x, label))
 
     # Kernels and adapters have a label. An `AdaptedKernel` has none, so the map goes on
     # to its parts.
@@ -204,8 +205,8 @@ def lora_labels(tree: Tree) -> Tree:
 def lora_mask(tree: Tree) -> Tree:
     """Returns a bool for each array: whether it is trained, for `optax.masked`.
 
-    For the other arrays, `optax.masked` returns the *raw gradients* as updates. The
-    gradients of `value_and_grad` are zero there, and `optax.partition` with
+    For the other arrays, `optax.masked` returns the *raw gradients* as updates. Those
+    of `value_and_grad` change nothing there, and `optax.partition` with
     `optax.set_to_zero` returns zeros.
 
     Args:
@@ -221,13 +222,42 @@ def lora_mask(tree: Tree) -> Tree:
     return jax.tree.map(lambda label: label != "frozen", lora_labels(tree))
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class NoGradient:
+    """The gradient of a frozen leaf: a node without arrays.
+
+    Transformations of a whole tree, such as clipping by its norm, do not see it. If it
+    is added to the leaf, the result is the leaf itself, as `optax.apply_updates` needs.
+    A transformation that reads the leaf too, such as weight decay, raises an error.
+    """
+
+    trained_as = "frozen"
+    __array_ufunc__ = None  # so that NumPy's arrays leave `+`, `-` and `*` to it
+
+    def __radd__(self, leaf: T) -> T:
+        return leaf
+
+    __rsub__ = __radd__
+
+    def __rmul__(self, rate: object) -> Self:
+        return self
+
+
+def _filled(tree: Tree, label: str) -> Tree:
+    return jax.tree.map(
+        lambda _: label, tree, is_leaf=lambda x: isinstance(x, NoGradient)
+    )
+
+
 def value_and_grad(
     fun: Callable[..., Any], *, has_aux: bool = False
 ) -> Callable[..., tuple[Any, Tree]]:
     """Returns `jax.value_and_grad(fun)` for the trained leaves of a combined tree.
 
-    Frozen leaves get zeros. `jax.grad` rejects packed codes ("grad requires real- or
-    complex-valued inputs"), and `optax.masked` would update frozen leaves.
+    Each array of a frozen leaf gets an empty node, which `optax.apply_updates` accepts
+    and transformations of the whole tree skip. `jax.grad` rejects packed codes ("grad
+    requires real- or complex-valued inputs").
 
     Args:
         fun: A scalar function of a combined tree and other arguments.
@@ -245,8 +275,8 @@ def value_and_grad(
         ...     base, lora = ql.split(tree)
         ...     return jnp.sum(ql.apply(base, lora, x))
         >>> value, grads = ql.value_and_grad(loss)(tree, jnp.ones((2, 64)))
-        >>> float(abs(grads["kernel"].lora.b).max()) > 0, float(grads["bias"].max())
-        (True, 0.0)
+        >>> float(abs(grads["kernel"].lora.b).max()) > 0, grads["bias"]
+        (True, NoGradient())
     """
 
     def wrapped(tree: Tree, *args: object, **kwargs: object) -> tuple[Any, Tree]:
@@ -263,6 +293,6 @@ def value_and_grad(
             return fun(fill_frozen(trained, lambda x: x), *args, **kwargs)
 
         value, grads = jax.value_and_grad(fun_of_trained, has_aux=has_aux)(trained)
-        return value, fill_frozen(grads, jnp.zeros_like)
+        return value, fill_frozen(grads, lambda _: NoGradient())
 
     return wrapped
