@@ -29,12 +29,15 @@ from jax_peers import language_model
 from timing import interleave, make_parser, print_table
 
 import qlora_jax as ql
-from qlora_jax.llm.app.environment import SETTINGS
 from qlora_jax.llm.models.decoder import head_arguments
 from qlora_jax.llm.models.products import einsum_f32
 
 ROUNDS = 7
-MEMORY = {"as glibc takes it": {}, "huge pages, kept": SETTINGS}
+# Settings of glibc 2.35 and later: huge pages, one arena for all threads, and freed
+# memory that stays in the process.
+HUGE_PAGES = {"glibc.malloc.hugetlb": "1", "glibc.malloc.arena_max": "1"}
+HUGE_PAGES |= {f"glibc.malloc.{x}_threshold": str(2**40) for x in ("mmap", "trim")}
+MEMORY = {"as glibc takes it": {}, "huge pages, kept": HUGE_PAGES}
 NAMES = {
     "chunked": "chunked loss",
     "whole": "loss on whole logits",

@@ -8,7 +8,7 @@ import pytest
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.pairs import MERGED
+from qlora_jax.llm.app.pairing import MERGED
 from qlora_jax.llm.app.servers import SERVERS
 from qlora_jax.llm.cli.parser import parse
 from qlora_jax.llm.models.tiny import save_tiny

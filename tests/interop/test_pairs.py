@@ -23,7 +23,7 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.pairs import NOT_RUN
+from qlora_jax.llm.app.pairing import NOT_RUN
 from qlora_jax.llm.app.servers import SERVERS
 from qlora_jax.llm.models import tiny
 from qlora_jax.llm.models.checkpoint import load

@@ -1,6 +1,8 @@
 """The commands of `qlora-jax` as functions, and their settings."""
 
-from .checking import Checked, check
+from typing import TYPE_CHECKING
+
+from ..lazy import make_getattr
 from .configs import (
     CheckConfig,
     ExportConfig,
@@ -10,14 +12,6 @@ from .configs import (
     PairsConfig,
     ScoreConfig,
 )
-from .contents import Contents, Leaf, inspect
-from .generating import Answer, Generated, generate
-from .models import ModelFamily, Models, models
-from .pairs import Pair, Pairs, pairs
-from .preview import Preview
-from .repacking import FileLosses, Repacked
-from .run_results import SweepResult, TrainResult
-from .scoring import Score, Scores, score
 from .train_config import TrainConfig
 from .train_groups import (
     AdapterConfig,
@@ -29,8 +23,19 @@ from .train_groups import (
     OutputConfig,
     TrainingConfig,
 )
-from .training import train
-from .writing import Written, export
+
+if TYPE_CHECKING:
+    from .checking import Checked, check
+    from .contents import Contents, Leaf, inspect
+    from .generating import Answer, Generated, generate
+    from .listing import ModelFamily, Models, models
+    from .pairing import Pair, Pairs, pairs
+    from .preview import Preview
+    from .repacking import FileLosses, Repacked
+    from .run_results import SweepResult, TrainResult
+    from .scoring import Score, Scores, score
+    from .training import train
+    from .writing import Written, export
 
 __all__ = [
     "AdapterConfig",
@@ -75,3 +80,22 @@ __all__ = [
     "score",
     "train",
 ]
+
+# The functions import Flax and Optax, which `--help` does not need.
+__getattr__ = make_getattr(
+    __name__,
+    __all__,
+    [
+        "checking",
+        "contents",
+        "generating",
+        "listing",
+        "pairing",
+        "preview",
+        "repacking",
+        "run_results",
+        "scoring",
+        "training",
+        "writing",
+    ],
+)

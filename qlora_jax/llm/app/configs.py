@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from ..data.encode import TrainOn
+from ..data.kinds import TrainOn
 from ..models.sampling import Sampling
 from .options import COUNT, PATH, SEED, Config, Limit, option
 from .servers import FMTS_BY_FORMAT, SERVERS

@@ -1,74 +1,15 @@
-"""Settings of a process: huge pages, a cache of programs, warnings, the best dtype.
-
-A training step on a CPU allocates and frees gigabytes. By default glibc maps that
-memory anew in each step, and Linux clears it in pages of 4 kB. Settings of glibc keep
-freed memory in the process and request huge pages, but glibc reads them only when a
-process starts.
-"""
+"""Settings of a process: a cache of programs, warnings, the best dtype."""
 
 import hashlib
-import os
 import pathlib
 import platform
-import signal
-import sys
 import time
 import warnings
 from typing import Any
 
 from ..models.download import default_cache
 
-ENABLED = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-OLDEST_GLIBC = (2, 35)
-HUGE_PAGES = "glibc.malloc.hugetlb"
-_NEVER = str(2**40)  # bytes; no allocation is that large
-SETTINGS = {
-    HUGE_PAGES: "1",
-    # All threads share one arena. The arenas of threads are too small for large arrays.
-    "glibc.malloc.arena_max": "1",
-    # Freed memory stays in the process instead of being unmapped and mapped again.
-    "glibc.malloc.mmap_threshold": _NEVER,
-    "glibc.malloc.trim_threshold": _NEVER,
-}
-# Set in the restarted process, so that it does not restart again. GLIBC_TUNABLES does
-# not suffice as a mark, because a wrapper may remove it from the environment.
-RESTARTED = "QLORA_JAX_HUGE_PAGES"
 _STALE_SECONDS = 600
-
-
-def restart_with_huge_pages(verbose: bool = False) -> None:
-    """Restarts this process with huge pages, if available and not set by the user."""
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if RESTARTED in os.environ or HUGE_PAGES in tunables or not has_huge_pages():
-        return
-    if verbose:
-        print(
-            "Restarting with huge pages (GLIBC_TUNABLES). Memory that is freed stays "
-            "with the process. Use --huge_pages=false to turn this off.",
-            file=sys.stderr,
-        )
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Settings of the user take precedence.
-    missing = [f"{k}={v}" for k, v in SETTINGS.items() if f"{k}=" not in tunables]
-    tunables = ":".join([*filter(None, [tunables]), *missing])
-    environment = {**os.environ, "GLIBC_TUNABLES": tunables, RESTARTED: "1"}
-    # The new process inherits this mask, so that SIGINT waits until it has a handler of
-    # its own.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    # `execve` keeps the process id and open files. `orig_argv` has Python's options.
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-
-
-def has_huge_pages() -> bool:
-    """Returns whether Linux offers huge pages on request and glibc can request them."""
-    try:
-        choices = ENABLED.read_text()  # such as "always [madvise] never"
-        libc, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
-    except (OSError, ValueError, AttributeError):  # not Linux, or another libc
-        return False
-    numbers = tuple(int(part) for part in version.split(".")[:2])
-    return "[never]" not in choices and libc == "glibc" and numbers >= OLDEST_GLIBC
 
 
 def enable_compilation_cache() -> None:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..models.sharding import ROW_AXES
-from ..train.objectives import find_objective
+from ..models.constraints import ROW_AXES
 from .options import Config
 from .train_groups import (
     AdapterConfig,
@@ -61,7 +60,8 @@ class TrainConfig(Config):
     output: OutputConfig = _changeable()
     adapter: AdapterConfig = AdapterConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    training: TrainingConfig = TrainingConfig()
+    # Not yet created, since its check imports Flax.
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = _changeable(EvaluationConfig())
     devices: DevicesConfig = _changeable(DevicesConfig())
 
@@ -73,6 +73,8 @@ class TrainConfig(Config):
                 "`lora_dropout` must be 0 with `mlp_tile`; otherwise all tiles drop "
                 f"the same entries. Got {self.adapter.dropout}."
             )
+        from ..train.objectives import find_objective  # imports Flax
+
         objective = find_objective(training.objective)
         if self.data.train_on == "all" and not objective.may_train_on_all:
             raise ValueError(

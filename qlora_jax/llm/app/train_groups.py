@@ -4,9 +4,8 @@ import datetime
 from dataclasses import dataclass
 from typing import Literal
 
-from ..data.encode import TrainOn
-from ..models.sharding import MESH_AXES
-from ..train.objectives import find_objective
+from ..data.kinds import TrainOn
+from ..models.constraints import MESH_AXES
 from .configs import Dtype, EngineName, Fmt, Scales, TargetFmt
 from .options import (
     COUNT,
@@ -317,6 +316,8 @@ class TrainingConfig(Config):
         super().__post_init__()
         if self.steps is not None and self.epochs is not None:
             raise ValueError("`steps` or `epochs` must be left out. Got both.")
+        from ..train.objectives import find_objective  # imports Flax
+
         objective = find_objective(self.objective)
         if objective.rows == "labelled" and (self.packing or self.batch_size < 2):
             raise ValueError(
@@ -402,7 +403,6 @@ class OutputConfig(Config):
             included. By default, all steps go to `log`, and about ten lines are
             printed. The file metrics.jsonl always has all steps.
         log: More destinations for the metrics: tensorboard, wandb and trackio.
-        verbose: Whether to print a message when `huge_pages` restarts the process.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -419,7 +419,6 @@ class OutputConfig(Config):
     preview: int | None = option(None, limit=COUNT)
     log_every: int | None = option(None, limit=COUNT)
     log: str | list[str] = option([])
-    verbose: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -451,8 +450,6 @@ class DevicesConfig(Config):
         coordinator_address: With `distributed`: host and port of the first process.
         num_processes: With `distributed`: the number of processes.
         process_id: With `distributed`: the index of this process, from 0.
-        huge_pages: Whether to restart `qlora-jax` with huge pages on Linux: faster
-            steps on a CPU, but more memory.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -465,7 +462,6 @@ class DevicesConfig(Config):
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
-    huge_pages: bool = True
 
     def __post_init__(self):
         super().__post_init__()

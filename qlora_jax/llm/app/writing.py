@@ -32,7 +32,7 @@ from .merge_aware import (
     pack_as_trained,
     target_packing_of,
 )
-from .pairs import AS_IS, MERGED, NOT_RUN, Pair, open_pair, pair_for, with_gguf_type
+from .pairing import AS_IS, MERGED, NOT_RUN, Pair, open_pair, pair_for, with_gguf_type
 from .processes import log
 from .pushing import check_base, push
 from .repacking import FileLosses, Repacked, repack

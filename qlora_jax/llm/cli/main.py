@@ -12,15 +12,21 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-try:
+
+@contextlib.contextmanager
+def _explain_missing_library() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise SystemExit(
+            f"qlora-jax needs: pip install 'qlora-jax[train]'. {error}"
+        ) from error
+
+
+with _explain_missing_library():
     from .. import app
     from ..app import environment
-    from ..app.processes import is_first
     from .parser import parse
-except ImportError as error:
-    raise SystemExit(
-        f"qlora-jax needs: pip install 'qlora-jax[train]'. {error}"
-    ) from error
 
 # These errors are printed without a traceback, because their usual cause is the input,
 # the machine or the training itself, and not a bug.
@@ -30,35 +36,33 @@ ERRORS += TypeError, ValueError
 
 def main(arguments: Sequence[str]) -> int:
     """Runs a command and returns its exit status. Keeps the settings of the process."""
-    return _run(arguments, lambda config: None)
+    return _run(arguments, lambda: None)
 
 
 def run_program() -> None:
     """Runs the command in `sys.argv`, after changing this process's settings for it."""
-
-    def prepare(config: object) -> None:
-        if isinstance(config, app.TrainConfig) and config.devices.huge_pages:
-            environment.restart_with_huge_pages(config.output.verbose)
-        environment.enable_compilation_cache()
-
     environment.shorten_warnings()
     with _exit_if_stdout_closed():
-        sys.exit(_run(sys.argv[1:], prepare))
+        sys.exit(_run(sys.argv[1:], environment.enable_compilation_cache))
 
 
-def _run(arguments: Sequence[str], prepare: Callable[[object], None]) -> int:
-    """Runs a command after passing its config to `prepare`; returns the exit status."""
-    name, config, namespace = parse(arguments)
-    prepare(config)
-    try:
+def _run(arguments: Sequence[str], prepare: Callable[[], None]) -> int:
+    """Runs a command after calling `prepare`; returns the exit status."""
+    with _explain_missing_library():
+        name, config, namespace = parse(arguments)
         function = getattr(app, name)
+    prepare()
+    try:
         if name == "generate" and not namespace.json:
             function(config, _write)  # prints answers as they are generated
             return 0
         result = function(config)
         is_train = isinstance(config, app.TrainConfig)
-        if is_train and config.devices.distributed and not is_first():
-            return 0  # the first process prints the result
+        if is_train and config.devices.distributed:
+            from ..app.processes import is_first
+
+            if not is_first():
+                return 0  # the first process prints the result
         text = str(result)
         if namespace.json:
             text = json.dumps(dataclasses.asdict(result), allow_nan=False)

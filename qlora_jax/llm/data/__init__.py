@@ -1,9 +1,14 @@
 """Rows of data: chat templates, tokens, targets and batches."""
 
-from .batching import Batch, batches, eval_batches
-from .chat_tokenizer import Tokenizer, open_tokenizer
-from .dataset import Dataset, read_dataset, read_rows
-from .encode import Example, Row
+from typing import TYPE_CHECKING
+
+from ..lazy import make_getattr
+
+if TYPE_CHECKING:
+    from .batching import Batch, batches, eval_batches
+    from .chat_tokenizer import Tokenizer, open_tokenizer
+    from .dataset import Dataset, read_dataset, read_rows
+    from .encode import Example, Row
 
 __all__ = [
     "Batch",
@@ -17,3 +22,8 @@ __all__ = [
     "read_dataset",
     "read_rows",
 ]
+
+# `..app.configs` needs only a type of this package, and not what its modules import.
+__getattr__ = make_getattr(
+    __name__, __all__, ["batching", "chat_tokenizer", "dataset", "encode"]
+)

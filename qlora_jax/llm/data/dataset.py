@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .chat_tokenizer import Tokenizer
-from .encode import Encoded, Encoder, Example, Row, TrainOn
+from .encode import Encoded, Encoder, Example, Row
 from .images import ImageProcessor
+from .kinds import TrainOn
 from .rows import (
     JsonLines,
     Source,

@@ -3,17 +3,17 @@
 import itertools
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from . import kinds
 from .chat_tokenizer import AnswerSpans, MessageGroups, Tokenizer, encode_with_offsets
 from .images import ImageProcessor, Images, find_image, take_images
+from .kinds import TrainOn
 from .model_files import ModelError
 from .omissions import check_nothing_omitted
 
-TrainOn = Literal["completions", "last", "all"]  # which tokens are targets
 IGNORED = -100  # the label of a token that is not a target, as in PyTorch
 
 

@@ -2,10 +2,11 @@
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import qlora_jax as ql
 
+TrainOn = Literal["completions", "last", "all"]  # which tokens are targets
 ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that "
     "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"

@@ -1,9 +1,12 @@
-"""The help of each command: words for types, groups, and every option."""
+"""The help of each command: words for types, groups, and every option; its imports."""
 
+import json
 import re
 
 import pytest
+from commands import run_python
 
+import qlora_jax as ql
 from qlora_jax.llm.app.options import options_of
 from qlora_jax.llm.cli.main import main
 from qlora_jax.llm.cli.parser import COMMANDS
@@ -38,3 +41,29 @@ def test_help_is_in_words(capsys, command):
     assert "(an integer; default: 16)" in words
     usage = "usage: qlora-jax train --model MODEL --data DATA --out OUT [options]\n"
     assert out.startswith(usage)
+
+
+# Prints the modules that were imported once the program ends.
+MODULES = """
+import atexit, json, sys
+atexit.register(lambda: print(json.dumps([*sys.modules]), file=sys.stderr))
+import qlora_jax_program
+qlora_jax_program.process()
+"""
+# These take longer to import than the whole command may take, besides JAX.
+HEAVY = {"flax", "grain", "optax", "orbax", "tokenizers", "transformers"}
+HEAVY |= {"qlora_jax.io", "qlora_jax.llm.models.decoder", "qlora_jax.llm.train"}
+
+
+def test_the_version_needs_no_jax():
+    done = run_python("-c", MODULES, "--version")
+    assert done.stdout == f"qlora-jax {ql.__version__}\n" and done.returncode == 0
+    assert not {"jax", "numpy", "qlora_jax"} & {*json.loads(done.stderr)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_help_imports_no_models(arguments):
+    done = run_python("-c", MODULES, *arguments)
+    assert done.stdout.startswith("usage: qlora-jax") and done.returncode == 0
+    assert not HEAVY & {*json.loads(done.stderr)}

@@ -18,7 +18,7 @@ from commands import PROGRAM, rows_of, run_python, settings, start_python
 import qlora_jax as ql
 import qlora_jax_program
 from qlora_jax.llm import app
-from qlora_jax.llm.app import environment, training
+from qlora_jax.llm.app import training
 from qlora_jax.llm.models.tiny import save_tiny
 
 INTERRUPTED, STATUS = "qlora-jax: interrupted\n", 128 + signal.SIGINT
@@ -101,37 +101,45 @@ def test_an_interrupt_does_not_get_lost_in_callbacks(tmp_path):
         assert done == (STATUS, "begins\n", INTERRUPTED)
 
 
-EXEC = """
-import os, signal
-execve = os.execve
-
-def interrupt_and_execve(*arguments):
-    os.kill(os.getpid(), signal.SIGINT)
-    execve(*arguments)
-
-os.execve = interrupt_and_execve
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not environment.has_huge_pages(), reason="no second process")
-def test_an_interrupt_waits_for_the_second_process(tmp_path):
-    wrong = "train", "--model=none", "--data=nowhere/no", f"--out={tmp_path}/run"
-    variables = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    done = run_python("-c", EXEC + CODE, *wrong, env=variables)
-    assert (done.returncode, done.stderr) == (STATUS, INTERRUPTED)
-    assert done.stdout == "begins\nbegins\n"
-
-
-def test_an_interrupt_leaves_no_unfinished_file(tmp_path, monkeypatch, capfd):
-    statuses = []
+@pytest.mark.parametrize(
+    "number, line",
+    [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, "qlora-jax: terminated\n")],
+)
+def test_a_signal_leaves_no_unfinished_file(number, line, tmp_path, monkeypatch, capfd):
+    statuses, before = [], signal.getsignal(number)
     monkeypatch.setattr(qlora_jax_program.os, "_exit", statuses.append)
     monkeypatch.setattr(qlora_jax_program.os, "isatty", lambda number: False)
     with pytest.raises(FileNotFoundError), ql.io.new_path(tmp_path / "notes") as new:
         new.write_text("half")
-        qlora_jax_program.end()
+        qlora_jax_program.end(number, None)
         assert not [*tmp_path.iterdir()]
-    assert statuses == [STATUS] and capfd.readouterr().err == INTERRUPTED
+    signal.signal(number, before)
+    assert statuses == [128 + number] and capfd.readouterr().err == line
+
+
+# Sends SIGTERM while a model is written.
+TERMINATED = """
+import os, signal, qlora_jax as ql
+save = ql.io.save_merged
+
+def save_and_end(out, *arguments, **options):
+    with ql.io.new_path(out) as folder:
+        save(folder, *arguments, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+ql.io.save_merged = save_and_end
+import qlora_jax_program
+qlora_jax_program.process()
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_ends_an_export_without_its_folder(folder, tmp_path):
+    arguments = "export", "--model", folder, "--format", "merged", "--out"
+    done = run_python("-c", TERMINATED, *arguments, tmp_path / "merged")
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert done.stderr.endswith("qlora-jax: terminated\n")
+    assert not [*tmp_path.iterdir()]
 
 
 def check_ended(status, out, err, run):

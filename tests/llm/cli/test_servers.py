@@ -14,7 +14,7 @@ from stored import draw_peft, export, tensors_of
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.pairs import with_gguf_type
+from qlora_jax.llm.app.pairing import with_gguf_type
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.tiny import save_tiny
 

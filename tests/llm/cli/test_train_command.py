@@ -675,7 +675,7 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys
 def test_a_run_that_is_sent_a_signal_saves_its_state(folder, data, tmp_path, capsys):
     out, rows, file = tmp_path / "run", data / "train.jsonl", tmp_path / "run.yaml"
     endless = settings(folder, rows, out, steps=10**5, save_every=10**5)
-    file.write_text(yaml.safe_dump(endless.to_settings() | dict(huge_pages=False)))
+    file.write_text(yaml.safe_dump(endless.to_settings()))
     arguments = "train", "--config", file
     process = commands.start_python(
         *PROGRAM, *arguments, stderr=subprocess.PIPE, text=True

@@ -188,7 +188,7 @@ def write_config(folder):
     settings |= dict(lora_r=32, lora_dropout=0.1, keep=2, seed=3, steps=STEPS)
     settings |= dict(optimizer="adamw8bit", offload_optimizer=True)
     settings |= dict(target_modules=["q_proj", "up_proj", "down_proj"])
-    settings |= dict(save_every=SAVE_EVERY, huge_pages=False)
+    settings |= dict(save_every=SAVE_EVERY)
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(settings))
     return config

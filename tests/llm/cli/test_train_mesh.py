@@ -161,7 +161,7 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill_and_a_signal(
 ):
     single, distributed, killed = (tmp_path / name for name in ("one", "two", "killed"))
     (data / "valid.jsonl").rename(data / "unused.jsonl")
-    options = dict(steps=STEPS, save_every=10, huge_pages=False, learning_rate=2e-3)
+    options = dict(steps=STEPS, save_every=10, learning_rate=2e-3)
     config = settings(folder, data, single, **options)
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config.to_settings()))
@@ -213,7 +213,7 @@ def test_two_processes_compare_preferences_of_two_rates_as_one(folder, tmp_path)
     for name in ("train", "valid"):
         write_rows(tmp_path / f"{name}.jsonl", rows)
     single, distributed = tmp_path / "one", tmp_path / "two"
-    options = dict(objective="dpo", learning_rate=[2e-3, 2e-2], huge_pages=False)
+    options = dict(objective="dpo", learning_rate=[2e-3, 2e-2])
     options |= dict(steps=4, save_every=2, eval_every=2, eval_examples=0)
     config = settings(folder, tmp_path, single, **options, keep_best=True)
     file = tmp_path / "run.yaml"

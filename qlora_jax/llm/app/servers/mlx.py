@@ -7,7 +7,6 @@ from typing import Any
 import qlora_jax as ql
 
 from ...models.config import DecoderConfig
-from ...models.families import text_only_config
 from .server import AWQ, Server
 
 # Families for which mlx-lm supports fewer types of rotary positions than for others,
@@ -44,6 +43,8 @@ def _find_difference(
 ) -> str | None:
     if not config_json:
         return None
+    from ...models.families import text_only_config  # imports Flax
+
     raw = text_only_config(config_json)
     family, is_gemma3 = raw["model_type"], raw["model_type"] == "gemma3_text"
     if family in _UNTESTED:
