@@ -42,6 +42,12 @@ LABELLED = [
     {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
     for name, row in zip(("chosen", "rejected", "rejected"), PAIRS, strict=True)
 ]
+LONG = [
+    {"prompt": "abc", "completion": "defghijk", "label": True},
+    {"prompt": "x", "completion": "yyyyyyy", "label": False},
+    {"prompt": "some", "completion": " more", "label": True},
+]
+CUT = {"max_length": 7}
 SIMPO = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.7}
 CASES = {
     "dpo": (trl.DPOTrainer, trl.DPOConfig, {}, PAIRS, {}),
@@ -49,6 +55,7 @@ CASES = {
     "simpo": (cpo.CPOTrainer, cpo.CPOConfig, SIMPO, PAIRS, {"gamma": 0.7}),
     "orpo": (orpo.ORPOTrainer, orpo.ORPOConfig, {}, PAIRS, {"train_on": "all"}),
     "kto": (trl.KTOTrainer, trl.KTOConfig, {}, LABELLED, {}),
+    "kto, cut": (trl.KTOTrainer, trl.KTOConfig, CUT, LONG, CUT),
 }
 
 
@@ -85,15 +92,18 @@ def train_there(folder, out, trainer, config, settings, rows):
     return float(loss), llama.gradients_of(trl_trainer.model), metrics
 
 
-def train_here(folder, out, rows, name, train_on="completions", **settings):
+def train_here(
+    folder, out, rows, name, train_on="completions", max_length=64, **settings
+):
     """Returns the same from qlora_jax, with the saved adapter."""
     objective = train.find_objective(name)
     config, base = load(folder, progress=False)
     path, tokenizer = write_rows(out / "d.jsonl", rows), llm_data.open_tokenizer(folder)
     options = dict(chat=False, rows=objective.rows, train_on=train_on)
+    options |= dict(max_length=max_length, too_long="truncate")
     data = read(tokenizer, path, vocab_size=config.vocab_size, **options)
     [batch] = llm_data.eval_batches(
-        data.train, batch_size=len(data.train), max_length=64
+        data.train, batch_size=len(data.train), max_length=max_length
     )
     names = decoder_names(config)
     base, lora, _ = ql.io.load_peft(out / "adapter", base, names)
@@ -109,9 +119,9 @@ def train_here(folder, out, rows, name, train_on="completions", **settings):
     return float(value), tensors_of(out / "grads"), metrics
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_equals_trl(folder, tmp_path, name):
-    *trl_arguments, rows, settings = CASES[name]
+@pytest.mark.parametrize("case", CASES)
+def test_equals_trl(folder, tmp_path, case):
+    name, (*trl_arguments, rows, settings) = case.partition(",")[0], CASES[case]
     loss, grads, metrics = train_there(folder, tmp_path, *trl_arguments, rows)
     our_loss, our_grads, our_metrics = train_here(
         folder, tmp_path, rows, name, **settings

@@ -272,13 +272,14 @@ class _BatchSource:
             # The prompt of a row is combined with the completion of another one, which
             # may be longer than the completion of the row.
             prompt = max(row.start for row in self.rows)
-            completion = max(len(row.ids) - row.start for row in self.rows)
+            rows = [row.uncut or row for row in self.rows]
+            completion = max(len(row.ids) - row.start for row in rows)
             widest = int(round_up(min(prompt + completion, self.max_length)))
             self.widths = np.union1d(self.widths, [max(widest, self.widths[-1])])
             # After the prompt of another row, the first token of a row without a prompt
             # is a target, too.
-            labels = [row.labels[row.start :] for row in self.rows]
-            sizes = [np.count_nonzero(x != IGNORED) for x in labels]
+            labels = [row.labels[row.start :] for row in rows]
+            sizes = [np.count_nonzero(x[: self.max_length] != IGNORED) for x in labels]
             num_targets = np.maximum(num_targets, sizes)
         self.row_widths = self.widths[np.searchsorted(self.widths, lengths)]
         # One number of targets for each width, so that each width has one shape.
@@ -349,6 +350,7 @@ class _BatchSource:
         return add_images(batch, rows, self.num_images, self.processor)
 
     def _mismatch(self, row: Row, previous: Row) -> Row:
+        previous = previous.uncut or previous
         ids = np.concatenate([row.ids[: row.start], previous.ids[previous.start :]])
         untrained = np.full_like(row.ids[: row.start], IGNORED)
         labels = np.concatenate([untrained, previous.labels[previous.start :]])

@@ -297,8 +297,9 @@ class _Reader:
     def _hash(self, row: Row) -> None:
         for sequence in row.sequences:
             # The length comes first, so that rows cannot run into each other.
-            self.hasher.update(np.int64(len(sequence.ids)).tobytes())
-            for x in (sequence.ids, sequence.labels):
+            ids, labels, *_ = sequence.uncut or sequence
+            self.hasher.update(np.int64(len(ids)).tobytes())
+            for x in (ids, labels):
                 self.hasher.update(np.asarray(x, np.int32).tobytes())
             if sequence.images is not None:
                 self.hasher.update(sequence.images.hash.encode())

@@ -31,6 +31,8 @@ class Row(NamedTuple):
         rejected: For pairs: the row of the rejected completion. The other fields are
             those of the chosen one.
         images: The images in the text, or None.
+        uncut: For a preference that `truncated` has cut: the row before the cut.
+            Otherwise None.
 
     Example:
         >>> row = Row(np.array([3, 1, 2]), np.array([-100, 1, 2]), "train.jsonl:17")
@@ -45,6 +47,7 @@ class Row(NamedTuple):
     label: bool | None = None
     rejected: "Row | None" = None
     images: Images | None = None
+    uncut: "Row | None" = None
 
     @property
     def num_trained(self) -> int:
@@ -78,8 +81,11 @@ class Row(NamedTuple):
             size: The largest number of tokens.
         """
         rejected = self.rejected and self.rejected.truncated(size)
+        # KTO joins the answer to other prompts, after which more of it may fit.
+        is_cut = self.label is not None and len(self.ids) > size
+        uncut = self if is_cut else self.uncut
         ids, labels = self.ids[:size], self.labels[:size]
-        return self._replace(ids=ids, labels=labels, rejected=rejected)
+        return self._replace(ids=ids, labels=labels, rejected=rejected, uncut=uncut)
 
 
 class Example(NamedTuple):

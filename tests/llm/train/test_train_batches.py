@@ -117,6 +117,20 @@ def test_a_labelled_answer_without_a_prompt_follows_that_of_another_row():
     assert batch.select[3, is_answer].tolist() == [*range(1, 10)]
 
 
+def test_mismatched_answers_are_cut_after_they_are_joined():
+    # The answer of the first row is cut to 2 tokens, and fits after the other prompt.
+    ids = np.arange(10, 24)
+    labels = np.where(np.arange(14) < 6, -100, ids)
+    row = Row(ids, labels, "d:1", start=6, label=True).truncated(8)
+    other_ids, other_labels = np.array([3, 4, 5]), np.array([-100, -100, 5])
+    other = Row(other_ids, other_labels, "d:2", start=2, label=False)
+    [batch] = eval_batches([row, other], batch_size=2, max_length=8)
+    assert batch.ids[0].tolist() == [*range(10, 18)]
+    assert batch.ids[3].tolist() == [3, 4, *range(16, 22)]
+    is_answer = batch.answers[3, 0] != 0
+    assert batch.targets[3, is_answer].tolist() == [*range(16, 22)]
+
+
 def test_evaluation_has_each_row_in_order():
     rows = rows_of([5, 40, 7, 9, 3])
     batches_in_order = eval_batches(rows, batch_size=2, max_length=64)
