@@ -4,6 +4,7 @@ import warnings
 
 import datasets
 import jax
+import jax.numpy as jnp
 import llama
 import numpy as np
 import peft
@@ -112,7 +113,7 @@ def train_here(
 
     def mean_loss(lora):
         total, count, metrics = loss(lora, base, batch, None)
-        return total / count, {k: x / n for k, (x, n) in metrics.items()}
+        return jnp.sum(total / count), {k: x / n for k, (x, n) in metrics.items()}
 
     (value, metrics), grads = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(lora)
     ql.io.save_peft(out / "grads", base, grads, names)

@@ -25,7 +25,7 @@ from .outputs import (
     read_metrics,
     save_adapter,
 )
-from .step import Report, State, Step, make_step
+from .step import Report, State, Step, SumOfMeans, make_step
 from .target_modules import find_target_paths
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "ShowProgress",
     "State",
     "Step",
+    "SumOfMeans",
     "Training",
     "decoder_loss",
     "find_objective",

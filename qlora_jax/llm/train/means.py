@@ -13,7 +13,8 @@ from .step import Loss
 def make_mean_loss(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], float]:
     """Returns a function that computes the mean loss of batches, without dropout.
 
-    Call it as `f(base, lora, batches)`. The mean is over all target tokens.
+    Call it as `f(base, lora, batches)`. The mean is over all target tokens. It does not
+    depend on how they are divided into batches.
 
     Args:
         loss: A loss function, as for `make_step`. Its PRNG key is None.
@@ -54,6 +55,6 @@ def make_means(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], dict[str, floa
         # after all batches have been sent to it.
         totals = {k: np.asarray(x, np.float64).sum(axis=0) for k, x in sums.items()}
         with np.errstate(invalid="ignore"):  # a count of 0 gives NaN
-            return {name: float(x / n) for name, (x, n) in totals.items()}
+            return {name: float(np.sum(x / n)) for name, (x, n) in totals.items()}
 
     return compute_means

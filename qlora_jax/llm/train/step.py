@@ -18,6 +18,40 @@ from .loss_scale import LossScale
 # A function of the lora tree, the base tree, a batch and a PRNG key. It returns the sum
 # of the losses of all targets, the number of targets, and optionally metrics.
 Loss = Callable[..., tuple]
+
+
+@dataclass(frozen=True)
+class SumOfMeans:
+    """A loss that is the sum of several means, such as over pairs and over tokens.
+
+    If a step has several batches, each mean is over all of them, as if they were one.
+
+    Attributes:
+        loss: As a `Loss`, but its sums and numbers are arrays with one entry per mean.
+        count: A function of a batch that returns only the numbers.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from qlora_jax.llm import train
+        >>> count = lambda batch: jnp.array([1, batch.size])
+        >>> means = lambda lora, base, batch, key: (
+        ...     lora["w"] * jnp.array([2, jnp.sum(batch)]), count(batch))
+        >>> loss = train.SumOfMeans(means, count)
+        >>> state = train.State.create({"w": jnp.ones(())}, optax.sgd(0.5), seed=0)
+        >>> batches = [jnp.ones(3), 5 * jnp.ones(1)]
+        >>> state, report = train.make_step(loss, optax.sgd(0.5))(state, {}, batches)
+        >>> float(report.loss), float(report.grad_norm)
+        (4.0, 4.0)
+    """
+
+    loss: Loss
+    count: Callable[[Any], Array]
+
+    def __call__(self, *args: Any) -> tuple:
+        """Returns the sums, the numbers and the metrics of a batch."""
+        return self.loss(*args)
+
+
 # The two jitted functions of a step. The first adds a batch to the sums of the step.
 # The second adds the last batch, and updates the adapter.
 Programs = tuple[jax.stages.Wrapped, jax.stages.Wrapped]
@@ -178,8 +212,8 @@ class Report(NamedTuple):
 class _Sums(NamedTuple):
     """Sums over the batches of a step."""
 
-    loss: Float[Array, ""]
-    num_losses: Float[Array, ""]  # the number of target tokens, answers or pairs
+    loss: Float[Array, "*means"]  # of a `SumOfMeans`, one sum for each mean
+    num_losses: Float[Array, "*means"]  # the number of target tokens, answers or pairs
     grads: PyTree  # of the summed loss, without the loss scale
     metrics: dict[str, tuple[Array, Array]]  # a sum and a count for each metric
 
@@ -276,10 +310,14 @@ class Step:
         if len(batches) == 0:  # may also be a stack of batches in an array
             raise ValueError("`batches` must have a batch. Got none.")
         add_batch, finish = self._programs_for(state)
-        sums = None
-        for index, batch in enumerate(batches[:-1]):
-            sums = add_batch(sums, state, base, batch, np.int32(index))
-        return finish(sums, state, base, batches[-1], np.int32(len(batches) - 1))
+        sums = counts = None
+        if isinstance(self.loss, SumOfMeans) and len(batches) > 1:
+            counts = sum(map(jax.jit(self.loss.count), batches))
+        *first_batches, last_batch = enumerate(batches)
+        for index, batch in first_batches:
+            sums = add_batch(sums, state, base, batch, np.int32(index), counts)
+        index, batch = last_batch
+        return finish(sums, state, base, batch, np.int32(index), counts)
 
     def lower(self, state: State, base: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """Lowers the program of a step of one batch, as `jax.jit(...).lower` does.
@@ -324,8 +362,12 @@ class Step:
         finish = jax.jit(self._finish, donate_argnums=1, out_shardings=result_shardings)
         return add_batch, finish
 
-    def _add_batch(self, sums, state, base, batch, index) -> _Sums:
-        """Adds the losses and gradients of batch number `index` of a step."""
+    def _add_batch(self, sums, state, base, batch, index, counts=None) -> _Sums:
+        """Adds the losses and gradients of batch number `index` of a step.
+
+        `counts` are the numbers of a `SumOfMeans` in all batches of the step. If there
+        is only this batch, they are None.
+        """
 
         def compute_sums(lora, key, step, loss_scale):
             # A resumed run derives the same dropout key for each batch of each step.
@@ -335,12 +377,20 @@ class Step:
                 total, count, *metrics = self.loss(lora, base, batch, dropout_key)
                 # The loss may return no metrics: then `dict(*metrics)` is empty.
                 count, metrics = jnp.asarray(count, jnp.float32), dict(*metrics)
+                weighted_total = total
+                if isinstance(self.loss, SumOfMeans):
+                    # `_update` divides by the first number, so the sums of the other
+                    # means are weighted to be divided by their own numbers.
+                    numbers = count if counts is None else counts
+                    weighted_total = jnp.sum(
+                        total * (numbers[0] / jnp.maximum(numbers, 1))
+                    )
                 if loss_scale is None:
-                    return total, (total, count, 1.0, metrics)
+                    return weighted_total, (total, count, 1.0, metrics)
                 # Scale the mean loss, for which the initial loss scale is meant. The
                 # gradient of the sum is larger, and would overflow more often.
-                factor = loss_scale.scale / jnp.maximum(count, 1)
-                return total * factor, (total, count, factor, metrics)
+                factor = loss_scale.scale / jnp.maximum(_first(count), 1)
+                return weighted_total * factor, (total, count, factor, metrics)
 
             gradient = jax.grad(scaled_loss, has_aux=True)
             grads, (total, count, factor, metrics) = gradient(lora)
@@ -354,9 +404,11 @@ class Step:
         batch_sums = compute_sums(state.lora, state.key, state.step, state.loss_scale)
         return batch_sums if sums is None else jax.tree.map(jnp.add, sums, batch_sums)
 
-    def _finish(self, sums, state, base, batch, index) -> tuple[State, Report]:
+    def _finish(
+        self, sums, state, base, batch, index, counts=None
+    ) -> tuple[State, Report]:
         """Adds the last batch of a step, and updates the adapters."""
-        sums = self._add_batch(sums, state, base, batch, index)
+        sums = self._add_batch(sums, state, base, batch, index, counts)
         optimizer: Any = self.optimizer
         if self.learning_rates is None:
             return _update(optimizer, sums, state)
@@ -372,9 +424,10 @@ def _update(
 ) -> tuple[State, Report]:
     # Divide once, at the end: in a mean of batch means, the weight of a token would
     # depend on the size of its batch.
-    total, num_losses, grads, metrics = sums
+    total, numbers, grads, metrics = sums
+    num_losses = _first(numbers)
     grads = jax.tree.map(lambda g: (g / num_losses).astype(g.dtype), grads)
-    mean, norm = total / num_losses, optax.tree.norm(grads)
+    mean, norm = jnp.sum(total / numbers), optax.tree.norm(grads)
     # The old state is donated, so an update must be skipped inside this program.
     skip = ~_all_finite([mean, norm])
     updates, opt_state = optim.skippable(optimizer).update(
@@ -392,6 +445,10 @@ def _update(
         loss_scale = loss_scale.update(~skip)
     new_state = State(state.step + 1, skipped, lora, opt_state, state.key, loss_scale)
     return new_state, Report(mean, norm, num_losses, is_finite, means)
+
+
+def _first(numbers: Float[Array, "*means"]) -> Float[Array, ""]:
+    return numbers if numbers.ndim == 0 else numbers[0]
 
 
 def _all_finite(arrays: Sequence[jax.Array]) -> Bool[Array, ""]:

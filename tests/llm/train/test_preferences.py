@@ -6,6 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import trees_of
 from tolerances import assert_close
@@ -57,7 +58,7 @@ def loss_and_metrics(objective, lora, batch, base=None):
     )
     base = trees()[0] if base is None else base
     total, count, metrics = loss(lora, base, batch, None)
-    return total / count, {name: x / n for name, (x, n) in metrics.items()}
+    return jnp.sum(total / count), {name: x / n for name, (x, n) in metrics.items()}
 
 
 @pytest.mark.newest
@@ -107,6 +108,48 @@ def test_the_reference_of_merge_aware_adapters_is_their_plain_base():
     magnitude = float(np.max(np.abs(policy)))
     assert_close(loss, np.log1p(np.exp(-margin)), magnitude=magnitude)
     assert abs(margin) > 100 * np.finfo(np.float32).eps * magnitude
+
+
+def make_orpo():
+    return train.find_objective("orpo").loss(ql.linen.wrap(Decoder(CONFIG)), beta=0.5)
+
+
+@pytest.mark.slow
+def test_the_validation_loss_of_orpo_does_not_depend_on_the_batch_size():
+    # Batches have other ratios of tokens to pairs. TRL agrees on one large batch
+    # (tests/interop/test_preferences.py).
+    (base, lora), rows = trees(), pairs(7)
+    compute_means = make_means(make_orpo())
+    large, *means = (
+        compute_means(
+            base, lora, data.eval_batches(rows, batch_size=size, max_length=16)
+        )
+        for size in (7, 2, 3, 8)
+    )
+    for small in means:
+        assert_close(small, large)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["plain", "sweep", "scaled"])
+def test_accumulated_batches_of_orpo_step_as_one_large_one(form):
+    (base, lora), rows = trees(), pairs(7)
+    [large] = data.eval_batches(rows, batch_size=7, max_length=16)
+    parts = data.eval_batches(rows, batch_size=3, max_length=16)
+    rates = {"learning_rates": [0.5, 0.25]} if form == "sweep" else {}
+    optimizer = optax.sgd if rates else optax.sgd(0.5)
+    step, results = train.make_step(make_orpo(), optimizer, **rates), []
+    for batches in ([large], parts):
+        scale = train.LossScale.create() if form == "scaled" else None
+        copied_lora = jax.tree.map(jnp.copy, lora)
+        state = train.State.create(copied_lora, optax.sgd(0.5), 0, scale)
+        state = train.State.stack([state, state]) if rates else state
+        state, report = step(state, base, batches)
+        results.append((report, jax.tree.leaves(state.lora)))
+    (report, updated), (accumulated_report, accumulated) = results
+    assert np.all(report.is_finite)
+    assert_close(accumulated_report, report)
+    assert_close(accumulated, updated)
 
 
 def test_metrics_without_values_are_nan_without_a_warning():

@@ -120,6 +120,33 @@ def test_adapters_that_train_together_train_as_alone(name):
             assert_close(got, want)
 
 
+def test_a_sum_of_means_does_not_depend_on_the_batches():
+    """One mean is over targets, the other over rows."""
+
+    def count(batch):
+        return jnp.stack([len(batch.targets), jnp.sum(batch.weights)])
+
+    def totals(lora, base, batch, key):
+        errors = jnp.abs(batch.ids @ lora["w"] - batch.targets)
+        sums = jnp.sum(jnp.exp(-errors)), jnp.sum(errors * batch.weights)
+        return jnp.stack(sums), count(batch)
+
+    parts = [make_points(0, rows=2), make_points(1, rows=5), make_points(2, rows=1)]
+    large = Points(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+    assert len({x.num_trained / len(x.targets) for x in parts}) == 3
+    loss = train.SumOfMeans(totals, count)
+    step, mean_loss = train.make_step(loss, optax.sgd(0.1)), train.make_mean_loss(loss)
+    state, report = step(start(optax.sgd(0.1)), {}, [large])
+    accumulated, accumulated_report = step(start(optax.sgd(0.1)), {}, parts)
+    assert_close(accumulated_report, report)
+    assert_close(accumulated.lora, state.lora)
+    errors = np.abs(np.float64(large.targets))  # the adapter starts at zero
+    expected = np.exp(-errors).sum() / 8 + np.average(errors, weights=large.weights)
+    assert_close(float(report.loss), float(expected))
+    for batches in ([large], parts):
+        assert_close(mean_loss({}, {"w": jnp.zeros(5)}, batches), float(expected))
+
+
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion", "adafactor"])
 def test_accumulated_batches_step_as_one_large_one(name):
     optimizer = train.make_optimizer(name, 0.1, clip=0.5, weight_decay=0.01)

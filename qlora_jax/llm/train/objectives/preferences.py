@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 import qlora_jax as ql
 
 from ...data.batching import Batch
-from ..step import Loss
+from ..step import Loss, SumOfMeans
 from .registry import Objective, register_objective
 from .sft import in_auto_axes, make_token_losses
 
@@ -27,7 +27,8 @@ def pair_loss(name: str, model: Any, *, beta: float = 0.1, **settings: float) ->
     """Returns the loss of an objective for pairs of answers, for `make_step`.
 
     The loss is a function that returns the sum of the losses of all pairs, their
-    number, and the metrics of TRL. The reward of a completion is `beta` times its
+    number, and the metrics of TRL. ORPO is a `SumOfMeans`, over pairs and over the
+    target tokens of chosen answers. The reward of a completion is `beta` times its
     log-ratio. For an objective without a reference model, it is `beta` times the mean
     log-probability of the tokens.
     """
@@ -47,16 +48,26 @@ def pair_loss(name: str, model: Any, *, beta: float = 0.1, **settings: float) ->
         # Chosen and rejected completions of the same prompt alternate.
         chosen, rejected = scores.reshape(-1, 2).T  # [B * S / 2] each
         options: dict[str, Any] = {"beta": beta, **settings}
-        if name == "orpo":  # `weights` are 0 for rejected completions
-            total, count = jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
-            options["nll"] = total / jnp.maximum(count, 1)
+        if name == "orpo":  # the cross entropy is a mean of its own
+            options["nll"] = jnp.zeros(())
         pair_losses = compute_pair_losses(chosen, rejected, **options)
         rewards = beta * (log_ratios if uses_reference else means)
         is_pair = num_tokens[::2] > 0  # padding has no target tokens
         metrics = _reward_metrics(rewards.reshape(-1, 2), is_pair)
-        return *sum_and_count(pair_losses, is_pair), metrics
+        total, count = sum_and_count(pair_losses, is_pair)
+        if name == "orpo":  # `weights` are 0 for rejected completions
+            total = jnp.stack([total, jnp.sum(losses * batch.weights)])
+            count = _count_pairs_and_tokens(batch)
+        return total, count, metrics
 
-    return in_auto_axes(loss)
+    loss = in_auto_axes(loss)
+    return SumOfMeans(loss, _count_pairs_and_tokens) if name == "orpo" else loss
+
+
+def _count_pairs_and_tokens(batch: Batch) -> Float[Array, " 2"]:
+    is_chosen = jnp.any(jnp.asarray(batch.answers) > 0, axis=-1)  # [B, S]
+    num_pairs = jnp.sum(is_chosen, dtype=jnp.float32)
+    return jnp.stack([num_pairs, jnp.sum(batch.weights)])
 
 
 def _reward_metrics(
