@@ -478,3 +478,18 @@ def test_base_weights_that_the_model_lacks_are_refused(base, tmp_path):
     with pytest.raises(ValueError, match="Got others:\n  lm_head.weight"):
         ql.io.save_peft(tmp_path / "adapter", base, lora, NAMES, config)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_saved_base_weights_are_not_decoded_from_4_bits(tmp_path):
+    head = draw(N, K)  # of the base; PEFT stores it where the adapter changes it
+    params = {"lm_head": {"kernel": jnp.asarray(head.T)}}
+    base = ql.quantize(params, ql.QLoRAConfig(targets=".*", fmt="nf4"))
+    names = ql.io.Names({"lm_head/kernel": "lm_head.weight"})
+    key = "base_model.model.lm_head.base_layer.weight"
+    factors = {"lm_head": (draw(4, K), draw(N, 4))}
+    write_peft(tmp_path, factors, {key: head}, target_modules=["lm_head"])
+    loaded, lora, config = ql.io.load_peft(tmp_path, base, names)
+    with pytest.raises(ValueError, match="`base` .* in float(.|\n)*lm_head.weight"):
+        ql.io.save_peft(tmp_path / "packed", base, lora, names, config)
+    ql.io.save_peft(tmp_path / "new", loaded, lora, names, config)
+    assert_same_bits(tensors_of(tmp_path / "new"), tensors_of(tmp_path))

@@ -16,7 +16,7 @@ from ...adapters.base import Adapter
 from ...adapters.lora import LowRank, is_low_rank
 from ...adapters.trained import TrainedRows, new_trained
 from ...quant.formats import check_dtype
-from ...quant.kernel import Kernel, as_kernel, is_kernel
+from ...quant.kernel import Kernel, as_kernel, is_kernel, is_packed
 from ...trees.adapters import unshared_adapters, with_trained
 from ...trees.paths import Tree, map_by_path, nested, raise_if_any
 from ..files import CheckpointError, Path, member, new_folder, refuse, write_json
@@ -281,6 +281,15 @@ def adapter_tensors(
         "`saved_base_weights` must have the names of weights that PEFT may save. Got "
         "others",
         [name for name in config.saved_base_weights if name not in keys],
+    )
+    saved_leaves = {
+        name: model.leaves[model.positions[name].path]
+        for name in config.saved_base_weights
+    }
+    raise_if_any(
+        "`base` must have the weights in `saved_base_weights` in float, as `load_peft` "
+        "returns them. Got packed ones",
+        [name for name, leaf in saved_leaves.items() if is_packed(leaf)],
     )
     for name in (*layout.saved, *config.saved_base_weights):
         tensors[keys[name][0]] = _base_tensor(model, name)

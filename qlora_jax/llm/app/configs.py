@@ -149,7 +149,8 @@ class ExportConfig(Config):
             smaller. For merged, gguf and a server: the rule that training used.
         calibrate: With the search, for a 4-bit file: rows on which the inputs of each
             layer are measured, so that errors of weights with large inputs count more.
-        dtype: For merged: dtype of the tensors; by default each tensor keeps its own.
+        dtype: For merged: dtype of the tensors. By default, the dtype of the run if
+            training packed the model; otherwise each tensor keeps its own.
         gguf_type: For gguf: the type of the file, by default F16. Q4_0 copies weights
             in int4_f16 or q4_0 with blocks of 32, and packs float weights. Q4_K_M packs
             all weights, in the mixture of Q4_K and Q6_K of llama.cpp. For llama.cpp and

@@ -435,3 +435,27 @@ def test_the_chat_template_is_that_of_the_run(folder, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="`template` must be a file. .*marked.jinja"):
         app.score(app.ScoreConfig(run=str(out), data=rows))
+
+
+@pytest.mark.slow
+def test_dtypes_of_a_run_in_bfloat16(folder, tmp_path, capsys):
+    options = dict(fmt="nf4", dtype="bfloat16", steps=2, eval_examples=0)
+    out = tmp_path / "run"
+    config = settings(folder / "base", write_letters(tmp_path), out, **options)
+    loss = app.train(config).valid_loss
+    # Merged tensors have the dtype of the run, and not that of the file of floats.
+    export = ["export", "--run", out, "--format=merged", "--out"]
+    for dtype, flags in (("bfloat16", []), ("float32", ["--dtype=float32"])):
+        assert run(capsys, *export, tmp_path / dtype, *flags)[0] == 0
+        assert {str(x.dtype) for x in tensors_of(tmp_path / dtype).values()} == {dtype}
+    with pytest.raises(SystemExit):
+        run(capsys, "export", "--help")
+    words = " ".join(capsys.readouterr().out.split())
+    assert "By default, the dtype of the run if training packed the model" in words
+    # So does the loss of `score`, if it computes in this dtype.
+    source = dict(run=str(out), data=str(tmp_path / "valid.jsonl"))
+    errors = {
+        dtype: abs(app.score(app.ScoreConfig(dtype=dtype, **source)).loss - loss)
+        for dtype in ("bfloat16", "float32")
+    }
+    assert errors["bfloat16"] < errors["float32"] and errors["bfloat16"] < 1e-3 * loss
