@@ -53,8 +53,9 @@ def check_contract(contract: Contract) -> tuple[int, ...] | str:
 class Geometry:
     """The roles of a kernel's trailing axes, b (batch), k (contracted) and n (output).
 
-    Axes in front of those, as `nn.scan` adds, are batch axes. The attribute `kinds` has
-    the roles of the trailing axes only, and the method `roles` those of all axes.
+    Axes in front of those, as `nn.scan` adds, are batch axes. If a scan or a vmap has
+    sliced the kernel, its first batch axes are missing. The attribute `kinds` has the
+    roles of the trailing axes of the whole kernel, and `roles` those of all axes.
     """
 
     kinds: str = "kn"
@@ -98,21 +99,22 @@ class Geometry:
 
     def axes(self, kind: str, ndim: int) -> list[int]:
         """Positions of the axes with one role in a kernel of `ndim` axes."""
-        leading = ndim - len(self.kinds)
-        return [leading + i for i, c in enumerate(self.kinds) if c == kind]
+        return [i for i, role in enumerate(self.roles(ndim)) if role == kind]
 
     def roles(self, ndim: int) -> str:
         """The role of every axis of a kernel of `ndim` axes."""
-        return "b" * (ndim - len(self.kinds)) + self.kinds
+        num_leading = ndim - len(self.kinds)
+        if num_leading >= 0:
+            return "b" * num_leading + self.kinds
+        return self.kinds.replace("b", "", -num_leading)  # the first ones are sliced
 
     def batch_ndim(self, kernel_ndim: int) -> int:
         """Number of batch axes of a kernel with that many axes."""
-        return kernel_ndim - len(self.kinds) + self.kinds.count("b")
+        return self.roles(kernel_ndim).count("b")
 
     def _permutation(self, ndim: int) -> list[int]:
         # The kernel's axes in the order of the matrix form: all b, then all k, then n.
-        leading = list(range(ndim - len(self.kinds)))
-        return leading + [a for kind in "bkn" for a in self.axes(kind, ndim)]
+        return [axis for kind in "bkn" for axis in self.axes(kind, ndim)]
 
     def to_matrix(self, kernel: Array) -> Array:
         """Returns the kernel as `[*batch, K, N]`."""
@@ -144,20 +146,19 @@ class Geometry:
     def kernel_shape(self, matrix_shape: Sequence[int]) -> tuple[int, ...]:
         """The kernel's own shape, from the shape `(*batch, K, N)` of its matrix."""
         *batch, k, n = matrix_shape
-        num_leading = len(batch) - self.kinds.count("b")
-        inner_batch = iter(batch[num_leading:])
-        shape = batch[:num_leading]
-        for kind, size in zip(self.kinds, self.sizes, strict=True):
-            if kind == "b":
-                shape.append(next(inner_batch))
-            elif size == -1:
+        pairs = [x for x in zip(self.kinds, self.sizes, strict=True) if x[0] != "b"]
+        batch_sizes, stored_sizes = iter(batch), iter(pairs)
+        shape = []
+        for role in self.roles(len(batch) + len(pairs)):
+            if role == "b":
+                shape.append(next(batch_sizes))
+                continue
+            _, size = next(stored_sizes)
+            if size == -1:
                 # K, or N, divided by the sizes of its other axes.
-                pairs = zip(self.kinds, self.sizes, strict=True)
-                other_sizes = [s for c, s in pairs if c == kind and s != -1]
-                size = (k if kind == "k" else n) // max(math.prod(other_sizes), 1)
-                shape.append(size)
-            else:
-                shape.append(size)
+                others = math.prod(s for c, s in pairs if c == role and s != -1)
+                size = (k if role == "k" else n) // max(others, 1)
+            shape.append(size)
         return tuple(shape)
 
     def matrix_spec(self, spec: Sequence[SpecEntry], ndim: int) -> PartitionSpec:

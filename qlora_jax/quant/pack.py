@@ -53,7 +53,8 @@ def quantize_unchecked(
     scale of a kernel is the largest magnitude of its weights.
     """
     w = jnp.asarray(w)
-    geometry = Geometry.of(geometry.kinds, w.shape)
+    if w.ndim >= len(geometry.kinds):  # else it is a slice of a kernel with these axes
+        geometry = Geometry.of(geometry.kinds, w.shape)
     if importance is not None:
         importance = jnp.asarray(importance, jnp.float32)
     return _quantize(w, packing, geometry, scale_rule, importance, *largest)

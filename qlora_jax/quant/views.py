@@ -94,7 +94,7 @@ def take_rows(kernel: Kernel, ids: Int[Array, "..."]) -> Float[Array, "... d"]:
         return jnp.take(kernel.dequantize(), ids, axis=0)  # NaN for id V
     # If V is the output axis ("nk"), the matrix form is [D, V], and rows of the table
     # are its columns.
-    take = _take_columns if q.geometry.kinds == "nk" else _take_matrix_rows
+    take = _take_columns if q.geometry.roles(q.ndim) == "nk" else _take_matrix_rows
     size = q.shape[0]
 
     def decode_rows(q: QTensor, ids: Array) -> Array:

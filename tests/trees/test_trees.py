@@ -550,6 +550,62 @@ class TestFunctions:
         assert ql.merge(base, lora)["kernel"].shape == shape
 
 
+def vmapped(fn, *args):
+    return jax.vmap(fn)(*args)
+
+
+def scanned(fn, *args):
+    return jax.lax.scan(lambda _, xs: (None, fn(*xs)), None, args)[1]
+
+
+BATCH_AXES = [
+    ("bkn", (3, 64, 8), {}),
+    ("bknn", (3, 64, 2, 4), {"fmt": "nvfp4"}),
+    ("bkn", (3, 64, 8), {"fmt": None}),
+    ("bkn", (3, 64, 8), {"freeze_base": False}),
+    ("bnk", (3, 8, 64), {"use_dora": True}),
+    ("kbn", (64, 3, 8), {}),
+]
+
+
+@pytest.mark.parametrize("over", [vmapped, scanned])
+def test_shapes_of_slices_of_a_kernel_that_names_its_batch_axis(over):
+    base, lora = init({"kernel": jnp.ones((3, 64, 2, 4))}, contract="bknn")
+    arguments = base["kernel"], lora["kernel"], jnp.ones((3, 5, 64))
+    y = jax.eval_shape(functools.partial(over, ql.apply), *arguments)
+    assert y.shape == (3, 5, 2, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("over", [vmapped, scanned])
+@pytest.mark.parametrize(("contract", "shape", "settings"), BATCH_AXES)
+def test_slices_of_a_kernel_that_names_its_batch_axis(over, contract, shape, settings):
+    base, lora = trees(
+        {"kernel": normal(0, shape)}, rank=2, contract=contract, **settings
+    )
+    base, lora, x = base["kernel"], lora["kernel"], normal(1, (3, 5, 64))
+    merged, decoded = ql.merge(base, lora), ql.dequantize(base)
+    assert merged.shape == shape
+    axes = {"bnk": (0, 2, 1), "kbn": (1, 0, 2)}.get(contract, (*range(len(shape)),))
+    matrices = np.transpose(merged, axes).reshape(3, 64, 8)
+    got = over(ql.apply, base, lora, x).reshape(3, 5, 8)
+    assert_close(got, x @ matrices, terms=64)
+    batch = contract.index("b")  # a slice of the kernel lacks this axis
+    for got, want in [
+        (over(ql.dequantize, base), decoded),
+        (over(ql.merge, base, lora), merged),
+    ]:
+        assert_close(got, np.moveaxis(want, batch, 0), terms=64)
+    if settings.get("fmt", "nf4") is not None:
+        packed = over(functools.partial(ql.merge, requantize=True), base, lora)
+        with pytest.warns(UserWarning, match="requantizing moved"):
+            want = ql.merge(base, lora, requantize=True)
+        np.testing.assert_array_equal(packed.codes, want.codes)
+    if len(shape) == 3:
+        rows = over(lambda q: ql.lookup(q, None, jnp.array([2, 0])), base)
+        np.testing.assert_array_equal(rows, np.moveaxis(decoded, batch, 0)[:, [2, 0]])
+
+
 def square_of_other_axes():
     """Returns a kernel, and an adapter of the same kernel stored transposed."""
     square = {"kernel": jnp.ones((64, 64))}
