@@ -1,6 +1,6 @@
 """Reads and writes checkpoints and adapters of Hugging Face, bitsandbytes and PEFT."""
 
-from .files import CheckpointError, new_path, parse_json
+from .files import CheckpointError, check_links, new_path, parse_json
 from .formats.registry import (
     packed_tensors,
     read_quantization,
@@ -30,6 +30,7 @@ __all__ = [
     "PlainLoRA",
     "Restored",
     "Tensors",
+    "check_links",
     "fetch",
     "gemma_names",
     "load",

@@ -138,22 +138,46 @@ def member(folder: Path, name: str) -> pathlib.Path:
         raise CheckpointError(
             f"{folder} must list plain file names, without folders. Got {name!r}."
         )
-    path = folder / name
-    try:
-        real = path.resolve(strict=True)
-        is_file = real.is_file()
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} must be a file. {error}") from error
-    if not is_file:
+    check_links(folder, [name])
+    if not (path := folder / name).is_file():
         raise CheckpointError(f"{path} must be a file.")
-    # In the hub's cache, `models--x/snapshots/<commit>/` holds links to the files in
-    # `models--x/blobs/`, which are therefore allowed.
-    root = folder.resolve()
-    snapshots = [x for x in (root, *root.parents) if x.name == "snapshots"]
-    allowed_parents = [root, *(x.parent / "blobs" for x in snapshots[:1])]
-    if not any(parent in real.parents for parent in allowed_parents):
-        raise CheckpointError(f"{path} must be in its folder. It is a link to {real}.")
     return path
+
+
+def check_links(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Raises CheckpointError if a link leads out of a folder of a model or a run.
+
+    Such a link could expose, overwrite or delete any file of the user. In the hub's
+    cache, `models--x/snapshots/<commit>/` has links to the files in `models--x/blobs/`,
+    which are allowed.
+
+    Args:
+        folder: The folder, which may itself be a link.
+        names: The names of the files to check; by default everything in the folder.
+
+    Example:
+        >>> import pathlib, tempfile, qlora_jax as ql
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> (folder / "config.json").symlink_to("/etc/passwd")
+        >>> ql.io.check_links(folder)
+        Traceback (most recent call last):
+        ...
+        qlora_jax.io.files.CheckpointError: ...config.json must be in its folder...
+    """
+    folder = pathlib.Path(folder)
+    root = pathlib.Path(os.path.realpath(folder))
+    snapshots = [x for x in (root, *root.parents) if x.name == "snapshots"]
+    allowed = [root, *(x.parent / "blobs" for x in snapshots[:1])]
+    paths = [folder / name for name in names or ()]
+    if names is None:
+        for parent, folders, files in os.walk(folder):  # does not follow links
+            paths += [pathlib.Path(parent, name) for name in (*folders, *files)]
+    for path in filter(os.path.islink, paths):
+        real = pathlib.Path(os.path.realpath(path))
+        if not any(parent in real.parents for parent in allowed):
+            raise CheckpointError(
+                f"{path} must be in its folder. It is a link to {real}."
+            )
 
 
 @contextlib.contextmanager

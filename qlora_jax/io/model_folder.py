@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .._jax.progress import progress_bar
-from .files import Path, member, new_folder, read_json, require, write_json
+from .files import Path, check_links, member, new_folder, read_json, require, write_json
 from .safetensors import INDEX, write_safetensors
 from .tensors import DeferredTensor, TensorLike
 
@@ -156,6 +156,7 @@ def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _copy_files(source: pathlib.Path, folder: pathlib.Path) -> None:
+    check_links(source, [_TEMPLATES])
     for name in _COPIED:
         # Missing files are skipped, but `member` rejects a dangling link.
         if (source / name).exists() or (source / name).is_symlink():

@@ -343,10 +343,12 @@ def _open_engine(path: pathlib.Path, name: EngineName) -> Engine:
 def fetch_adapter(adapter: str) -> pathlib.Path:
     """Returns the local folder or file of an adapter, which may be a hub id."""
     try:
-        return ql.io.fetch(adapter)
+        path = ql.io.fetch(adapter)
     except FileNotFoundError as error:  # its message is about the option `model`
         message = str(error).replace("`model`", "`adapter`")
         raise FileNotFoundError(message) from error
+    ql.io.check_links(path)
+    return path
 
 
 def open_model_and_adapters(
@@ -452,6 +454,7 @@ def open_run(
             f"`run` must be the folder of a run of train, with {CONFIG} and a folder "
             f"{STATE}. Got {describe_path(folder)}.{describe_sweep(folder)}"
         )
+    ql.io.check_links(folder)
     run_config = read_run_config(folder / CONFIG)
     settings = run_config.model
     model = open_model(

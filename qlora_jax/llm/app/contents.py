@@ -121,6 +121,7 @@ def inspect(config: InspectConfig) -> Contents:
     if not path.exists():
         described = describe_path(path)
         raise FileNotFoundError(f"`path` must be {supported}. Got {described}.")
+    ql.io.check_links(path)
     # A run contains an adapter, and a model's folder may contain one too, so the order
     # of these checks matters.
     if is_gguf(path):

@@ -46,6 +46,8 @@ def open_run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
         raise ValueError(
             f"`out` must have a run to resume. Got {folder}, which has no {CONFIG}."
         )
+    if resume:
+        ql.io.check_links(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _lock(folder):

@@ -52,6 +52,10 @@ class ModelFolder:
     # it re-packs them only if its argument `recode` is true.
     is_recoded: ClassVar[bool] = False
 
+    def __post_init__(self):
+        # For all of its files here, because some of them are read by other libraries.
+        ql.io.check_links(self.path)
+
     @cached_property
     def config(self) -> DecoderConfig:
         """The config of the decoder; raises if `Decoder` does not support the model."""

@@ -90,3 +90,25 @@ def add_code(folder, file, marker):
         for name, value in classes.items()
     }
     return change_json(folder / file, auto_map=references)
+
+
+def link_outside(folder, name, outside):
+    """Moves a file or a folder, which may be missing, and leaves a link to it.
+
+    `outside` is the folder to move it to, and is made.
+    """
+    path, target = folder / name, outside / "target"
+    outside.mkdir()
+    if path.exists():
+        path.rename(target)
+    else:
+        target.write_text("{}")
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(target)
+    return folder
+
+
+def list_files(folder):
+    """Returns the bytes of all files in a folder by path, to detect changes."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files}

@@ -2,24 +2,56 @@
 
 import ast
 import pathlib
+import shutil
 
 import pytest
 from commands import run
-from hostile_files import commands_on, make_adapter, make_model
+from hostile_files import (
+    commands_on,
+    link_outside,
+    list_files,
+    make_adapter,
+    make_model,
+)
 
 import qlora_jax as ql
+from qlora_jax.llm.cli.main import main
 
 PACKAGE = pathlib.Path(ql.__file__).parent
 
 
+# Files of models, among them those that only transformers, or an export, reads.
+MODEL_FILES = ["added_tokens.json", "additional_chat_templates"]
+MODEL_FILES += ["additional_chat_templates/tool_use.jinja", "chat_template.jinja"]
+MODEL_FILES += ["config.json", "generation_config.json", "merges.txt", "spiece.model"]
+MODEL_FILES += ["model.safetensors", "preprocessor_config.json", "tokenizer.json"]
+MODEL_FILES += ["special_tokens_map.json", "tokenizer_config.json"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a harmless model, an adapter, and a run with two states."""
+    folder = tmp_path_factory.mktemp("models")
+    make_model(folder / "model"), make_adapter(folder / "adapter")
+    arguments = commands_on(folder / "model", folder)["train"]
+    assert main([*map(str, arguments), "--steps=2", "--save-every=1"]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(models, tmp_path):
+    """A copy of `models`."""
+    return shutil.copytree(models, tmp_path / "copy")
+
+
 @pytest.mark.slow
-def test_harmless_files_are_read(tmp_path, capsys):
+def test_harmless_files_are_read(models, tmp_path, capsys):
     # Otherwise, the other tests would pass for any reason.
-    model = make_model(tmp_path / "model")
-    for arguments in commands_on(model, tmp_path).values():
+    commands = commands_on(models / "model", tmp_path)
+    for arguments in commands.values():
         assert run(capsys, *arguments)[0] == 0
-    adapter = ["--adapter", make_adapter(tmp_path / "adapter")]
-    assert run(capsys, *commands_on(model, tmp_path)["generate"], *adapter)[0] == 0
+    adapter = ["--adapter", models / "adapter"]
+    assert run(capsys, *commands["generate"], *adapter)[0] == 0
 
 
 def test_transformers_never_runs_code_of_a_folder():
@@ -38,3 +70,72 @@ def test_transformers_never_runs_code_of_a_folder():
             if name in ("from_pretrained", "from_config") and values != ["False"]:
                 unsafe.append(f"{file.relative_to(PACKAGE)}:{node.lineno}")
     assert not unsafe
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_links_out_of_a_models_folder_are_refused(name, folder, tmp_path, capsys):
+    model = link_outside(folder / "model", name, tmp_path / "outside")
+    (tmp_path / "work").mkdir()
+    for arguments in commands_on(model, tmp_path / "work").values():
+        status, out, err = run(capsys, *arguments)
+        assert (status, out) == (
+            1,
+            "",
+        ) and f"{model / name} must be in its folder" in err
+    assert [*(tmp_path / "work").iterdir()] == [tmp_path / "work" / "rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "adapter.safetensors"]
+)
+def test_links_out_of_an_adapters_folder_are_refused(name, folder, tmp_path, capsys):
+    adapter = link_outside(folder / "adapter", name, tmp_path / "outside")
+    model = folder / "model"
+    commands = [
+        [*commands_on(model, folder)["generate"], "--adapter", adapter],
+        [*commands_on(model, folder)["score"], "--adapter", adapter],
+        [*commands_on(model, folder)["merged"], "--adapter", adapter],
+        [*commands_on(model, folder)["train"], "--adapter", adapter, "--out", "new"],
+        ["inspect", adapter],
+    ]
+    for arguments in commands:
+        status, out, err = run(capsys, *arguments)
+        assert (status, out) == (1, "")
+        assert f"{adapter / name} must be in its folder" in err
+
+
+@pytest.mark.slow
+def test_links_in_the_cache_of_the_hub_lead_to_its_blobs(folder, tmp_path, capsys):
+    cache = tmp_path / "models--org--model"
+    (cache / "snapshots").mkdir(parents=True), (cache / "blobs").mkdir()
+    snapshot = shutil.move(folder / "model", cache / "snapshots" / "0123abc")
+    for index, file in enumerate([*snapshot.iterdir()]):
+        file.rename(cache / "blobs" / str(index))
+        file.symlink_to(f"../../blobs/{index}")
+    for arguments in commands_on(snapshot, tmp_path).values():
+        assert run(capsys, *arguments)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.yaml", "metrics.jsonl", "result.json", "adapter", "state"]
+    + ["state/2", "state/2/state", "adapter/adapter_model.safetensors"],
+)
+def test_links_out_of_a_runs_folder_are_refused(name, folder, tmp_path, capsys):
+    outside, data = tmp_path / "outside", folder / "rows.jsonl"
+    path = link_outside(folder / "run", name, outside)
+    before = list_files(outside)
+    train = commands_on(folder / "model", folder)["train"]
+    commands = [
+        [*train, "--steps=2", "--save-every=1", "--resume", "--resume-step=1"],
+        ["generate", "--run", path, "--prompt", "in", "--max-new-tokens=1"],
+        ["score", "--run", path, "--data", data],
+        ["export", "--run", path],
+        ["export", "--run", path, "--format=merged", "--out", folder / "merged"],
+        ["inspect", path],
+    ]
+    for arguments in commands:
+        status, out, err = run(capsys, *arguments)
+        assert (status, out) == (1, ""), arguments
+        assert f"{path / name} must be in its folder" in err
+    assert list_files(outside) == before
