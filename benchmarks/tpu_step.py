@@ -79,7 +79,7 @@ def step_call(row, chip, sequence, choice="", config=LLAMA_3_8B):
     wrapped = ql.linen.wrap(model, scanned=scanned, backend=backend)
     optimizer = optax.adamw(1e-4)
     if offload:
-        optimizer = ql.optim.offload(optimizer, layerwise=True)
+        optimizer = ql.optim.offload(optimizer)
 
     def loss_fn(lora, base, tokens, targets):
         variables = {"params": base, "lora": lora}

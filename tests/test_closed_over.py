@@ -33,8 +33,6 @@ CHECKED = {
     "linen/init_model.py _with_arrays": "linen.init",
     "product/matmul.py layer_of": "matmul",
     "product/matmul.py offsets_of": "ragged_dot",
-    "optim/blocks.py zero_blocks": "adamw8bit",
-    "optim/offload.py _init_by_layers": "offload",
     "quant/pack.py check_values": "quantize",
     "quant/schemes.py is_finite": "quantize large weights",
     "quant/qtensor.py _check_parts": "from_parts",
@@ -140,8 +138,6 @@ def cases():
         "offload": lambda y: offloaded.init(layers[1]),
         "offload, NumPy": lambda y: offloaded.init(jax.tree.map(np.asarray, layers[1])),
         "offload, on a mesh": lambda y: offloaded.init(split_layers),
-        "adamw8bit": lambda y: ql.optim.adamw8bit(1e-3).init(params),
-        "adamw8bit, on a mesh": lambda y: ql.optim.adamw8bit(1e-3).init(split_layers),
         "linen.init": lambda y: ql.linen.init(
             jax.random.key(0), layer, shapes, ql.QLoRAConfig(), x
         ),

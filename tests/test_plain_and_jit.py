@@ -183,11 +183,7 @@ CALLS = {
     "nnx.merge": lambda i: ql.nnx.merge(nnx_layer(i))(i.x),
     "nnx.split": lambda i: ql.nnx.split(nnx_layer(i)),
     "nnx.wrap": lambda i: nnx_layer(i)(i.x),
-    "optim.adamw8bit": lambda i: update(ql.optim.adamw8bit(1e-2), i),
     "optim.offload": lambda i: update(ql.optim.offload(optax.adamw(1e-2)), i),
-    "optim.skippable": lambda i: update(
-        ql.optim.skippable(optax.adamw(1e-2)), i, skip=i.scores[0] > 0
-    ),
 }
 
 

@@ -221,8 +221,7 @@ class OptimizerConfig(Config):
         end_learning_rate: The final learning rate; unused for constant.
         decay: For wsd: the share of the steps in which the learning rate decays.
         name: The optimizer.
-        offload_optimizer: Whether the optimizer's state is in host memory; not with
-            adafactor.
+        offload_optimizer: Whether the optimizer's state is in host memory.
         weight_decay: Decoupled weight decay, multiplied by the learning rate.
         beta1: Decay of the first moment; adafactor does not use it.
         beta2: Decay of the second moment, by default 0.999 (lion: 0.99); adafactor does
@@ -242,7 +241,7 @@ class OptimizerConfig(Config):
     warmup: int | None = None
     end_learning_rate: float = 0.0
     decay: float = 0.1
-    name: Literal["adamw", "adamw8bit", "lion", "adafactor"] = option(
+    name: Literal["adamw", "lion", "adafactor"] = option(
         "adamw", name="optimizer", section="optimizer"
     )
     offload_optimizer: bool = option(False, may_change=True)
@@ -254,12 +253,6 @@ class OptimizerConfig(Config):
     def __post_init__(self):
         normalize_swept(self, "learning_rate")
         super().__post_init__()
-        if self.offload_optimizer and self.name == "adafactor":
-            raise ValueError(
-                "`optimizer` must be adamw, adamw8bit or lion with "
-                "`offload_optimizer`, because adafactor mixes the values of different "
-                "layers. Got adafactor."
-            )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ... import optim
 from .outputs import plural
 
 ScheduleName = Literal["cosine", "constant", "linear", "wsd"]
-OptimizerName = Literal["adamw", "adamw8bit", "lion", "adafactor"]
+OptimizerName = Literal["adamw", "lion", "adafactor"]
 
 
 def make_schedule(
@@ -98,20 +98,19 @@ def make_optimizer(
     """Returns the optimizer of the adapters.
 
     Args:
-        name: "adamw" (Loshchilov and Hutter 2019), "adamw8bit" (AdamW with moments in
-            8 bits: `ql.optim.adamw8bit`), "lion" (Chen et al. 2023), or "adafactor"
-            (Shazeer and Stern 2018) without its relative step.
+        name: "adamw" (Loshchilov and Hutter 2019), "lion" (Chen et al. 2023), or
+            "adafactor" (Shazeer and Stern 2018) without its relative step.
         schedule: The learning rate, or a function of the step.
         clip: The largest global norm of the gradient, or None for no clipping.
         weight_decay: The share of a weight that an update subtracts at learning rate 1.
         beta1: The decay of the first moment. Unused by adafactor.
         beta2: The decay of the second moment, by default 0.999. For lion, the decay of
             the momentum, by default 0.99. Unused by adafactor, which varies the decay.
-        offload: Whether to keep the state in host memory between steps, and to move one
-            layer at a time to the device (`ql.optim.offload`). Not for adafactor.
+        offload: Whether to keep the state in host memory between steps
+            (`ql.optim.offload`).
 
     Raises:
-        ValueError: If `name` is unknown, or is adafactor with `offload`.
+        ValueError: If `name` is unknown.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -122,16 +121,10 @@ def make_optimizer(
         >>> updates.tolist()
         [-0.5, 0.5]
     """
-    if offload and name == "adafactor":
-        raise ValueError(
-            "`name` must be adamw, adamw8bit or lion with `offload`, because adafactor "
-            "mixes the values of different layers. Got adafactor."
-        )
     if beta2 is None:
         beta2 = 0.99 if name == "lion" else 0.999
     factories: dict[str, Callable[..., optax.GradientTransformation]] = {
         "adamw": optax.adamw,
-        "adamw8bit": optim.adamw8bit,
         "lion": optax.lion,
     }
     if name in factories:
@@ -149,6 +142,6 @@ def make_optimizer(
         raise ValueError(
             f"`name` must be one of {get_args(OptimizerName)}. Got {name!r}."
         )
-    # The norm is global, so clipping cannot be part of the layerwise transformation.
-    tx = optim.offload(tx, layerwise=True) if offload else tx
+    # `offload` updates one parameter at a time, and the norm is that of all.
+    tx = optim.offload(tx) if offload else tx
     return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)

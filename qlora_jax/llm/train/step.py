@@ -11,7 +11,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ... import optim
 from .arrays import mesh_of, put_on_mesh, stack_trees, take_from_stack, with_shardings
 from .loss_scale import LossScale
 
@@ -229,7 +228,7 @@ def make_step(
     target tokens, as if they were one large batch.
 
     If the loss or the norm of the gradient is not finite, the adapter and the optimizer
-    stay unchanged (`ql.optim.skippable`), and only `step` and `skipped` are increased.
+    stay unchanged, and only `step` and `skipped` are increased.
 
     If only the new adapter is not finite, the old adapter is kept. The old state of the
     optimizer is not kept, because a state in host memory has been updated in place. Do
@@ -430,9 +429,17 @@ def _update(
     mean, norm = jnp.sum(total / numbers), optax.tree.norm(grads)
     # The old state is donated, so an update must be skipped inside this program.
     skip = ~_all_finite([mean, norm])
-    updates, opt_state = optim.skippable(optimizer).update(
-        grads, state.opt_state, state.lora, skip=skip
-    )
+    # `ql.optim.offload` takes `skip` too: its state cannot be selected here, because
+    # `jnp.where` does not accept arrays in host memory.
+    tx = optax.with_extra_args_support(optimizer)
+    updates, opt_state = tx.update(grads, state.opt_state, state.lora, skip=skip)
+
+    def select(new: jax.Array, old: jax.Array) -> jax.Array:
+        is_on_host = jax.typeof(new).memory_space == jax.memory.Space.Host
+        return new if is_on_host else jnp.where(skip, old, new)
+
+    updates = jax.tree.map(select, updates, jax.tree.map(jnp.zeros_like, updates))
+    opt_state = jax.tree.map(select, opt_state, state.opt_state)
     lora = optax.apply_updates(state.lora, updates)
     # Finite gradients can still overflow the new adapter.
     is_finite = _all_finite([mean, norm, *jax.tree.leaves(lora)])

@@ -369,7 +369,6 @@ def test_cudnn_is_for_gpus_from_ampere_on():
     assert have == [False, True, True, True, False, False]
 
 
-OFFLOADED = dict(optimizer="adafactor", offload_optimizer=True)
 SPLASH = dict(batch_size=8, attention="splash")
 
 
@@ -404,7 +403,6 @@ SPLASH = dict(batch_size=8, attention="splash")
         (dict(keep_best=True, data="train.jsonl"), "`keep_best` needs validation rows"),
         (dict(log="wandb,tb"), "`log` must only contain .* Got .'tb'"),
         (dict(fmt="none", base_memory="host"), "`base_memory` must be device"),
-        (OFFLOADED, "adamw8bit or lion with `offload_optimizer`"),
         (dict(learning_rate="1e-3,x"), "`learning_rate` must be of type float, or sev"),
         (dict(learning_rate="1e-3,0.001"), "or several different values"),
         (dict(learning_rate=[1e-3, -1.0]), "must be positive and finite. Got"),

@@ -1,7 +1,7 @@
 """A run with faults at random moments ends with the same bits as one without.
 
 It is killed, sent SIGTERM, stopped by a NaN, and finds its disk full. Its optimizer
-state is in 8 bits and in host memory. The long form of the test:
+state is in host memory. The long form of the test:
 QLORA_JAX_STEPS=500 QLORA_JAX_KILLS=10 pytest tests/llm/cli/test_train_faults.py -s
 """
 
@@ -186,7 +186,7 @@ def write_config(folder):
     settings = dict(model=save_tiny(folder / "base", **sizes), data=str(data))
     settings |= dict(batch_size=2, accumulation=2, packing=True, max_length=64)
     settings |= dict(lora_r=32, lora_dropout=0.1, keep=2, seed=3, steps=STEPS)
-    settings |= dict(optimizer="adamw8bit", offload_optimizer=True)
+    settings |= dict(optimizer="adamw", offload_optimizer=True)
     settings |= dict(target_modules=["q_proj", "up_proj", "down_proj"])
     settings |= dict(save_every=SAVE_EVERY)
     config = folder / "run.yaml"
