@@ -1,7 +1,8 @@
 """Calls of Flax modules, and the function that computes them."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_letters
 from typing import Any, ClassVar, Generic, TypeVar
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Jaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
@@ -54,6 +56,22 @@ def promote_to_kernel(x: Array, kernel: Array, bias: Array | None) -> tuple:
     return x.astype(np.promote_types(x.dtype, kernel.dtype)), kernel, bias
 
 
+def is_plain(module: object, promote_dtype: Callable) -> bool:
+    """Whether a layer's options leave its product to Flax's own functions.
+
+    `promote_dtype` is Flax's default for the option of this name.
+    """
+    defaults = {
+        "dot_general": lax.dot_general,
+        "dot_general_cls": None,
+        "einsum_op": jnp.einsum,
+        "preferred_element_type": None,
+        "promote_dtype": promote_dtype,
+    }
+    values = ((getattr(module, name, None), x) for name, x in defaults.items())
+    return all(value is None or value is default for value, default in values)
+
+
 @dataclass(frozen=True)
 class ModuleCall:
     """One product of an input with a module's kernel."""
@@ -68,8 +86,7 @@ class ModuleCall:
     promote: Callable[[Any, Any, Any], Sequence[Any]] = promote_to_kernel
     precision: lax.PrecisionLike = None
     out_sharding: OutSharding = None  # of the product, over Explicit mesh axes
-    # False if the module has a setting without a field here (`preferred_element_type`).
-    # It must then compute its product itself, on float weights.
+    # False if the module may compute more than this: it must then run on float weights.
     is_complete: bool = True
 
 
@@ -81,8 +98,8 @@ class Lookup:
     ids: Any  # an array, or a value that JAX converts to one
     cast: Callable[[Any], Any]  # casts the rows as the module casts its table
     out_sharding: OutSharding = None
+    is_complete: bool = True  # as in `ModuleCall`
     equation: ClassVar = "v,vd->d"  # as a product: the ids are one-hot rows
-    is_complete: ClassVar = True
 
     def compute(self, table: PyTree, lora: Adapter | None) -> Array:
         """Returns the rows, `[*ids.shape, D]`."""
@@ -170,6 +187,13 @@ class RegisteredEinsum:
         # Classes themselves are callable, so `hasattr` would be True for any class.
         if not any("__call__" in vars(cls) for cls in self.cls.__mro__):
             raise TypeError(f"`cls` must have a `__call__`. Got {self.cls.__name__}.")
+        _, *arguments = inspect.signature(self.cls.__call__).parameters.values()
+        inputs = [x for x in arguments if x.name != self.einsum]
+        if len(inputs) != 1 or "*" in str(inputs[0]):
+            raise TypeError(
+                "`cls` must have a `__call__` of one input, besides the equation. Got "
+                f"{self.cls.__name__} with {[*map(str, arguments)]}."
+            )
         if isinstance(self.einsum, str) and not self.einsum.isidentifier():
             kernel_kinds(self.einsum)  # raises for equations of another form
 
@@ -200,6 +224,40 @@ class RegisteredEinsum:
             )
         return equation, *inputs.values()
 
+    def check_call(
+        self, call: ModuleCall, plain_call: Callable, params: Mapping[str, Any]
+    ) -> None:
+        """Raises ValueError if a module computes more than its rule's `call`.
+
+        `plain_call(x, params)` is the module's own call, which is traced. `params` are
+        its parameters by name, arrays or shapes.
+        """
+        x = jax.ShapeDtypeStruct(jnp.shape(call.x), jnp.result_type(call.x))
+        steps = Counter(_steps(jax.make_jaxpr(plain_call)(x, params).jaxpr))
+        has_bias = call.bias is not None
+        expected_params = {call.kernel, "bias"} if has_bias else {call.kernel}
+        is_same = steps == Counter(dot_general=1, add=int(has_bias))
+        if {*params} != expected_params or not is_same:
+            raise ValueError(
+                f"`cls` must compute only {call.equation!r} of its input and its "
+                f"parameter {call.kernel!r}, and may add a bias. Got "
+                f"{self.cls.__name__}, with parameters {sorted(params)} and operations "
+                f"{sorted(steps)}. Unregistered classes run on float weights."
+            )
+
+
+def _steps(jaxpr: Jaxpr) -> Iterator[str]:
+    # Yields the operations that do more than to move or round values.
+    moves = "broadcast_in_dim", "copy", "reshape", "reshard", "squeeze", "transpose"
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name in ("checkpoint", "jit", "pjit"):
+            yield from _steps(
+                getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+            )
+        elif name not in (*moves, "convert_element_type", "sharding_constraint"):
+            yield name
+
 
 class Registry(Generic[Rule]):
     """Rules by module class: the product that a class computes with its kernel.
@@ -224,3 +282,19 @@ class Registry(Generic[Rule]):
                 inherits = cls.__call__ is base.__call__
                 return self._rules[base] if inherits else None
         return None
+
+    def is_overridden(self, cls: type) -> bool:
+        """Whether a subclass overrides a method on which the product may depend.
+
+        For example, weight standardization may override the `param` of `nn.Dense`.
+        """
+        base = next(base for base in cls.__mro__ if base in self._rules)
+        # Rules read fields of dataclasses, and `__call__` does not use `attend`.
+        harmless = {*getattr(base, "__dataclass_fields__", ()), "attend"}
+        for name in {*dir(base)} - harmless:
+            inherited, value = (inspect.getattr_static(c, name) for c in (base, cls))
+            is_method = callable(value) or hasattr(type(value), "__get__")
+            is_hook = not name.startswith("__") or name.startswith("__getattr")
+            if value is not inherited and is_method and is_hook:
+                return True
+        return False

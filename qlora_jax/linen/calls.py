@@ -2,11 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array
 
 from ..adapters.call import (
@@ -16,7 +19,9 @@ from ..adapters.call import (
     RegisteredEinsum,
     Registry,
     general_equation,
+    is_plain,
 )
+from ..trees.paths import Tree
 from .dense import QLoRADense, module_call
 
 
@@ -36,9 +41,7 @@ def _einsum(
     module: nn.Einsum, inputs: Array, einsum_str: str | None = None
 ) -> ModuleCall:
     equation = nn.merge_param("einsum_str", module.einsum_str, einsum_str)
-    # A packed product has the dtype of x, so it cannot replace one of another dtype.
-    is_complete = module.preferred_element_type is None
-    return module_call(module, "kernel", equation, inputs, is_complete)
+    return module_call(module, "kernel", equation, inputs)
 
 
 def _embed(module: nn.Embed, inputs: Array) -> Lookup:
@@ -76,8 +79,8 @@ def register(
 
     Args:
         cls: The module class. Its `__call__` computes only the einsum of one input, and
-            may add a parameter named `bias`. Subclasses that inherit `__call__` are
-            included.
+            may add a parameter named `bias`. Subclasses that override nothing on which
+            the product may depend are included.
         kernel: Name of the kernel's parameter, or a function that returns the name for
             a module.
         einsum: The explicit equation of input and kernel, the name of the attribute or
@@ -85,9 +88,10 @@ def register(
             equation for a module.
 
     Raises:
-        TypeError: If `cls` is not a linen module class with a `__call__`, or if
-            `kernel` or `einsum` is neither a string nor a function.
-        ValueError: If the form of the equation `einsum` is not supported.
+        TypeError: If `cls` is not a linen module class with a `__call__` of one input,
+            or if `kernel` or `einsum` is neither a string nor a function.
+        ValueError: If the form of the equation `einsum` is not supported or, in a
+            call, if `cls` computes more than the einsum and the bias.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
@@ -110,9 +114,31 @@ def register(
     registered = RegisteredEinsum(cls, kernel, einsum)
 
     # `operands` uses the signature of `__call__` to find the input.
-    def rule(module: nn.Module, *args: object, **kwargs: object) -> ModuleCall:
+    def rule(module: nn.Module, *args: Any, **kwargs: Any) -> ModuleCall:
         equation, x = registered.operands(module, args, kwargs)
-        return module_call(module, registered.kernel_of(module), equation, x)
+        call = module_call(module, registered.kernel_of(module), equation, x)
+        if RULES.is_overridden(type(module)):
+            return call  # it runs on float weights
+        variables, key = module.variables, jax.random.key(0)
+
+        def plain_call(new_x: Array, params: Tree) -> Tree:
+            inputs = [new_x if arg is x else arg for arg in args]
+            options: dict[str, Any] = {
+                k: new_x if arg is x else arg for k, arg in kwargs.items()
+            }
+            # Keys and mutable collections let every call run.
+            return module.clone(parent=None).apply(
+                {**variables, "params": params},
+                *inputs,
+                **options,
+                rngs=key,
+                mutable=nn.DenyList("params"),
+            )[0]
+
+        # Boxes of packed kernels have the shape of the float weights.
+        params = jax.eval_shape(nn.meta.unbox, variables["params"])
+        registered.check_call(call, plain_call, params)
+        return call
 
     RULES.add(cls, rule)
 
@@ -122,5 +148,10 @@ def call_of(
 ) -> ModuleCall | Lookup | None:
     """Returns what a module's method computes, or None if no rule describes it."""
     # Only `__call__` is known: other methods, such as `attend`, compute something else.
-    rule: Callable | None = RULES.find(type(module)) if method == "__call__" else None
-    return rule(module, *args, **kwargs) if rule else None
+    cls = type(module)
+    rule: Callable | None = RULES.find(cls) if method == "__call__" else None
+    if rule is None:
+        return None
+    call = rule(module, *args, **kwargs)
+    is_complete = is_plain(module, promote_dtype) and not RULES.is_overridden(cls)
+    return replace(call, is_complete=is_complete)

@@ -20,9 +20,7 @@ from ..trees.paths import Leaf
 from ..trees.quantize import as_base_leaf
 
 
-def module_call(
-    module: nn.Module, kernel: str, equation: str, x: Array, is_complete: bool = True
-) -> ModuleCall:
+def module_call(module: nn.Module, kernel: str, equation: str, x: Array) -> ModuleCall:
     """Describes the call of a module as a ModuleCall."""
     # Registered classes may lack the bias, `promote_dtype` and `precision`.
     has_bias = getattr(module, "use_bias", True)
@@ -38,7 +36,6 @@ def module_call(
         bias=nn.meta.unbox(bias),
         promote=promote,
         precision=getattr(module, "precision", None),
-        is_complete=is_complete,
     )
 
 

@@ -14,9 +14,8 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Array]:
     """Returns a function that runs a module on at most `tile` tokens at a time.
 
     Like `qlora_jax.memory.tiled`, for a linen module inside another module. Packed
-    kernels and adapters are moved and gathered once for all tiles. Dropout, including that
-    of adapters, gets a key for each tile. Parameters have the same names as without
-    tiles.
+    kernels and adapters are moved and gathered once for all tiles. Dropout draws a mask
+    for each tile, in adapters too. Parameters have the same names as without tiles.
 
     Args:
         module: A module inside a compact method, or made in `setup`. It maps an array

@@ -223,10 +223,11 @@ def wrap(
     """Returns the model with an `apply` that takes packed kernels and adapters.
 
     Dense, DenseGeneral, Einsum and registered classes multiply by packed weights. Other
-    modules, including `nnx.bridge.ToLinen` and the layers inside `nn.WeightNorm` and
-    `nn.SpectralNorm`, get float weights during their call, which the backward pass
-    decodes again. In these modules, `jax.lax.ragged_dot` multiplies by packed experts
-    directly (`ql.ragged_dot`). Packed kernels do not use a module's `dot_general`.
+    modules, including `nnx.bridge.ToLinen`, the layers inside `nn.WeightNorm` and
+    `nn.SpectralNorm`, layers with their own `dot_general`, and subclasses that override
+    methods such as `param`, get float weights during their call, which the backward
+    pass decodes again. In these modules, `jax.lax.ragged_dot` multiplies by packed
+    experts directly (`ql.ragged_dot`).
 
     Args:
         model: A linen model, which may use `nn.scan` and `nn.remat`. A wrapped model is

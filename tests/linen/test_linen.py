@@ -30,18 +30,15 @@ class Project(nn.Module):
     weight_name: str = "w"
 
     @nn.compact
-    def __call__(self, equation, x, scale=1.0):
+    def __call__(self, equation, x):
         w = self.param(self.weight_name, INIT, self.shape)
-        return scale * jnp.einsum(equation, x, w)
+        return jnp.einsum(equation, x, w)
 
 
 class Heads(nn.Module):
-    options: tuple = ()
-
     @nn.compact
     def __call__(self, x):
-        project = Project((4, 64, 16), name="heads")
-        return project("BTD,NDH->BTNH", x, **dict(self.options))
+        return Project((4, 64, 16), name="heads")("BTD,NDH->BTNH", x)
 
 
 def test_the_equation_of_a_registered_class_may_be_an_argument(x):
@@ -53,25 +50,6 @@ def test_the_equation_of_a_registered_class_may_be_an_argument(x):
     variables = variables_of(Heads(), x, config)
     assert variables["params"]["heads"]["w"].scales.shape == (64 // 16, 4 * 16)
     assert_as_merged(Heads(), x, variables, gradients=False)
-    match = r"Project, must have one input and an equation. Got .* \['scale', 'x'\]"
-    with pytest.raises(TypeError, match=match):
-        ql.linen.wrap(Heads((("scale", 2.0),))).apply(variables, x)
-
-
-@pytest.mark.slow
-class UnusualCall(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        y = nn.Dense(64, name="dense")(x)
-        # The rule of the registered class does not describe a call with a scale.
-        return Project((4, 64, 16), name="heads")("BTD,NDH->BTNH", y, scale=2.0)
-
-
-def test_a_registered_class_that_is_no_target_may_be_called_in_any_way(x):
-    ql.linen.register(Project, kernel="w", einsum="equation")
-    config = ql.QLoRAConfig(rank=4, targets="dense/kernel")
-    variables = variables_of(UnusualCall(), x, config)
-    assert_as_merged(UnusualCall(), x, variables, gradients=False)
 
 
 def test_one_tree_has_the_gradients_of_two(x):
@@ -270,22 +248,6 @@ def test_a_tree_that_is_packed_in_part_can_be_packed_further(x):
     both, lora = ql.linen.init(KEY, model, base, config, x)
     assert both["up"]["kernel"] is packed and both["down"]["kernel"].fmt == "int4"
     assert set(lora) == {"up", "down"}
-
-
-@pytest.mark.parametrize("fmt", ["nf4", None])
-def test_a_dot_general_of_a_modules_own_is_not_called_where_there_is_an_adapter(fmt, x):
-    calls = []
-
-    def dot_general(*args, **kwargs):
-        calls.append(args)
-        return jax.lax.dot_general(*args, **kwargs)
-
-    model = nn.Dense(8, dot_general=dot_general)
-    variables = variables_of(model, x, ql.QLoRAConfig(rank=4, fmt=fmt))
-    calls.clear()
-    got = ql.linen.wrap(model).apply(variables, x)
-    assert not calls
-    assert_close(got, nn.Dense(8).apply(merged(variables), x))
 
 
 @pytest.mark.slow
