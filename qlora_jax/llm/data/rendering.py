@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jinja2
-from jinja2 import exceptions, ext, nodes, sandbox
+from jinja2 import exceptions, ext, nodes
 from jinja2.parser import Parser
 
+from .bounded_jinja import MAX_SOURCE, BoundedEnvironment, LimitError
 from .model_files import ModelError
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ class Template:
     def __init__(self, source: str, now: datetime.datetime | None = None):
         self.source = source
         # These settings are those of transformers. Templates rely on them.
-        environment = sandbox.ImmutableSandboxedEnvironment(
+        self._environment = environment = BoundedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, ext.loopcontrols],
@@ -41,16 +42,25 @@ class Template:
             "raise_exception": _raise_exception,
             "strftime_now": lambda fmt: (now or datetime.datetime.now()).strftime(fmt),
         }
-        self._template = _call_guarded(lambda: environment.from_string(source))
-        tree = environment.parse(source)
+        if len(source) > MAX_SOURCE:
+            raise ModelError(
+                f"the chat template must have at most {MAX_SOURCE:,} characters. Got "
+                f"{len(source):,}."
+            )
+        self._template = _call_guarded(self._compile)
+
+    def _compile(self) -> jinja2.Template:
+        tree = self._environment.parse(self.source)
         # Whether the template has `{% generation %}`, whose extension is the only one
         # that adds such a node.
         self.marks_answers = tree.find(nodes.ExtensionAttribute) is not None
         # If a template handles a role by its name, the name is one of its literals.
         self.literals = {literal.value for literal in tree.find_all(nodes.Const)}
+        return self._environment.compile_tree(tree)
 
     def render(self, variables: Mapping[str, Any]) -> Rendering:
         """Renders the template with the variables."""
+        self._environment.start()
         text = _call_guarded(lambda: self._template.render(**variables))
         return _find_marks(text) if self.marks_answers else Rendering(text, [])
 
@@ -59,6 +69,8 @@ def _call_guarded(function: Callable[[], T]) -> T:
     # A broken template is a fault of the model. All other errors are faults of a row.
     try:
         return function()
+    except LimitError as error:
+        raise ModelError(f"the chat template {error}") from error
     except exceptions.SecurityError as error:
         raise ModelError(
             f"the chat template must not reach outside its sandbox. {error}"

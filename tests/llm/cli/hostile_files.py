@@ -112,3 +112,76 @@ def list_files(folder):
     """Returns the bytes of all files in a folder by path, to detect changes."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path: path.read_bytes() for path in files}
+
+
+def _loop(body, start='"x"'):
+    # 60 steps, each of which may double `n.x`.
+    return (
+        "{% set n = namespace(x="
+        + start
+        + ") %}{% for _ in range(60) %}"
+        + body
+        + "{% endfor %}{{ n.x }}"
+    )
+
+
+# Chat templates that take more time or memory than any computer has.
+ENDLESS_TEMPLATES = {
+    "repeated text": '{{ "x" * 10**10 }}',
+    "repeated list": "{{ ([0] * 10**9)|length }}",
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{{ b }}"
+    "{% endfor %}{% endfor %}",
+    "recursive loop": "{% for x in [1, 2] recursive %}{% if loop.depth < 60 %}"
+    "{{ loop([1, 2]) }}{% endif %}{% endfor %}",
+    "recursive macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}"
+    "{% endif %}{% endmacro %}{{ f(60) }}",
+    "percent": '{{ "%1000000000d" % 1 }}',
+    "percent star": '{{ "%*d" % (10**9, 1) }}',
+    "format filter": '{{ "%1000000000d"|format(1) }}',
+    "format": '{{ "{:1000000000d}".format(1) }}',
+    "format width": '{{ "{:{}}".format(1, 10**9) }}',
+    "format_map": '{{ "{a:{w}}".format_map({"a": 1, "w": 10**9}) }}',
+    "format all": '{{ ("%(a)s" * 10**5) % {"a": "x" * 10**6} }}',
+    "center": '{{ "x"|center(10**10) }}',
+    "indent": '{{ ("a\n" * 10**4)|indent(10**6) }}',
+    "indent by text": '{{ ("a\n" * 10**4)|indent("x" * 10**6) }}',
+    "join": '{{ (["a"] * 10**5)|join("x" * 10**6) }}',
+    "join map": '{{ range(99999)|map("string")|join("x" * 10**6) }}',
+    "join method": '{{ ("x" * 10**6).join(["a"] * 10**5) }}',
+    "replace": '{{ ("a" * 10**6)|replace("a", "b" * 10**6) }}',
+    "replace method": '{{ ("a" * 10**6).replace("", "b" * 10**6) }}',
+    "translate": '{{ ("a" * 10**6).translate({97: "b" * 10**6}) }}',
+    "ljust": '{{ "x".ljust(10**10) }}',
+    "zfill": '{{ "x".zfill(10**10) }}',
+    "expandtabs": '{{ "\t".expandtabs(10**10) }}',
+    "tojson": "{{ range(99999)|list|tojson(indent=10**6) }}",
+    "batch": "{{ [1]|batch(10**9, 0)|list|length }}",
+    "slice": "{{ [1]|slice(10**9)|list|length }}",
+    "sum": "{{ ([range(99999)|list] * 10**5)|sum(start=[])|length }}",
+    "split": '{{ ("ab " * 10**8).split(" ")|length }}',
+    "list of text": '{{ ("a" * 4 * 10**8)|list|length }}',
+    "to_bytes": '{{ (1).to_bytes(10**10, "big") }}',
+    "codec": '{{ ("é" * 10**6).encode("punycode") }}',
+    "power": "{{ 10**(10**10) }}",
+    "squares": _loop("{% set n.x = n.x * n.x %}", "3"),
+    "round": "{{ 5|round(-10**9) }}",
+    "round up": '{{ 5.5|round(10**9, "ceil") }}',
+    "doubled by ~": _loop("{% set n.x = n.x ~ n.x %}"),
+    "doubled by +": _loop("{% set n.x = n.x + n.x %}"),
+    "doubled block": _loop(
+        "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}"
+    ),
+    "doubled list": _loop("{% set n.x = n.x + n.x %}", "[1]"),
+    "nested lists": _loop("{% set n.x = [n.x, n.x] %}"),
+    "nested dicts": _loop("{% set n.x = dict(a=n.x, b=n.x) %}"),
+    "nested keys": _loop("{% set n.x = {}.fromkeys(range(9), n.x) %}"),
+    "nested batches": _loop(
+        "{% set n.x = (n.x|batch(99)|list) + (n.x|batch(99)|list) %}", "[1]"
+    ),
+    "kept slices": '{% set n = namespace(x="x" * 10**6) %}{% for _ in range(99999) %}'
+    "{% set n.y = [n.y, n.x[1:]] %}{% endfor %}",
+    "kept lists": "{% set n = namespace() %}{% for a in range(99999) %}"
+    "{% for b in range(99999) %}{% set n.x = [n.x, [], [], [], []] %}"
+    "{% endfor %}{% endfor %}",
+    "comment": "{#" + "x" * 10**6 + "#}",
+}
