@@ -75,11 +75,15 @@ def _row_settings(config: ConfigWithRows) -> DataConfig:
     run_configs = run_configs_of(config.adapter, config.run)
     run_settings = [_row_settings_of_run(x) for x in run_configs]
     for name in options.keys() - set_options.keys():
-        values = {str(getattr(settings, name)) for settings in run_settings}
-        if len(values) > 1:
+        values = [str(getattr(settings, name)) for settings in run_settings]
+        distinct = {*values}
+        if name == "template":  # each run has a copy of its own
+            files = map(pathlib.Path, distinct)
+            distinct = {x.read_bytes() if x.is_file() else x for x in files}
+        if len(distinct) > 1:
             raise ValueError(
                 f"`{name}` must be given if the runs of the adapters have different "
-                f"ones. Got none, and runs with {' and '.join(sorted(values))}."
+                f"ones. Got none, and runs with {' and '.join(sorted({*values}))}."
             )
     settings = run_settings[0] if run_settings else DataConfig(path="")
     return dataclasses.replace(settings, **set_options)

@@ -1,6 +1,7 @@
 """Locks, reads and writes the folder of a run, where Orbax also saves states."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import sys
@@ -13,6 +14,7 @@ from .train_config import TrainConfig
 STATE, CONFIG, METRICS = "state", "config.yaml", "metrics.jsonl"
 ANSWERS, RESULT = "answers.jsonl", "result.json"
 FAILED = "failed.txt"  # the reason why one run of a sweep ended early
+TEMPLATE = "template.jinja"  # a copy of the file in the option `template`
 LOG_ID = "log_id"  # identifies the run for W&B and trackio
 
 
@@ -90,9 +92,15 @@ def _lock(folder: pathlib.Path) -> Iterator[None]:
 
 
 def write_run_config(config: TrainConfig, path: pathlib.Path, source: str) -> None:
-    """Writes the settings as a file for `--config`, and the source of the weights."""
+    """Writes the settings as a file for `--config`, and the source of the weights.
+
+    Commands that use the run find its chat template beside this file.
+    """
     import yaml
 
+    if (template := config.data.template) is not None:
+        text = pathlib.Path(template).read_text("utf-8")
+        write_text(path.with_name(TEMPLATE), text)
     # Settings of a single call or process are reset, because all processes of a later
     # run read this file.
     transient = {"resume": False, "resume_step": None, "process_id": None}
@@ -101,13 +109,23 @@ def write_run_config(config: TrainConfig, path: pathlib.Path, source: str) -> No
 
 
 def read_run_config(path: pathlib.Path) -> TrainConfig:
-    """Reads a file that `write_run_config` wrote."""
+    """Reads a file that `write_run_config` wrote.
+
+    The folder of the run is that of the file, which may have been moved, or come from a
+    stranger. Its chat template is the copy in this folder, whatever path the file has.
+    """
     import yaml
 
+    ql.io.check_links(path.parent, [path.name, TEMPLATE])
     try:
-        return TrainConfig.from_settings(dict(yaml.safe_load(path.read_text("utf-8"))))
+        text = path.read_text("utf-8")
+        config = TrainConfig.from_settings(dict(yaml.safe_load(text)))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{path} must have the settings of a run. {error}") from error
+    output, data = dataclasses.replace(config.output, out=str(path.parent)), config.data
+    if data.template is not None:
+        data = dataclasses.replace(data, template=str(path.with_name(TEMPLATE)))
+    return dataclasses.replace(config, output=output, data=data)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

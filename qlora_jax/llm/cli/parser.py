@@ -1,6 +1,7 @@
 """The parser of the command line: the options, their help and their errors."""
 
 import argparse
+import os
 import pathlib
 import re
 import sys
@@ -163,6 +164,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, argparse.Namespace]:
                 settings |= _read_settings(file, COMMANDS[name])
         settings |= {k: x for k, x in vars(namespace).items() if k in options}
         config = COMMANDS[name].from_settings(settings)
+        if isinstance(config, TrainConfig) and "out" not in namespace:
+            _note_other_folder(config, namespace.config)
     except ValueError as error:
         commands[name].error(str(error))
     if namespace.print_config:
@@ -177,6 +180,16 @@ def _normalize_flag(argument: str) -> str:
     if re.fullmatch(r"--[\w-]+", flag):
         flag = f"--{flag[2:].replace('-', '_')}"
     return f"{flag}{equals}{value}"
+
+
+def _note_other_folder(config: TrainConfig, files: Sequence[str]) -> None:
+    """Prints which run is resumed if it is not in the folder of a file of settings."""
+    out = config.output.out
+    folders = [os.path.realpath(os.path.dirname(file)) for file in files]
+    if config.output.resume and os.path.realpath(out) not in folders:
+        print(
+            f"The run in {out!r} is resumed, as `out` in {files} says", file=sys.stderr
+        )
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

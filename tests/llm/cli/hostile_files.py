@@ -10,6 +10,7 @@ import pathlib
 import textwrap
 
 import numpy as np
+import yaml
 from safetensors.numpy import save_file
 from tokenizer_helpers import write_rows
 
@@ -26,6 +27,12 @@ def change_json(file, **changes):
     values = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(values | changes))
     return file.parent
+
+
+def change_settings(file, **changes):
+    """Changes settings in the config.yaml of a run."""
+    settings = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(settings | changes))
 
 
 def make_adapter(folder, **changes):

@@ -1,12 +1,14 @@
 """Commands on folders of hostile files."""
 
 import ast
+import json
 import pathlib
 import shutil
 
 import pytest
 from commands import run
 from hostile_files import (
+    change_settings,
     commands_on,
     link_outside,
     list_files,
@@ -139,3 +141,44 @@ def test_links_out_of_a_runs_folder_are_refused(name, folder, tmp_path, capsys):
         assert (status, out) == (1, ""), arguments
         assert f"{path / name} must be in its folder" in err
     assert list_files(outside) == before
+
+
+@pytest.mark.slow
+def test_paths_in_the_file_of_a_run_are_not_used(folder, tmp_path, capsys):
+    path, secret = folder / "run", tmp_path / "secret"
+    secret.write_text("do not tell")
+    paths = dict.fromkeys(["data", "out", "adapter", "template"], str(secret))
+    change_settings(path / "config.yaml", **paths)
+    options = ["--run", path, "--prompt", "in", "--max-new-tokens=1"]
+    data = ["--data", folder / "rows.jsonl"]
+    for arguments in (
+        ["generate", *options],
+        ["score", "--run", path, *data],
+        ["export", "--run", path, "--format=merged", "--out", folder / "new", *data],
+    ):
+        status, out, err = run(capsys, *arguments)
+        assert (status, out) == (1, "")
+        assert f"`template` must be a file. Got '{path}/template.jinja'" in err
+        assert "secret" not in err and "do not tell" not in err
+    # A path on the command line is used.
+    template = tmp_path / "short.jinja"
+    template.write_text("{{ messages[0].content }}")
+    status, out, err = run(
+        capsys, "generate", *options, "--template", template, "--json"
+    )
+    assert status == 0 and json.loads(out)["answers"][0]["prompt_tokens"] == 1
+    # Exports of adapters read no rows, and are written into the folder of the run.
+    status, out, err = run(capsys, "export", "--run", path)
+    assert status == 0 and (path / "adapter-2").is_dir() and "secret" not in out + err
+
+
+def test_a_resumed_run_in_another_folder_is_named(folder, tmp_path, capsys):
+    run_folder = folder / "run"
+    arguments = ["train", "--config", run_folder / "config.yaml", "--resume"]
+    arguments += ["--steps", 1]  # refused, because the run has taken two
+    other = shutil.copytree(run_folder, tmp_path / "other")
+    for out, is_named in ((run_folder, False), (other, True)):
+        change_settings(run_folder / "config.yaml", out=str(out))
+        status, _, err = run(capsys, *arguments)
+        assert status == 1 and (f"The run in '{out}' is resumed" in err) == is_named
+        assert "is resumed" not in run(capsys, *arguments, "--out", out)[2]

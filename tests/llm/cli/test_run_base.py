@@ -368,8 +368,9 @@ def run_with(folder, tmp_path, **settings):
         "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     out = shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.copyfile(tmp_path / "marked.jinja", out / "template.jinja")
     written = yaml.safe_load((out / "config.yaml").read_text())
-    written |= {"template": str(tmp_path / "marked.jinja")} | settings
+    written |= {"template": "a-path-on-another-machine.jinja"} | settings
     (out / "config.yaml").write_text(yaml.safe_dump(written))
     return out
 
@@ -410,13 +411,17 @@ def test_runs_must_agree_on_the_settings_of_rows(folder, tmp_path):
         (tmp_path / train_on).mkdir()
         runs.append(run_with(folder, tmp_path / train_on, train_on=train_on))
     adapters = [str(run / "adapter") for run in runs]
-    options = dict(adapter=adapters, template=str(tmp_path / "last" / "marked.jinja"))
-    config = app.ScoreConfig(str(folder / "base"), rows, **options)
+    config = app.ScoreConfig(str(folder / "base"), rows, adapters)
     message = "`train_on` must be given if .*Got none, and runs with all and last"
     with pytest.raises(ValueError, match=message):
         app.score(config)
     scores = app.score(dataclasses.replace(config, train_on="last")).scores
     assert [x.tokens for x in scores.values()] == [3, 3]
+    # Each run has a copy of its template.
+    (runs[1] / "template.jinja").write_text("{{ messages }}")
+    message = "`template` must be given if .*Got none, and runs with .*/all/run/temp"
+    with pytest.raises(ValueError, match=message):
+        app.score(dataclasses.replace(config, train_on="last"))
 
 
 def test_the_chat_template_is_that_of_the_run(folder, tmp_path):
@@ -432,8 +437,9 @@ def test_the_chat_template_is_that_of_the_run(folder, tmp_path):
     options = dict(prompt="a", max_new_tokens=1)
     [answer] = app.generate(app.GenerateConfig(run=str(out), **options)).answers
     assert answer.prompt_tokens == 1
-    path.unlink()
-    with pytest.raises(ValueError, match="`template` must be a file. .*marked.jinja"):
+    (out / "template.jinja").unlink()
+    message = "`template` must be a file. .*run/template.jinja"
+    with pytest.raises(ValueError, match=message):
         app.score(app.ScoreConfig(run=str(out), data=rows))
 
 

@@ -217,6 +217,8 @@ def test_a_run_goes_on_with_the_date_on_which_it_began(folder, tmp_path):
     options = dict(template=str(template), chat=True, steps=2)
     config = settings(folder, data, out, date="2026-01-30", **options)
     app.train(config)
+    # Commands that use the run read this copy.
+    assert (out / "template.jinja").read_text() == template.read_text()
     again = config.replace(date=None, resume=True, steps=3)
     assert app.train(again).steps == 3
     with pytest.raises(ValueError, match="data was '"):
