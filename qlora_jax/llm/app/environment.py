@@ -1,6 +1,7 @@
 """Settings of a process: a cache of programs, warnings, the best dtype."""
 
 import hashlib
+import os
 import pathlib
 import platform
 import time
@@ -20,9 +21,18 @@ def enable_compilation_cache() -> None:
     is_enabled, user_folder = (getattr(jax.config, f"jax_{name}") for name in names)
     if not is_enabled or user_folder:
         return
-    folder = default_cache() / "programs" / _hash_processor()
+    cache = default_cache()
+    folder = cache / "programs" / _hash_processor()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for path in (cache, folder.parent, folder):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not is_private(path):
+                warnings.warn(
+                    f"{path} must belong to you, and only you may be able to write to "
+                    "it, because programs are loaded from it. They are not cached.",
+                    stacklevel=2,
+                )
+                return
         delete_unfinished_programs(folder)
     except OSError:
         return  # for example, the home folder is read-only: go without a cache
@@ -31,6 +41,14 @@ def enable_compilation_cache() -> None:
     # it also makes JAX lock the folder, so that several processes can share it.
     jax.config.update("jax_compilation_cache_max_size", 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+def is_private(folder: pathlib.Path) -> bool:
+    """Returns whether this user owns a folder, and no other user can write to it."""
+    if os.name != "posix":  # the modes of folders have no meaning on Windows
+        return True
+    status = folder.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def delete_unfinished_programs(folder: pathlib.Path) -> None:
