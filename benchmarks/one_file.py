@@ -17,7 +17,7 @@ import math
 import pathlib
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,14 +52,12 @@ class FileArm(Arm):
             trained for the same number of steps beside the same base.
         keep: A threshold, in units of half a step of the file's grid. If the adapter
             changes a weight by less than this, the change is dropped before packing.
-        scales: How the scales of the file are chosen, as in `quantize`.
     """
 
     file_fmt: str = "nf4"
     merge_aware: bool = True
     starts_trained: bool = False
     keep: float = 0.0
-    scales: Literal["absmax", "search"] = "absmax"
     seeds: int = len(SEEDS)
 
 
@@ -83,8 +81,6 @@ def make_arms() -> list[FileArm]:
     return [
         *arms,
         FileArm("nf4 file, ordinary adapter first", starts_trained=True),
-        FileArm("nf4 file, scales by search", scales="search"),
-        FileArm("int4 file, scales by search", file_fmt="int4", scales="search"),
         FileArm("nf4 file, codes kept", keep=0.5),
         FileArm("nf4 file, rank 64", rank=64),
         FileArm("nf4 file, 4 + 4 bits base", RESIDUAL),
@@ -131,7 +127,7 @@ class FileBench(Bench):
         super().__init__(folder, task, replace(arm, fmt=None) if is_residual else arm)
         self.folder, self.arm = folder, arm
         self.file_config = ql.QLoRAConfig(
-            fmt=arm.file_fmt, double_quant=False, targets=LAYERS, scales=arm.scales
+            fmt=arm.file_fmt, double_quant=False, targets=LAYERS
         )
         if is_residual:
             self.base = jax.jit(self._with_residual)(self.base)
@@ -159,15 +155,7 @@ class FileBench(Bench):
             kind = ql.MergeAware
             if self.arm.keep:
                 kind = functools.partial(CodesKept, keep=self.arm.keep)
-            return kind(
-                lora.a,
-                lora.b,
-                lora.scaling,
-                0.0,
-                lora.geometry,
-                packing,
-                scales=self.arm.scales,
-            )
+            return kind(lora.a, lora.b, lora.scaling, 0.0, lora.geometry, packing)
 
         return jax.tree.map(aware, lora, is_leaf=lambda node: isinstance(node, ql.LoRA))
 

@@ -31,7 +31,6 @@ def describe(arm: FileArm) -> str:
         return "ordinary, merged and packed once"
     extra = ", after an ordinary one" * arm.starts_trained
     extra += ", small changes dropped" * bool(arm.keep)
-    extra += ", scales by search" * (arm.scales == "search")
     extra += f", rank {arm.rank}" * (arm.rank != 16)
     return f"merge-aware{extra}"
 

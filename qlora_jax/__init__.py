@@ -25,7 +25,6 @@ from .quant.qtensor import QTensor
 from .trees import sharding
 from .trees.adapters import combine, lora_labels, lora_mask, split, value_and_grad
 from .trees.bank import Bank, bank, select
-from .trees.calibrate import calibrate
 from .trees.init import init
 from .trees.merge import merge, merge_adapters, with_float_kernels
 from .trees.paths import leaves_by_path
@@ -51,7 +50,6 @@ __all__ = [
     "TrainedRows",
     "apply",
     "bank",
-    "calibrate",
     "combine",
     "dequantize",
     "einsum",

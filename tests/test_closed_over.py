@@ -39,12 +39,10 @@ CHECKED = {
     "trees/bank.py __getitem__": "a place of a bank",
     "trees/bank.py _checked_index": "with_adapter",
     "trees/bank.py select": "select",
-    "trees/calibrate.py calibrate": "calibrate",
     "trees/merge.py _mismatch": "merge_adapters",
     "trees/merge.py is_finite": "merge_adapters",
     "trees/merge.py merge_leaf": "merge",
     "trees/merge.py _is_finite_number": "merge_adapters",
-    "trees/quantize.py _check_importance": "quantize by importance",
     "trees/sharding.py _put": "place",
 }
 
@@ -116,12 +114,6 @@ def cases():
         ),
         "quantize": lambda y: ql.quantize(params["kernel"]),
         "quantize large weights": lambda y: ql.quantize(large, "int4_f16"),
-        "quantize by importance": lambda y: ql.quantize(
-            params["kernel"], scales="search", importance=jnp.ones(64)
-        ),
-        "calibrate": lambda y: ql.calibrate(
-            ql.apply, base["kernel"], lora["kernel"], [x]
-        ),
         "quantize a tree": lambda y: ql.quantize(params, config),
         "init": lambda y: init(),
         "init, donated": lambda y: init(donate=True),

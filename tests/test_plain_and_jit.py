@@ -21,7 +21,6 @@ import qlora_jax as ql
 CONFIG = ql.QLoRAConfig(rank=2)
 # Functions that `jax.jit` cannot trace, and why.
 NOT_TRACED = {
-    "calibrate": "compiles a function and runs it on batches",
     "linen.register": "takes a class of modules",
     "nnx.register": "takes a class of modules",
     "nnx.place": "moves arrays to devices",

@@ -62,7 +62,6 @@ def make_task(folder):
     "options",
     [
         {},
-        {"scales": "search"},
         {"keep": 0.5},
         {"fmt": one_file.RESIDUAL},
         {"starts_trained": True},

@@ -200,20 +200,6 @@ class Adapter(TreeLeaf, abc.ABC):
         """Number of weights."""
         return sum(math.prod(x.shape) for x in self.arrays.values())
 
-    def stack_flags(self) -> Self:
-        """Returns a copy that has a bool for each array: whether it is a stack.
-
-        Optimizers update stacks one layer at a time.
-        """
-
-        def is_stack(name: str, x: PyTree) -> PyTree:
-            ndim = len(self.roles[name])
-            # The axes of a `Trained` have no roles, so stacks of it are not recognized.
-            # `tree.map` keeps the empty nodes that `optax.masked` puts in place of x.
-            return jax.tree.map(lambda leaf: 0 < ndim < jnp.ndim(leaf), x)
-
-        return replace_arrays(self, is_stack)
-
     def _replace(self, arrays: Mapping[str, PyTree], **settings: Any) -> Self:
         return dataclasses.replace(self, **arrays, **settings)  # pyright: ignore
 

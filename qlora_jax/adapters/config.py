@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 
 from ..quant.formats import FORMATS, Packing, check_dtype
 from ..quant.geometry import Contract, check_contract
-from ..quant.search import ScaleRule, check_scale_rule
 
 Pattern = str | re.Pattern
 
@@ -59,8 +58,6 @@ class QLoRAConfig:
             `quantize`. Where `fmt` is None, this is a setting of `target_fmt`.
         double_quant: Whether the scales are quantized too, as in `quantize`. Where
             `fmt` is None, this is a setting of `target_fmt`.
-        scales: How the scale of each block is chosen, "absmax" or "search", as in
-            `quantize`. Adapters with `merge_aware` are trained with the same choice.
         targets: Pattern, or several, of the kernels to quantize and adapt.
         exclude: Pattern, or several, of leaves that are not targets, even if `targets`
             matches them.
@@ -128,7 +125,6 @@ class QLoRAConfig:
     fmt: str | None = "nf4"
     block_size: int | None = None
     double_quant: bool | None = None
-    scales: ScaleRule = "absmax"
     targets: Pattern | Sequence[Pattern] = r"(.*/)?kernel"
     exclude: Pattern | Sequence[Pattern] = ()
     trainable: Pattern | Sequence[Pattern] = ()
@@ -177,22 +173,12 @@ class QLoRAConfig:
             raise ValueError(
                 "`use_dora` must be False where `shared` is set. Got True."
             )
-        self._check_scales()
         self._check_merge_aware()
         formats = (self.fmt, self.target_fmt, "nf4")
         fmt = next(name for name in formats if name is not None)
         packing = Packing(fmt, self.block_size, self.double_quant)
         set_field("block_size", packing.block_size)
         set_field("double_quant", packing.double_quant)
-
-    def _check_scales(self) -> None:
-        check_scale_rule(self.scales)
-        is_packed = self.fmt is not None and self.freeze_base
-        if self.scales != "absmax" and not is_packed and not self.merge_aware:
-            raise ValueError(
-                "`scales` must be 'absmax' where kernels stay in float, or are trained "
-                f"through their quantizer. Got {self.scales!r}."
-            )
 
     def _check_merge_aware(self) -> None:
         if self.target_fmt is not None and not self.merge_aware:

@@ -72,7 +72,7 @@ def _new_low_rank(
         scaling = scaling * math.prod(batch[:-1])
     if (packing := config.merged_packing(kernel.packing)) is not None:
         packing.check_rows(k)
-        settings = scaling, 0.0, kernel.geometry, packing, config.scales
+        settings = scaling, 0.0, kernel.geometry, packing
         return MergeAware(a.astype(dtype), b, *settings)
     kind = SharedLoRA if is_shared else LoRA
     lora = kind(a.astype(dtype), b, scaling, dropout, kernel.geometry)

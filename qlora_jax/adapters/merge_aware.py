@@ -44,7 +44,6 @@ from ..quant.kernel import Kernel
 from ..quant.pack import straight_through
 from ..quant.qtensor import QTensor, round_to, stored_specs
 from ..quant.schemes import StoredScales, next_power_of_two
-from ..quant.search import ScaleRule
 from ..quant.views import take_rows
 from .base import Adapter, ProductCall, register_adapter
 from .lora import SETTINGS, LowRank, lora_product
@@ -63,12 +62,11 @@ class MergeAware(LowRank):
     `init` makes adapters of this kind if the config has `merge_aware`. The adapter is
     of no use as a LoRA beside the kernel W: the result of training is the packed
     weights, which `merge` with `requantize` returns. It has the attributes of a `LoRA`,
-    with a dropout of 0, and the two below.
+    with a dropout of 0, and the one below.
 
     Attributes:
         packing: The format in which the sum is packed, which may differ from that of
             the kernel.
-        scales: How the scales of the sum are chosen, as in `quantize`.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -84,9 +82,8 @@ class MergeAware(LowRank):
     """
 
     packing: Packing
-    scales: ScaleRule = "absmax"
 
-    settings = (*SETTINGS, "packing", "scales")
+    settings = (*SETTINGS, "packing")
     label = "merge-aware"
     can_be_ragged = True
 
@@ -132,9 +129,8 @@ class MergeAware(LowRank):
         largest = ()  # the largest scale, in formats that use it
         if packing.scheme.uses_largest:
             # The code of a weight depends on the largest scale of its kernel, so a
-            # first pass over the tiles computes all scales, by "absmax" even if
-            # `scales` is "search". The scales themselves do not depend on the largest
-            # scale, so this pass uses ones in its place.
+            # first pass over the tiles computes all scales. The scales themselves do
+            # not depend on the largest scale, so this pass uses ones in its place.
             ones = jnp.ones(kernel.matrix_shape[:-2], jnp.float32)
             (scales,) = tiles.map(
                 lambda w, largest: quantize_blocks(w, packing, largest)[1:], ones
@@ -143,10 +139,7 @@ class MergeAware(LowRank):
             # a server fuses, without changing values.
             largest = (next_power_of_two(jnp.max(scales, (-1, -2), initial=0.0)),)
         codes, scales = tiles.map(
-            lambda w, *largest: quantize_blocks(
-                w, packing, *largest, scale_rule=self.scales
-            ),
-            *largest,
+            lambda w, *largest: quantize_blocks(w, packing, *largest), *largest
         )
         encode = packing.scheme.encode
 

@@ -25,7 +25,6 @@ from ..quant.formats import FLOAT_DTYPES, Packing
 from ..quant.geometry import Geometry
 from ..quant.kernel import is_packed
 from ..quant.qtensor import QTensor
-from ..quant.search import check_scale_rule
 from ..trees.paths import Tree, leaves_by_keys, path_string, raise_if_any
 from .device_shards import place_leaves, put
 from .files import CheckpointError, Path, new_path, parse_json
@@ -242,19 +241,16 @@ def _extra_settings(kind: type[Adapter]) -> tuple[str, ...]:
     return tuple(name for name in kind.settings if name not in SETTINGS)
 
 
-def _setting_to_json(setting: Any) -> dict[str, Any] | list[int] | str:
-    # The setting is a `Packing`, a scale rule or a list of integers.
+def _setting_to_json(setting: Any) -> dict[str, Any] | list[int]:
+    # The setting is a `Packing` or a list of integers.
     if isinstance(setting, Packing):
         return {name: getattr(setting, name) for name in _PACKING}
-    return setting if isinstance(setting, str) else [*setting]
+    return [*setting]
 
 
-def _setting_from_json(setting: Any) -> Packing | tuple[int, ...] | str:
+def _setting_from_json(setting: Any) -> Packing | tuple[int, ...]:
     if isinstance(setting, dict):
         return Packing(*(setting[name] for name in _PACKING))
-    if isinstance(setting, str):
-        check_scale_rule(setting)
-        return setting
     return tuple(map(operator.index, setting))
 
 
@@ -395,6 +391,8 @@ def _config_to_json(config: QLoRAConfig) -> dict[str, Any]:
 
 def _config_from_json(stored: dict[str, Any]) -> QLoRAConfig:
     settings = dict(stored)
+    if (rule := settings.pop("scales", "absmax")) != "absmax":  # from older versions
+        raise ValueError(f"`scales` must be 'absmax'. Got {rule!r}.")
     for name in _PATTERN_DICTS:
         pairs = settings.get(name, ())
         settings[name] = {p: tuple(x) if isinstance(x, list) else x for p, x in pairs}

@@ -18,36 +18,26 @@ from jaxtyping import Array, Bool, Float, Float32, Shaped, UInt8
 
 from .formats import Format, Packing
 from .schemes import SMALLEST_NORMAL, look_up, quotient, times_reciprocal
-from .search import ScaleRule, search_scales
 
 
 def quantize_blocks(
     w: Float[Array, "*batch k n"],
     packing: Packing,
     *largest: Array,
-    scale_rule: ScaleRule = "absmax",
-    importance: Float32[Array, "*batch k"] | None = None,
 ) -> tuple[UInt8[Array, "*batch rows n"], Float32[Array, "*batch blocks n"]]:
     """Returns the codes and the scale of each block.
 
     With 4-bit codes, an odd K is padded with the code of zero. `largest` is the
-    optional second argument of `ScaleScheme.encode`. It must be passed if the scheme
-    uses it and scales are searched, because the search encodes scales in parts.
-    `importance` is an argument of `search_scales`.
+    optional second argument of `ScaleScheme.encode`.
     """
     k, block_size = w.shape[-2], packing.block_size
     num_full = k // block_size * block_size  # rows in full blocks
     if packing.format.bits == 4 and k % 2:
         w = jnp.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, 1), (0, 0)])
-        if importance is not None:
-            importance = jnp.pad(importance, [(0, 0)] * (w.ndim - 2) + [(0, 1)])
 
     def quantize_rows(start: int, stop: int, size: int, *, divide: bool) -> tuple:
         rows = w[..., start:stop, :]
-        row_importance = None if importance is None else importance[..., start:stop]
-        return _quantize_rows(
-            rows, packing, size, scale_rule, row_importance, *largest, divide=divide
-        )
+        return _quantize_rows(rows, packing, size, *largest, divide=divide)
 
     if num_full == k:
         return quantize_rows(0, k, block_size, divide=False)
@@ -66,8 +56,6 @@ def _quantize_rows(
     w: Array,
     packing: Packing,
     block_size: int,
-    scale_rule: ScaleRule,
-    importance: Array | None,
     *largest: Array,
     divide: bool,
 ) -> tuple[Array, Array]:
@@ -77,10 +65,6 @@ def _quantize_rows(
     # 1. The scale of each block: [*batch, k, n] -> [*batch, blocks, block_size, n].
     blocks = w.reshape(*batch, k // block_size, block_size, n)
     scales = _exact_scales(blocks, fmt)
-    if scale_rule == "search":
-        if importance is not None:
-            importance = importance.reshape(*blocks.shape[:-1], 1)
-        scales = search_scales(blocks, scales, packing, importance, *largest)
     blocks = blocks.astype(jnp.float32)
     # 2. Normalize with the exact scales, or with the stored ones if the scheme says so.
     used_scales = scales
@@ -95,9 +79,6 @@ def _quantize_rows(
         bound = jnp.abs(blocks) * np.float32(2.0**-4)
         divisor = jnp.maximum(bound, jnp.abs(used_scales)[..., None, :])
         normalized = blocks / jnp.maximum(divisor, SMALLEST_NORMAL)
-        if scale_rule == "search":  # scales may be negative
-            sign = jnp.where(used_scales < 0, np.float32(-1), np.float32(1))
-            normalized = normalized * sign[..., None, :]
     else:
         normalized = times_reciprocal(blocks, used_scales[..., None, :])
     # 3. Assign the codes, and pack two of 4 bits into a byte.

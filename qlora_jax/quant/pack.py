@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +21,16 @@ from .geometry import Geometry
 from .kernel import ArrayKernel
 from .qtensor import QTensor, stored_specs
 from .schemes import StoredScales
-from .search import ScaleRule
 
 
 def quantize_kernel(
     w: Float[Array, "..."],
     packing: Packing,
     geometry: Geometry,
-    scale_rule: ScaleRule = "absmax",
-    importance: Float[Array, "*batch k"] | None = None,
 ) -> QTensor:
     """Quantizes a floating-point kernel; raises the errors of `check_values`."""
-    check_values(w, packing, geometry, scale_rule)
-    return quantize_unchecked(
-        w, packing, geometry, scale_rule=scale_rule, importance=importance
-    )
+    check_values(w, packing, geometry)
+    return quantize_unchecked(w, packing, geometry)
 
 
 def quantize_unchecked(
@@ -43,8 +38,6 @@ def quantize_unchecked(
     packing: Packing,
     geometry: Geometry,
     *largest: Array,
-    scale_rule: ScaleRule = "absmax",
-    importance: Float[Array, "*batch k"] | None = None,
 ) -> QTensor:
     """Quantizes a kernel without the checks of its values, which read all weights.
 
@@ -55,9 +48,7 @@ def quantize_unchecked(
     w = jnp.asarray(w)
     if w.ndim >= len(geometry.kinds):  # else it is a slice of a kernel with these axes
         geometry = Geometry.of(geometry.kinds, w.shape)
-    if importance is not None:
-        importance = jnp.asarray(importance, jnp.float32)
-    return _quantize(w, packing, geometry, scale_rule, importance, *largest)
+    return _quantize(w, packing, geometry, *largest)
 
 
 def check_kernel(w: PyTree) -> None:
@@ -82,7 +73,6 @@ def check_values(
     w: Array | np.ndarray,
     packing: Packing,
     geometry: Geometry,
-    scale_rule: ScaleRule = "absmax",
 ) -> None:
     """Raises ValueError if the shape, or a known value, does not fit the format."""
     packing.check_rows(geometry.matrix_shape(w.shape)[-2])
@@ -96,7 +86,7 @@ def check_values(
     if not all_below(w, math.inf):
         raise ValueError("weights must be finite. Got NaN or infinite values.")
     with jax.ensure_compile_time_eval():
-        q = quantize_unchecked(w, packing, geometry, scale_rule=scale_rule)
+        q = quantize_unchecked(w, packing, geometry)
         decodes_to_finite = all_below(q.dequantize(), math.inf)
     if not q.stored_scales.is_finite():
         raise ValueError(f"weights must be {scheme.overflow}")
@@ -113,34 +103,23 @@ def surely_decoded_below(dtype: DTypeLike) -> float:
     return float(min(jnp.finfo(dtype).max, np.finfo(np.float32).max)) / 2
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _quantize(
     w: Array,
     packing: Packing,
     geometry: Geometry,
-    scale_rule: ScaleRule,
-    importance: Array | None,
     *largest: Array,
 ) -> QTensor:
-    def pack(
-        w: Array, importance: Array | None, *largest: Array
-    ) -> tuple[Array, StoredScales]:
-        matrix = geometry.to_matrix(w)
-        if scale_rule == "search" and packing.scheme.uses_largest and not largest:
-            # The search looks at one part of the kernel at a time.
-            magnitudes = jnp.abs(matrix).astype(jnp.float32)
-            largest = (jnp.max(magnitudes, axis=(-1, -2), initial=0.0),)
-        codes, scales = quantize_blocks(
-            matrix, packing, *largest, scale_rule=scale_rule, importance=importance
-        )
+    def pack(w: Array, *largest: Array) -> tuple[Array, StoredScales]:
+        codes, scales = quantize_blocks(geometry.to_matrix(w), packing, *largest)
         return codes, packing.scheme.encode(scales, *largest)
 
     def specs(mesh: AnyMesh) -> PyTree:
         spec = tuple(geometry.matrix_spec(spec_of(w), w.ndim))
-        return stored_specs(mesh, spec, pack, w, importance, *largest)
+        return stored_specs(mesh, spec, pack, w, *largest)
 
     stored: StoredScales
-    codes, stored = call_in_auto_mode(pack, specs, w, importance, *largest)
+    codes, stored = call_in_auto_mode(pack, specs, w, *largest)
     name, k = jnp.dtype(w.dtype).name, geometry.matrix_shape(w.shape)[-2]
     pad = codes.shape[-2] * packing.format.codes_per_byte - k
     return QTensor(codes, *stored, packing.fmt, packing.block_size, name, pad, geometry)
@@ -176,13 +155,6 @@ class StraightThrough(ArrayKernel):
     packing: Packing  # pyright: ignore[reportIncompatibleVariableOverride]
     geometry: Geometry
     is_trained = True
-
-    def stack_flags(self) -> "StraightThrough":
-        """Returns a copy with a bool for its array: whether `ql.optim` may slice it."""
-        # Experts of a single layer can be updated one at a time as well, although
-        # `is_stack` is False for them.
-        ndim, kinds = jnp.ndim(self.kernel), self.geometry.kinds
-        return replace(self, kernel=ndim > len(kinds) or kinds[0] == "b")
 
     @property
     def label(self) -> str:  # noqa: D102

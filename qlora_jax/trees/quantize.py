@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from .._jax.arguments import as_array
-from .._jax.memory import check_donated, delete, is_concrete
+from .._jax.memory import check_donated, delete
 from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
 from ..quant.formats import Packing, checked_result_dtype
@@ -24,7 +23,6 @@ from ..quant.pack import (
     quantize_unchecked,
 )
 from ..quant.qtensor import QTensor
-from ..quant.search import ScaleRule, check_scale_rule
 from .adapters import check_structure
 from .paths import (
     Leaf,
@@ -32,7 +30,6 @@ from .paths import (
     fused_with,
     leaves_by_path,
     map_by_path,
-    raise_if_any,
 )
 from .targets import find_targets
 
@@ -41,7 +38,6 @@ def as_base_leaf(
     kernel: Kernel,
     config: QLoRAConfig,
     largest_weight: Array | None = None,
-    importance: Array | None = None,
     *,
     donate: bool = False,
 ) -> Leaf:
@@ -52,8 +48,7 @@ def as_base_leaf(
     if not config.freeze_base:  # the kernel is trained through its quantizer
         return StraightThrough(jnp.asarray(w), packing, geometry)
     largest = () if largest_weight is None else (largest_weight,)
-    settings = {"scale_rule": config.scales, "importance": importance}
-    q = quantize_unchecked(w, packing, geometry, *largest, **settings)
+    q = quantize_unchecked(w, packing, geometry, *largest)
     if donate:
         delete(w, q)  # waits for q, and frees the float array
     return q
@@ -93,14 +88,9 @@ def _max_abs(w: Float[Array, "..."], geometry: Geometry) -> Float32[Array, "*bat
     return jnp.max(jnp.abs(matrix), axis=(-1, -2), initial=0)
 
 
-def _quantize_tree(
-    params: Tree, config: QLoRAConfig, importance: Tree | None, donate: bool
-) -> Tree:
+def _quantize_tree(params: Tree, config: QLoRAConfig, donate: bool) -> Tree:
     leaves = leaves_by_path(params)
     geometries = find_targets(leaves, config, accept=lambda kernel: kernel.is_trained)
-    importances = {} if importance is None else leaves_by_path(importance)
-    if importance is not None:
-        _check_importance(importances, leaves, geometries, config.scales)
     # Kernels that were trained through their quantization are packed for serving, even
     # though their config has `freeze_base=False`.
     if any(as_kernel(leaves[path]).is_trained for path in geometries):
@@ -113,44 +103,9 @@ def _quantize_tree(
         if path not in geometries:
             return leaf
         kernel = as_kernel(leaf, geometries[path])
-        return as_base_leaf(
-            kernel,
-            config,
-            largest_weights.get(path),
-            importances.get(path),
-            donate=donate,
-        )
+        return as_base_leaf(kernel, config, largest_weights.get(path), donate=donate)
 
     return map_by_path(quantize_leaf, params)
-
-
-def _check_importance(
-    importance: Mapping[str, Array],
-    leaves: Mapping[str, Leaf],
-    geometries: Mapping[str, Geometry],
-    scales: str,
-) -> None:
-    """Raises ValueError unless there is importance of the right shape for each target.
-
-    Importance of other leaves is not used.
-    """
-    if scales != "search":
-        raise ValueError(
-            f"`scales` must be 'search' with `importance`. Got {scales!r}."
-        )
-    problems = {path: "there is no such leaf." for path in importance.keys() - leaves}
-    for path, geometry in geometries.items():
-        *batch, k, _ = geometry.matrix_shape(leaves[path].shape)
-        values = importance.get(path)
-        shape = None if values is None else jnp.shape(values)
-        if values is None or shape != (*batch, k):
-            problems[path] = f"it must have shape {(*batch, k)}. Got {shape}."
-        elif is_concrete(values):
-            with jax.ensure_compile_time_eval():  # a trace may close over the array
-                is_valid = bool(jnp.all((values >= 0) & jnp.isfinite(values)))
-            if not is_valid:
-                problems[path] = "it must be finite and not negative."
-    raise_if_any("`importance` does not fit these leaves", problems)
 
 
 def _check_settings_of_trained(
@@ -192,8 +147,6 @@ def quantize(
     block_size: int | None = None,
     double_quant: bool | None = None,
     contract: Contract = -2,
-    scales: ScaleRule | None = None,
-    importance: ArrayLike | None = None,
     donate: bool = False,
 ) -> QTensor: ...
 @overload
@@ -201,7 +154,6 @@ def quantize(
     params: Tree,
     fmt: QLoRAConfig,
     *,
-    importance: Tree | None = None,
     donate: bool = False,
 ) -> Tree: ...
 def quantize(
@@ -211,8 +163,6 @@ def quantize(
     block_size: int | None = None,
     double_quant: bool | None = None,
     contract: Contract = -2,
-    scales: ScaleRule | None = None,
-    importance: Tree | None = None,
     donate: bool = False,
 ) -> Tree:
     """Returns an array as a QTensor, or a tree with frozen kernels at the targets.
@@ -242,26 +192,15 @@ def quantize(
             in 8 or 16 bits.
         contract: The contracted axes, negative, or the role of each trailing axis as
             letters ("kn", "nk", "bkn"), as in `QLoRAConfig.contract`.
-        scales: How the scale of each block is chosen. "absmax", the default, is the
-            rule of the format, as above. "search" tries several scales, and takes the
-            one with the least squared error. On a CPU, this takes 3 to 9 times as
-            long. Codes and scales are stored in the same way, but scales may be
-            negative in "int4", "int4_f16" and "q4_0".
-        importance: With the search: the mean square of each input, `[*batch, K]`, by
-            which the squared errors of its weights are multiplied, such as `calibrate`
-            returns. With a config, a tree with such an array at the path of each
-            target. Blocks where it is zero are searched without it.
         donate: Delete each float array once it is quantized, as in `init`.
 
     Raises:
         TypeError: If the array is not floating-point (float8 is not supported) or is a
             shape (call `quantize` under `jax.eval_shape`); if `fmt` is neither a string
-            nor a config; if `params` is a tree and `fmt` is not a config; or if it is
-            an array and `importance` is not.
+            nor a config; or if `params` is a tree and `fmt` is not a config.
         ValueError: If the array has fewer than two axes; if a setting is out of range
-            or combined with a config; if `importance` does not fit, where all leaves
-            are listed; or, outside jit, if a weight is not finite, or too large for the
-            format. For a tree, as `init`.
+            or combined with a config; or, outside jit, if a weight is not finite, or
+            too large for the format. For a tree, as `init`.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -271,14 +210,12 @@ def quantize(
         (2, 8)
     """
     if isinstance(fmt, QLoRAConfig):
-        settings = block_size, double_quant, contract, scales
-        if settings != (None, None, -2, None):
+        if (block_size, double_quant, contract) != (None, None, -2):
             raise ValueError(
-                "`block_size`, `double_quant`, `contract` and `scales` must not be "
-                f"given with a config. Got {block_size}, {double_quant}, {contract} "
-                f"and {scales}."
+                "`block_size`, `double_quant` and `contract` must not be given with a "
+                f"config. Got {block_size}, {double_quant} and {contract}."
             )
-        return _quantize_tree(params, fmt, importance, donate)
+        return _quantize_tree(params, fmt, donate)
     if not isinstance(fmt, str):
         raise TypeError(
             f"`fmt` must be a format's name or a QLoRAConfig. Got {type(fmt).__name__}."
@@ -286,28 +223,15 @@ def quantize(
     # Only a mapping is certainly a tree, since an array may be of any class.
     if isinstance(params, Mapping):
         raise TypeError("a tree must be given with a QLoRAConfig. Got none.")
-    scales = "absmax" if scales is None else scales
-    check_scale_rule(scales)
     if as_kernel(params).is_trained:
-        if scales != "absmax" or importance is not None:
-            raise ValueError(
-                "`scales` must be 'absmax', without `importance`, for weights that "
-                f"were trained through their quantization. Got {scales!r} and an "
-                f"importance of type {type(importance).__name__}."
-            )
         _check_settings_of_trained(params, fmt, block_size, double_quant, contract)
         w, q = params.value, params.to_qtensor()  # with the settings of its training
     else:
         check_kernel(params)
         packing = Packing(fmt, block_size, double_quant)
         geometry = Geometry.contracting(contract, params.shape)
-        if importance is not None:
-            importance = as_array("importance", importance)
-            _check_importance(
-                {"array": importance}, {"array": params}, {"array": geometry}, scales
-            )
         w = params
-        q = quantize_kernel(params, packing, geometry, scales, importance)
+        q = quantize_kernel(params, packing, geometry)
     if donate:
         delete(w, q)
     return q

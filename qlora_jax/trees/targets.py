@@ -157,7 +157,7 @@ def _checked_geometry(
     check_kernel(leaf)
     geometry = Geometry.contracting(-2 if contract is None else contract, leaf.shape)
     if config.packing is not None:
-        check_values(leaf, config.packing, geometry, config.scales)
+        check_values(leaf, config.packing, geometry)
     return geometry
 
 
@@ -171,11 +171,6 @@ def _check_accepted(
         if packing != config.packing:
             raise ValueError(
                 f"it is trained through {packing}; the config has {config.packing}."
-            )
-        if config.scales != "absmax":
-            raise ValueError(
-                "it is trained with `scales` of 'absmax'; the config has "
-                f"{config.scales!r}."
             )
         check_values(kernel.value, packing, kernel.geometry)
     if contract is None:

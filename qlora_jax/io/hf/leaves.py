@@ -21,7 +21,6 @@ from ...quant.formats import Packing
 from ...quant.pack import surely_decoded_below
 from ...quant.qtensor import QTensor, round_to
 from ...quant.schemes import FLOAT32, StoredScales
-from ...quant.search import ScaleRule
 from ...trees.paths import fused_with
 from ..device_shards import (
     Arrays,
@@ -161,7 +160,7 @@ def _write_floats(
 
 
 def pack_float_leaf(
-    leaf: NamedLeaf, q: QTensor, tensors: TensorsByName, bar: Any, scale_rule: ScaleRule
+    leaf: NamedLeaf, q: QTensor, tensors: TensorsByName, bar: Any
 ) -> Arrays:
     """Returns the arrays of a QTensor, packed from float tensors."""
     packing = q.packing
@@ -192,7 +191,7 @@ def pack_float_leaf(
                 x = read(tensors[name], (outputs, inputs), q.dtype)
                 x = jax.device_put(x, device)
                 start = (*local_index, 0, outputs.start - columns.start)
-                arguments = start, packing, scale_rule, x, *largest_argument(name)
+                arguments = start, packing, x, *largest_argument(name)
                 buffers, is_decodable = _pack_piece(buffers, *arguments)
                 check(is_decodable)
             bar.update(math.prod(sizes_of((columns, inputs))))
@@ -221,19 +220,16 @@ def _largest_fused(name: str, tensors: TensorsByName, dtype: np.dtype) -> np.flo
     return np.float32(largest)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
 def _pack_piece(
     buffers: Arrays,
     start: _Start,
     packing: Packing,
-    scale_rule: ScaleRule,
     x: Array,
     *largest: Array,
 ) -> tuple[Arrays, Bool[Array, ""]]:
     """Packs a piece `[n, k]`; also returns whether it decodes to finite weights."""
-    new_codes, new_scales = quantize_blocks(
-        x.T, packing, *largest, scale_rule=scale_rule
-    )
+    new_codes, new_scales = quantize_blocks(x.T, packing, *largest)
     codes = _write_matrix(buffers[0], new_codes, start)
     scales = _write_matrix(buffers[1], new_scales, start)
 

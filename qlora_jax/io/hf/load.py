@@ -18,7 +18,6 @@ from ...quant.host_codes import to_host
 from ...quant.kernel import is_packed
 from ...quant.pack import quantize_unchecked
 from ...quant.qtensor import QTensor
-from ...quant.search import ScaleRule
 from ...trees.paths import Tree, leaves_by_path, map_by_path, raise_if_any
 from ...trees.targets import find_targets
 from ..device_shards import place_leaves
@@ -105,11 +104,8 @@ def load(
     # 3. Read the values.
     total = sum(math.prod(leaf.shape) for leaf in leaves.values())
     bar_settings = {"total": total, "unit_scale": True}
-    scale_rule = "absmax" if config is None else config.scales
     with progress_bar("loading", " weights", progress, **bar_settings) as bar:
-        return map_by_path(
-            lambda p, x: _read_leaf(leaves[p], x, tensors, bar, scale_rule), base
-        )
+        return map_by_path(lambda p, x: _read_leaf(leaves[p], x, tensors, bar), base)
 
 
 def _read_leaf(
@@ -117,7 +113,6 @@ def _read_leaf(
     struct: Any,
     tensors: Mapping[str, Any],
     bar: Any,
-    scale_rule: ScaleRule,
 ) -> Array | QTensor:
     if not is_packed(struct):
         return read_float_leaf(leaf, struct, tensors, bar)
@@ -126,7 +121,7 @@ def _read_leaf(
     if packing_of(tensors[leaf.tensor_names.flat[0]]) is not None:
         arrays = move_packed_leaf(leaf, on_device, tensors, bar)
     else:
-        arrays = pack_float_leaf(leaf, on_device, tensors, bar, scale_rule)
+        arrays = pack_float_leaf(leaf, on_device, tensors, bar)
     q = jax.tree.unflatten(jax.tree.structure(on_device), arrays)
     is_for_host = struct.memory == "host"
     return replace(q, codes=to_host(q.codes, struct.codes)) if is_for_host else q

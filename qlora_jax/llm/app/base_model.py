@@ -35,7 +35,6 @@ from .configs import (
     ExportConfig,
     GenerateConfig,
     PairsConfig,
-    Scales,
     ScoreConfig,
 )
 from .merge_aware import pack_as_trained, target_packing_of, target_settings
@@ -187,7 +186,6 @@ class BaseModel:
         fmt: str,
         block_size: int | None,
         double_quant: bool | None,
-        scales: Scales | None = None,  # by default, by the rule of the format
     ) -> ql.QLoRAConfig | None:
         """Returns how to pack the layers while reading; None to read them as stored."""
         stored_fmt = self.stored_fmt
@@ -206,7 +204,6 @@ class BaseModel:
             fmt=fmt,
             block_size=block_size,
             double_quant=double_quant,
-            scales=scales or "absmax",
             targets=self.engine.layers,
             contract=self.contract_of(self.engine.layers),
         )
@@ -465,9 +462,7 @@ def open_run(
     packing_config = None
     if run_config.adapter.merge_aware:
         packing_config = packing_config_for(settings, model)
-    lora_config = lora_config_for(
-        run_config.adapter, model, packing_config, settings.scales
-    )
+    lora_config = lora_config_for(run_config.adapter, model, packing_config)
     # Shapes are enough to restore the adapter, and to describe it for PEFT.
     base, lora = init_shapes(model.base, lora_config)
     with quiet_orbax(), Checkpoints(folder / STATE, read_only=True) as checkpoints:
@@ -496,7 +491,6 @@ def packing_config_for(
         settings.fmt or default_fmt,
         settings.block_size,
         settings.double_quant,
-        settings.scales,
     )
 
 
@@ -518,7 +512,7 @@ def training_load_options(
     uses_run = bool(run_configs) and not _packs_differently(config, run_configs[0])
     settings: Any = run_configs[0].model if uses_run else config
     # `PairsConfig` has only some of these options.
-    fmt, block_size, double_quant, scales = (
+    fmt, block_size, double_quant = (
         getattr(settings, name, None) for name in PACKING_OPTIONS
     )
     if fmt is None and model.stored_fmt is None:
@@ -547,14 +541,7 @@ def training_load_options(
                     f"`{name}` must be left out with `fmt` none, which packs nothing. "
                     f"Got {value}."
                 )
-    packing_config = model.packing_config(
-        fmt or "none", block_size, double_quant, scales
-    )
-    if not uses_run and scales is not None and packing_config is None:
-        raise ValueError(
-            "`scales` must be left out unless training packed the model, because the "
-            f"stored weights are used unchanged. Got {scales}."
-        )
+    packing_config = model.packing_config(fmt or "none", block_size, double_quant)
     options: LoadOptions = {}
     if packing_config is not None:
         options["packing_config"] = packing_config
@@ -597,13 +584,11 @@ def lora_config_for(
     config: AdapterConfig,
     model: BaseModel,
     packing_config: ql.QLoRAConfig | None,
-    scales: Scales,
 ) -> ql.QLoRAConfig:
     """Returns the settings of the adapters that a run trains.
 
     `packing_config` says how the base is packed, as `BaseModel.packing_config` returns
-    it, and `scales` is the rule by which the run chooses scales. Only merge-aware
-    adapters depend on them.
+    it. Only merge-aware adapters depend on it.
     """
     params, engine = model.base, model.engine
     if config.target_modules == ALL_LINEAR:
@@ -623,7 +608,7 @@ def lora_config_for(
             if re.fullmatch(LAYERS, path)
             and (path not in targets or _is_trained_in_full(config, path))
         ]
-        settings |= target_settings(config, packings, unadapted) | {"scales": scales}
+        settings |= target_settings(config, packings, unadapted)
     return ql.QLoRAConfig(
         rank=config.rank,
         rank_pattern=_find_small_kernels(config, model, targets),

@@ -14,7 +14,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
-Scales = Literal["absmax", "search"]  # how the scale of each block is chosen
 # The formats that merge-aware adapters are trained for: those of the files of `export`.
 TargetFmt = Literal["nf4", "fp4", "int4_f16", "q4_0", "mxfp4", "nvfp4"]
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ _FORMATS_OF_TRAINED_BASE = ("merged", "gguf")
 GGUF_4_BIT_TYPES = ("Q4_0", "Q4_K_M")
 # For a `PackedFormat`, these options describe the exported file. For a server and for
 # `_FORMATS_OF_TRAINED_BASE`, they describe how training packed the base.
-PACKING_OPTIONS = ("fmt", "block_size", "double_quant", "scales")
+PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
 # Options of `ExportConfig` that only some formats support.
 _FORMATS_OF_OPTIONS = {
     "dtype": ("merged",),
@@ -40,8 +39,6 @@ _FORMATS_OF_OPTIONS = {
     "fmt": ("bitsandbytes", "awq", "compressed-tensors", *_FORMATS_OF_TRAINED_BASE),
     "double_quant": ("bitsandbytes", *_FORMATS_OF_TRAINED_BASE),
     "block_size": (*get_args(PackedFormat), *_FORMATS_OF_TRAINED_BASE),
-    "scales": (*get_args(PackedFormat), *_FORMATS_OF_TRAINED_BASE),
-    "calibrate": (*get_args(PackedFormat), "gguf"),
 }
 
 
@@ -72,7 +69,6 @@ class ScoreConfig(Config):
             `fmt`, such as 64 for nf4.
         double_quant: With `fmt`: whether to also quantize the scales; by default true
             if `fmt` supports it.
-        scales: With `fmt`: how the scale of each block is chosen, as in train.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
         batch_tokens: Maximum number of tokens in a batch, including padding.
         recode: Whether to decode 4-bit weights that no format here supports, such as
@@ -99,7 +95,6 @@ class ScoreConfig(Config):
     fmt: Fmt | None = None
     block_size: int | None = None
     double_quant: bool | None = None
-    scales: Scales | None = None
     dtype: Dtype = option("float32", section="computation")
     batch_tokens: int = option(1024, limit=Limit("at least 2", lambda x: x >= 2))
     recode: bool = False
@@ -144,11 +139,6 @@ class ExportConfig(Config):
         block_size: Weights per scale; by default 128 for int4_f16, 64 for nf4 and fp4.
         double_quant: For bitsandbytes: whether to also quantize the scales; by default
             true.
-        scales: For 4-bit files (also Q4_0): how the scale of each block is chosen.
-            absmax, the default, is the rule of the format; search makes errors
-            smaller. For merged, gguf and a server: the rule that training used.
-        calibrate: With the search, for a 4-bit file: rows on which the inputs of each
-            layer are measured, so that errors of weights with large inputs count more.
         dtype: For merged: dtype of the tensors. By default, the dtype of the run if
             training packed the model; otherwise each tensor keeps its own.
         gguf_type: For gguf: the type of the file, by default F16. Q4_0 copies weights
@@ -179,8 +169,6 @@ class ExportConfig(Config):
     fmt: Fmt | None = option(None, section="number formats")
     block_size: int | None = None
     double_quant: bool | None = None
-    scales: Scales | None = None
-    calibrate: str | None = None
     dtype: Dtype | None = None
     gguf_type: Literal["F16", "Q8_0", "Q4_0", "Q4_K_M"] | None = None
     tokenizer: bool = True
@@ -249,23 +237,11 @@ class ExportConfig(Config):
                     f"{', '.join(formats)}. Got {getattr(self, name)!r} for {target}."
                 )
         options = [name for name in PACKING_OPTIONS if name in set_options]
-        if self.gguf_type == "Q4_0" and "scales" in options:
-            options.remove("scales")  # Q4_0 leaves open how scales are chosen
         is_server = self.server is not None  # `options` describe the training then
         if self.gguf_type in GGUF_4_BIT_TYPES and options and not is_server:
             raise ValueError(
                 f"`{options[0]}` must be left out with `gguf_type` {self.gguf_type}, "
                 f"which sets the number format. Got {getattr(self, options[0])!r}."
-            )
-        if self.calibrate is not None and self.scales != "search":
-            raise ValueError(
-                "`scales` must be search with `calibrate`, because the rule of a "
-                f"format does not depend on data. Got {self.scales}."
-            )
-        if self.calibrate is not None and target == "gguf" and self.gguf_type != "Q4_0":
-            raise ValueError(
-                "`gguf_type` must be Q4_0 with `calibrate`, because no scales are "
-                f"searched for other types. Got {self.gguf_type}."
             )
         fmts = FMTS_BY_FORMAT.get(target, get_args(Fmt))
         if self.fmt is not None and self.fmt not in fmts:
@@ -351,7 +327,6 @@ class GenerateConfig(Config):
             `fmt`, such as 64 for nf4.
         double_quant: With `fmt`: whether to also quantize the scales; by default true
             if `fmt` supports it.
-        scales: With `fmt`: how the scale of each block is chosen, as in train.
         dtype: Dtype of the computation; norms and softmax are float32.
         recode: Whether to decode 4-bit weights that no format here supports, such as
             those with zero points or reordered inputs, and to pack them again in `fmt`.
@@ -383,7 +358,6 @@ class GenerateConfig(Config):
     fmt: Fmt | None = option(None, section="number format of the base")
     block_size: int | None = None
     double_quant: bool | None = None
-    scales: Scales | None = None
     dtype: Dtype = option("float32", section="computation")
     recode: bool = False
     engine: EngineName | None = None

@@ -147,12 +147,6 @@ def _find_default_format(packing: Any) -> Any:
 
 def _check_format(config: ExportConfig, packing: Any) -> None:
     export_format, trained_for = config.format, describe_packing(packing)
-    for name in ("scales", "calibrate"):
-        if (value := getattr(config, name)) is not None:
-            raise ValueError(
-                f"`{name}` must be left out for a merge-aware adapter, whose file has "
-                f"exactly the weights of training. Got {value!r}."
-            )
     if export_format in get_args(AdapterFormat):
         raise ValueError(
             "`format` must be that of a model for a merge-aware adapter. Beside its "

@@ -211,8 +211,7 @@ def lower_step(
     packing_config = packing_config_for(config.model, model, "nf4")
     if packing_config is not None:
         base, _ = init_shapes(base, packing_config)
-    scales = config.model.scales
-    lora_config = lora_config_for(config.adapter, model, packing_config, scales)
+    lora_config = lora_config_for(config.adapter, model, packing_config)
     base, lora = place(*init_shapes(base, lora_config))
     row_sharding = replicated = SingleDeviceSharding(devices[0])
     if mesh is not None:

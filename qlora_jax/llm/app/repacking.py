@@ -1,7 +1,7 @@
 """Merges an adapter into a base, packs the sum, and measures what packing changes."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,18 +83,10 @@ class FileLosses:
         )
 
 
-def repack(
-    model: BaseModel,
-    packing: ql.QLoRAConfig,
-    calibrate: Callable[[PyTree], PyTree] | None = None,
-) -> tuple[PyTree, Repacked]:
-    """Returns the base with the adapter merged and then packed, and what this costs.
-
-    `calibrate`, if passed, returns the importance for packing the merged base.
-    """
+def repack(model: BaseModel, packing: ql.QLoRAConfig) -> tuple[PyTree, Repacked]:
+    """Returns the base with the adapter merged and then packed, and what this costs."""
     merged = ql.merge(model.base, model.lora)
-    importance = None if calibrate is None else calibrate(merged)
-    packed = ql.quantize(merged, packing, importance=importance)
+    packed = ql.quantize(merged, packing)
     cost = _compare(*map(ql.leaves_by_path, (model.base, merged, packed)))
     if cost.kept < 0.5:
         message = (

@@ -97,11 +97,9 @@ def make_run(config: TrainConfig, today: str) -> Run:
             push(config.output.push_to_hub)  # fails now rather than after training
     packing_config = packing_config_for(config.model, model, fmt)
     if packing_config is None:
-        _check_unpacked(config.model, config.adapter.merge_aware, model)
+        _check_unpacked(config.model, model)
     # The adapters.
-    lora_config = lora_config_for(
-        config.adapter, model, packing_config, config.model.scales
-    )
+    lora_config = lora_config_for(config.adapter, model, packing_config)
     initial_lora = None
     if config.adapter.path is not None:
         initial_lora, alpha = read_initial_lora(config.adapter, model, lora_config)
@@ -291,15 +289,8 @@ def _check_torch_settings(config: TrainConfig, engine: TorchEngine) -> None:
         )
 
 
-def _check_unpacked(
-    settings: ModelConfig, is_merge_aware: bool, model: BaseModel
-) -> None:
+def _check_unpacked(settings: ModelConfig, model: BaseModel) -> None:
     """Checks the settings of a run whose base stays as it is stored."""
-    if settings.scales != "absmax" and not is_merge_aware:
-        raise ValueError(
-            "`scales` must be absmax unless training packs weights. Got "
-            f"{settings.scales}, and a base that stays as it is stored."
-        )
     if settings.base_memory == "host" and model.stored_fmt is None:
         raise ValueError(
             "`base_memory` must be device for a float model, because only packed "

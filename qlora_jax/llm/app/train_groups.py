@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..data.kinds import TrainOn
 from ..models.constraints import MESH_AXES
-from .configs import Dtype, EngineName, Fmt, Scales, TargetFmt
+from .configs import Dtype, EngineName, Fmt, TargetFmt
 from .options import (
     COUNT,
     FRACTION,
@@ -48,8 +48,6 @@ class ModelConfig(Config):
             for nf4.
         double_quant: Whether to also quantize the scales; by default true if `fmt`
             supports it.
-        scales: How the scale of each block is chosen: absmax, by the rule of the
-            format, or search, with smaller errors. Also used for `target_fmt`.
         recode: Whether to pack a 4-bit model again, in `fmt`. Needed if it has zero
             points or reordered inputs, which no format here supports.
         dtype: Dtype of the computation and of float weights; adapters are float32. auto
@@ -82,7 +80,6 @@ class ModelConfig(Config):
     fmt: Fmt | None = option(None, section="number format of the base")
     block_size: int | None = None
     double_quant: bool | None = None
-    scales: Scales = "absmax"
     recode: bool = False
     dtype: Literal["auto"] | Dtype = option("auto", section="computation and memory")
     remat: bool | Literal["offload"] = option(True, may_change=True)

@@ -22,7 +22,6 @@ from .base_model import (
     run_configs_of,
     training_load_options,
 )
-from .calibrating import BATCH_WIDTH, make_calibrator
 from .configs import GGUF_4_BIT_TYPES, PACKING_OPTIONS, AdapterFormat, ExportConfig
 from .merge_aware import (
     check_dtype_holds,
@@ -133,9 +132,8 @@ def _export(config: ExportConfig) -> Written:
         _WRITERS[export_format](_Writer(config, model, {}, path))
         return Written(str(config.out), export_format, _count_bytes(path))
     is_packed = export_format in FMTS_BY_FORMAT or config.gguf_type in GGUF_4_BIT_TYPES
-    # If the result is packed, the packing options describe it, and not the base. A
-    # config without `scales` must not have `calibrate` either.
-    unset = dict.fromkeys((*PACKING_OPTIONS, "calibrate")) if is_packed else {}
+    # If the result is packed, the packing options describe it, and not the base.
+    unset = dict.fromkeys(PACKING_OPTIONS) if is_packed else {}
     training_options = training_load_options(
         dataclasses.replace(config, **unset), model
     )
@@ -152,17 +150,14 @@ def _export(config: ExportConfig) -> Written:
         _note_other_base(training_options, model.name)
     elif export_format == "merged" and has_adapter and not is_merge_aware:
         _note_rounding(training_options, model.stored_fmt)
-    scorer = calibrate = None
+    scorer = None
     if config.data is not None:
         rows = read_rows_like_run(config, model, config.data, BATCH_TOKENS)
         scorer = make_scorer(model, rows)
-    if config.calibrate is not None:
-        rows = read_rows_like_run(config, model, config.calibrate, BATCH_WIDTH)
-        calibrate = make_calibrator(model, rows)
     # The model is read and scored before the file is written, and the file afterwards,
     # so that only one of them is in memory.
     loss = None if scorer is None else _score_model(scorer, model, training_options)
-    writer = _Writer(config, model, merge_options, path, calibrate)
+    writer = _Writer(config, model, merge_options, path)
     cost, losses = _WRITERS[export_format](writer), None
     if scorer is not None and loss is not None:
         written = open_model(str(path), engine=model.engine.name)
@@ -316,8 +311,6 @@ class _Writer:
     model: BaseModel
     options: LoadOptions  # for the weights to merge into, or for the base of a server
     out: pathlib.Path
-    # Returns the importance for the search of scales, from the float parameters.
-    calibrate: Callable[[PyTree], PyTree] | None = None
 
     # Adapters
 
@@ -415,7 +408,7 @@ class _Writer:
         config, model, cost = self.config, self.model, None
         check_gguf_source(model.files, tokenizer=config.tokenizer)
         is_q4_0 = config.gguf_type == "Q4_0"
-        if is_q4_0 and (model.adapter_path or model.lora or config.scales == "search"):
+        if is_q4_0 and (model.adapter_path or model.lora):
             base, cost = self._read_packed("q4_0", None, None)
             model = dataclasses.replace(model, base=base, lora={})
         else:
@@ -436,31 +429,18 @@ class _Writer:
             base, _ = pack_as_trained(model.base, model.lora)
             _check_all_packed(base, trained_for)
             return base, None
-        packing_options = fmt, block_size, double_quant, self.config.scales
+        packing_options = fmt, block_size, double_quant
         if model.adapter_path is None and not model.lora:
             packing_config = model.packing_config(*packing_options)
-            if self.config.scales is not None and packing_config is None:
-                raise ValueError(
-                    "`scales` must be left out for a model whose weights are in this "
-                    "format already, because they keep their scales. Got "
-                    f"{self.config.scales}."
-                )
-            if packing_config is None or self.calibrate is None:
-                # The base of a server is packed as in training, by `self.options`. They
-                # are empty for a `--format` in 4 bits, which is packed as requested.
-                options = self.options or {"packing_config": packing_config}
-                return model.read(**options).base, None
-            base = model.read().base
-            importance = self.calibrate(base)
-            packed = ql.quantize(
-                base, packing_config, importance=importance, donate=True
-            )
-            return packed, None
+            # The base of a server is packed as in training, by `self.options`. They are
+            # empty for a `--format` in 4 bits, which is packed as requested.
+            options = self.options or {"packing_config": packing_config}
+            return model.read(**options).base, None
         # 4-bit weights in a format that this package lacks are decoded exactly.
         model = dataclasses.replace(model, recode=True)
         packing_config = model.packing_config(*packing_options)
         assert packing_config is not None  # `recode` always packs
-        return repack(model.read(), packing_config, self.calibrate)
+        return repack(model.read(), packing_config)
 
 
 def _check_all_packed(base: PyTree, packing: Any) -> None:
