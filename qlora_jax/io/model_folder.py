@@ -15,17 +15,25 @@ from .tensors import DeferredTensor, TensorLike
 
 SHARD_BYTES = 5 << 30  # the default of functions that write a model's folder
 _TEMPLATES = "additional_chat_templates"  # a folder that transformers writes
-# Files of tokenizers, templates and generation settings, copied if they exist.
+# Files of tokenizers, processors, templates and generation settings, copied if they
+# exist.
 _COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
     "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json",
+    "spiece.model",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "video_preprocessor_config.json",
     "vocab.json",
+    "vocab.txt",
 )
 
 

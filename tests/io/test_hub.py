@@ -90,7 +90,8 @@ def hub(tmp_path, monkeypatch):
     }
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
     (folder / "model.safetensors.index.json").write_text(index)
-    (folder / "config.json").write_text("{}")
+    for name in ("config.json", "spiece.model", "vocab.txt", "sentencepiece.bpe.model"):
+        (folder / name).write_text("{}")
     (folder / "consolidated.safetensors").write_bytes(b"the same weights again")
     (folder / "pytorch_model.bin").write_bytes(b"and again")
     handler = type("ThisHub", (Hub,), {"folder": folder, "asked": []})

@@ -169,3 +169,24 @@ def test_settings_of_packed_weights_are_removed_from_a_text_config(tmp_path):
     ql.io.save_merged(tmp_path / "new", *arguments, progress=False)
     written = json.loads((tmp_path / "new" / "config.json").read_text())
     assert written == {"model_type": "mine", "text_config": {"vocab_size": 8}}
+
+
+def test_files_of_tokenizers_and_processors_are_copied(tmp_path):
+    base, new = tmp_path / "base", tmp_path / "new"
+    write_folder(base, {"up.weight": np.ones((2, 4), np.float32)}, {"model_type": "m"})
+    processors = {"preprocessor_config.json", "processor_config.json"}
+    processors |= {"chat_template.json", "video_preprocessor_config.json"}
+    tokenizers = {"vocab.txt", "sentencepiece.bpe.model", "spiece.model"}
+    names = processors | tokenizers | {"additional_chat_templates/tool_use.jinja"}
+    (base / "additional_chat_templates").mkdir()
+    for name in names | {"modeling_m.py", "notes.txt"}:
+        (base / name).write_text(name)
+    ql.io.save_merged(new, base, {}, NAMES, progress=False)
+    copied = {x.relative_to(new).as_posix() for x in new.rglob("*") if x.is_file()}
+    assert copied - {"config.json", "model.safetensors"} == names
+    assert all((new / name).read_text() == name for name in names)
+    # A linked folder of templates would copy files from elsewhere.
+    (base / "additional_chat_templates").rename(tmp_path / "outside")
+    (base / "additional_chat_templates").symlink_to(tmp_path / "outside")
+    with pytest.raises(ql.io.CheckpointError, match="must be in its folder"):
+        ql.io.save_merged(tmp_path / "other", base, {}, NAMES, progress=False)

@@ -14,7 +14,10 @@ FILES = [
     "gptq_model*.safetensors",
     "merges.txt",
     "model*.safetensors",
+    "sentencepiece.bpe.model",
+    "spiece.model",
     "tokenizer.model",
+    "vocab.txt",
 ]
 
 

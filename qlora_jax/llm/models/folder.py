@@ -148,8 +148,11 @@ class ModelFolder:
         with tempfile.TemporaryDirectory() as temporary:
             folder = pathlib.Path(temporary)
             for file in self.path.iterdir():
-                is_index = file.name.endswith(".index.json")  # lists the weights' files
-                if file.suffix in _SETTINGS_SUFFIXES and not is_index:
+                # Neither the list of the files of weights, nor the image processors.
+                is_left_out = file.name.endswith(
+                    (".index.json", "processor_config.json")
+                )
+                if file.suffix in _SETTINGS_SUFFIXES and not is_left_out:
                     shutil.copyfile(file, folder / file.name)
             if (templates := self.path / "additional_chat_templates").is_dir():
                 shutil.copytree(templates, folder / templates.name)
