@@ -32,7 +32,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "")
         if self.gated and token != "Bearer let-me-in":
             return self.answer(401, b"{}", {"X-Error-Code": "GatedRepo"}, body)
-        if not path.removeprefix("/api/models").startswith("/some/model"):
+        if not path.removeprefix("/api/models").startswith(("/some/model", "/gpt2")):
             return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
         if not path.startswith("/api"):
             data = (self.folder / path.rpartition("/")[2]).read_bytes()
@@ -124,6 +124,18 @@ def test_sharded_model_and_the_cache(hub, tmp_path):
     assert fetch("some/model", cache=cache, offline=True) == folder
     assert fetch("some/model", cache=cache, revision=SHA, offline=True) == folder
     assert len(hub.asked) == count
+
+
+def test_an_id_may_have_one_part(hub, tmp_path):
+    folder = fetch("gpt2", cache=tmp_path / "cache")
+    assert sorted(open_safetensors(folder)) == ["a", "b"]
+    with pytest.raises(FileNotFoundError, match="'gpt3'.*missing, and gpt3 could not"):
+        fetch("gpt3", cache=tmp_path / "cache")
+    num_asked = len(hub.asked)
+    for file in ("model.gguf", "adapter.safetensors"):
+        with pytest.raises(FileNotFoundError, match=f"'{file}'. This path is missing."):
+            fetch(file)
+    assert len(hub.asked) == num_asked
 
 
 def test_the_hub_is_asked_before_a_copy_in_a_package(hub, tmp_path, monkeypatch):

@@ -35,7 +35,8 @@ def fetch(
     `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_ENDPOINT`.
 
     Args:
-        model: A path, or the id of a repository: `"HuggingFaceTB/SmolLM2-135M"`.
+        model: A path, or the id of a repository: `"HuggingFaceTB/SmolLM2-135M"`, or
+            `"gpt2"`.
         revision: A branch, a tag or a commit of a repository; `main` by default.
         token: A token for private repositories; by default, that of the user's login.
         cache: The folder of the cache; by default, that of `huggingface_hub`.
@@ -62,8 +63,9 @@ def fetch(
             )
         return path
     problem = f"`model` must be a path or a hub id. Got {name!r}. This path is missing"
-    # "folder/model.gguf" has the form of an id, but is meant as a path.
-    if name.count("/") != 1 or path.is_absolute() or path.suffix == ".gguf":
+    # Ids have one part, as "gpt2", or two. "folder/model.gguf" is meant as a path.
+    is_file = path.suffix in (".gguf", ".safetensors")
+    if not name or name.count("/") > 1 or path.is_absolute() or is_file:
         raise FileNotFoundError(f"{problem}.")
     # Imported here, because the import is slow and local paths do not need it.
     import huggingface_hub
