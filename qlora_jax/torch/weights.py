@@ -19,8 +19,10 @@ from torchax.view import View
 
 import qlora_jax as ql
 
+from . import operators
 from .layers import ScanError
 
+operators.register()
 PyTree = Any
 Leaf = Any  # an array, a kernel, or an `AdaptedKernel`
 Backend = str | Sequence[str] | None
