@@ -247,6 +247,17 @@ def gradients(layers, has_tanh, x):
     return lora_grads[::-1], dx
 
 
+def merged_and_decoded(seed):
+    """Merges and decodes placed trees; returns both results, and the draw."""
+    rng = np.random.default_rng(seed)
+    draw = draw_program(rng, seed)
+    draw = dataclasses.replace(draw, is_placed=True, fmt=draw.fmt or "int8")
+    base, lora, _ = draw_layers(rng, draw)
+    base, lora = on_mesh(rng, draw, base, lora)
+    with jax.set_mesh(draw.mesh):
+        return jax.jit(ql.merge)(base, lora), jax.jit(ql.dequantize)(base), draw
+
+
 def run(seed):
     """Returns the computed and the expected results of a draw, and the draw."""
     rng = np.random.default_rng(seed)

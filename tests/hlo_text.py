@@ -36,5 +36,14 @@ def most_floats(text):
     return max(sizes, default=0)
 
 
+def moved_arrays(text):
+    """Returns the name, element type and size of each array of a collective."""
+    return [
+        (name, dtype, math.prod(int(d) for d in dims.split(",") if d))
+        for result, name in OPERATION.findall(text)
+        for dtype, dims in ELEMENT.findall(result)
+    ]
+
+
 def collectives(compiled):
     return operations(compiled.as_text())

@@ -19,12 +19,12 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PyTree
 
 from .._jax import specs
-from .._jax.modes import auto_only, call_in_auto_mode, explicit_mesh
+from .._jax.modes import auto_only, call_in_auto_mode, explicit_mesh, split_by
 from .._jax.pytree import TreeLeaf, register
 from .._jax.specs import Axes, SpecEntry
 from ..product.sharded import declared_mesh
 from ..quant.geometry import Geometry
-from ..quant.kernel import Kernel, Placement, as_kernel
+from ..quant.kernel import Kernel, as_kernel
 
 # `multiply(x, kernel)` returns `x W` for x `[*batch, ..., K]`, in the dtype of x. In a
 # ragged product, it uses the offsets of the `ProductCall`, unless the caller passes
@@ -310,14 +310,21 @@ def stored_axes(
     return _fitting_axes(lora, batch, {"k": k + n, "n": n + k}, sizes)
 
 
-def constrained(lora: T, placement: Placement | None) -> T:
-    """Returns the adapter, split as products with its placed kernel need it."""
+def constrained(lora: T, kernel: Kernel, x: Array | None = None) -> T:
+    """Returns the adapter, split as its product with x on a mesh needs it.
+
+    Without x, it is split as the sum of the kernel and `A B` needs it.
+    """
+    # The stored arrays are split over more mesh axes than the kernel. Otherwise, the
+    # activations or the weights, which are larger, would be gathered to match them.
+    mesh, placement = explicit_mesh(kernel), kernel.placement
+    if mesh is not None:
+        return _narrowed(lora, kernel, x, mesh)
     mesh = declared_mesh(placement)
     if placement is None or mesh is None or explicit_mesh(lora) is not None:
         return lora
-    # The stored arrays are split over more mesh axes than the kernel. Without the
-    # constraint, XLA would gather the activations, which are larger, to match them.
-    row_axes = {axis for axes in placement.rows for axis in axes}
+    rows = () if x is None else placement.rows
+    row_axes = {axis for axes in rows for axis in axes}
     matrix_axes = placement.matrix_axes(len(lora.batch_shape) + 2)
     *batch, k, n = auto_only(mesh, matrix_axes)
     role_axes = {
@@ -331,6 +338,27 @@ def constrained(lora: T, placement: Placement | None) -> T:
         return lax.with_sharding_constraint(x, sharding)
 
     return replace_arrays(lora, constrain)
+
+
+def _narrowed(lora: T, kernel: Kernel, x: Array | None, mesh: specs.AnyMesh) -> T:
+    """Gathers arrays over the Explicit mesh axes that split neither W nor x W."""
+    *_, k, n = kernel.geometry.matrix_spec(kernel.spec, kernel.ndim)
+    role_axes = {"k": specs.axes_of(k), "n": specs.axes_of(n)}
+    if x is not None:
+        del role_axes["k"]  # the product itself splits A along K as x is split
+        row_axes = {axis for axes in specs.mesh_axes(x)[:-1] for axis in axes}
+        role_axes["n"] = specs.free_prefix(role_axes["n"], row_axes)
+
+    def narrow(name: str, array: Array) -> Array:
+        axes = specs.mesh_axes(array)
+        for i, role in enumerate(reversed(lora.roles[name]), 1):
+            if role in role_axes:
+                dropped = {*axes[-i]}.difference(role_axes[role])
+                axes[-i] = specs.free_prefix(axes[-i], dropped)
+        is_same = axes == specs.mesh_axes(array)
+        return array if is_same else split_by(array, mesh, specs.make_spec(*axes))
+
+    return replace_arrays(lora, narrow)
 
 
 def _fitting_axes(
@@ -392,8 +420,14 @@ def on_matrix(
     """
 
     def change_matrix(kernel: Kernel, arrays: tuple[Array, ...]) -> Array:
-        w = change(kernel.dequantize_matrix(jnp.float32), *arrays)
-        return kernel.geometry.from_matrix(w.astype(kernel.dtype))
+        w = change(kernel.dequantize_matrix(jnp.float32), *arrays).astype(kernel.dtype)
+        mesh, placement = declared_mesh(kernel.placement), kernel.placement
+        if mesh is not None and placement is not None:
+            # XLA might split the result like the adapter, and move the codes.
+            axes = auto_only(mesh, placement.matrix_axes(w.ndim))
+            spec = specs.fitting_spec(mesh, axes, w.shape)
+            w = lax.with_sharding_constraint(w, NamedSharding(mesh, spec))
+        return kernel.geometry.from_matrix(w)
 
     # The spec is only read on a mesh: codes in host memory do not have one.
     def spec_on(mesh: specs.AnyMesh) -> specs.PartitionSpec:

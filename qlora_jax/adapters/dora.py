@@ -70,7 +70,7 @@ class DoRA(LowRank):
         scale = split_as(self.m.astype(jnp.float32), norms) / norms
         # [*batch, N] -> [*batch, 1, ..., N], to broadcast over the rows of y.
         scale = jnp.expand_dims(scale, tuple(range(scale.ndim - 1, frozen.ndim - 1)))
-        y = add_change(frozen, lora_product(d, self, call.precision, kernel.placement))
+        y = add_change(frozen, lora_product(d, self, kernel, call.precision))
         # Named because the gradient of m needs d V: a `jax.checkpoint` policy that does
         # not save it would compute both products again.
         y = checkpoint_name(y, "dora_product").astype(jnp.float32)
@@ -83,7 +83,8 @@ class DoRA(LowRank):
             norms = _safe_sqrt(jnp.sum(jnp.square(lax.stop_gradient(v)), -2))
             return v * (m.astype(jnp.float32) / norms)[..., None, :]
 
-        return on_matrix(kernel, adapt, lora_delta(self), self.m)
+        lora = constrained(self, kernel)
+        return on_matrix(kernel, adapt, lora_delta(lora), lora.m)
 
     def _table_norms(self, kernel: Kernel) -> Array | None:
         if self.row_role != "k":  # each row has its own magnitude and norm
@@ -122,7 +123,7 @@ def column_norms(
     #   c^2 = |W[:, n]|^2 + s sum_r B[r, n] (2 (A^T W)[r, n] + s (A^T A B)[r, n])
     # for column n, where A^T W is a product of r rows with the packed kernel.
     kernel = lax.stop_gradient(_without_row_axes(kernel))
-    lora = constrained(lax.stop_gradient(lora), kernel.placement)
+    lora = constrained(lax.stop_gradient(lora), kernel)
     a, b = cast(lora.a, dtype), cast(lora.b, dtype).astype(jnp.float32)
     at_w = multiply(a.swapaxes(-1, -2), kernel).astype(jnp.float32)  # [*batch, r, N]
     a, exact = a.astype(jnp.float32), lax.Precision.HIGHEST

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, PyTree
 from .._jax.modes import split_as
 from ..product.floats import float_product, ragged_float_product
 from ..quant.geometry import Geometry
-from ..quant.kernel import Kernel, Placement
+from ..quant.kernel import Kernel
 from ..quant.views import take_rows
 from .base import (
     Adapter,
@@ -95,7 +95,8 @@ class LowRank(Adapter):
         )
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
-        return on_matrix(kernel, jnp.add, lora_delta(self))
+        lora = constrained(self, kernel)
+        return on_matrix(kernel, jnp.add, lora_delta(lora))
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         if self.row_role is None:
@@ -209,8 +210,8 @@ class LoRA(LowRank):
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         y = call.multiply(x, kernel)
         x = apply_dropout(x, self.dropout, call.dropout_key)
-        settings = call.precision, kernel.placement, call.offsets
-        return add_change(y, lora_product(x, self, *settings))
+        change = lora_product(x, self, kernel, call.precision, call.offsets)
+        return add_change(y, change)
 
 
 register_adapter(LoRA)
@@ -243,7 +244,7 @@ class SharedLoRA(LowRank):
         x = apply_dropout(x, self.dropout, call.dropout_key)
         # The rows of all experts are one group. Rows after the group give zeros.
         ends = call.offsets[jnp.array([0, -1])]
-        change = lora_product(x, self, call.precision, kernel.placement, ends)
+        change = lora_product(x, self, kernel, call.precision, ends)
         return add_change(y, change)
 
     def unshared(self, kernel: PyTree) -> LoRA:  # noqa: D102
@@ -280,8 +281,8 @@ def add_change(y: Array, change: Array) -> Array:
 def lora_product(
     x: Float[Array, "..."],
     lora: LowRank,
+    kernel: Kernel,
     precision: lax.PrecisionLike = None,
-    placement: Placement | None = None,
     offsets: Array | None = None,
 ) -> Float[Array, "..."]:
     """Returns `scaling * (x A) B` in float32 for x `[*batch, ..., K]`.
@@ -289,16 +290,16 @@ def lora_product(
     Both products are computed in the dtype of `x` with float32 sums. With `offsets`,
     the rows of x are sorted by expert, and the result has the dtype of `x`.
     """
+    lora = constrained(lora, kernel, x)
     if offsets is not None:
         # Experts may have different scalings, so B is scaled instead of the product.
         b = scaled(lora.b.astype(jnp.float32), lora)
         a, b = cast(lora.a, x.dtype), cast(b, x.dtype)
-        arguments: Any = offsets, precision, placement
+        arguments: Any = offsets, precision, kernel.placement
         h = ragged_float_product(x, a, *arguments, role="k")  # [M, r]
         h = checkpoint_name(h, CHECKPOINT_NAME)
         return ragged_float_product(h, b, *arguments, role="n")
     lora = replace_arrays(lora, lambda _, w: cast(w, x.dtype))
-    lora = constrained(lora, placement)
     h = float_product(x, lora.a, precision).astype(x.dtype)
     h = checkpoint_name(h, CHECKPOINT_NAME)  # [*batch, ..., r]
     return scaled(float_product(h, lora.b, precision), lora)

@@ -193,7 +193,7 @@ def _packed_product_bwd(call: ProductCall, operands: tuple, dy: Array) -> tuple:
     x, lora, kernel, offsets = operands
 
     def change(x: Array, lora: MergeAware) -> Array:
-        product = lora_product(x, lora, call.precision, kernel.placement, offsets)
+        product = lora_product(x, lora, kernel, call.precision, offsets)
         return split_as(product.astype(dy.dtype), dy)
 
     packed = lax.stop_gradient(lora).packed(lax.stop_gradient(kernel))

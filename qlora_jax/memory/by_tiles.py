@@ -133,4 +133,4 @@ def fetch(node: PyTree, x: Float[Array, "*rows D"]) -> PyTree:
     q = kernel.take().to_device()
     if (layout := find_gather(q, x)) is not None:
         q = gathered(q, layout)
-    return q if lora is None else AdaptedKernel(q, constrained(lora, q.placement), key)
+    return q if lora is None else AdaptedKernel(q, constrained(lora, q, x), key)

@@ -15,7 +15,7 @@ from helpers import (
     spread,
     trees_of,
 )
-from hlo_text import collectives, most_floats, operations
+from hlo_text import collectives, most_floats, moved_arrays, operations
 from jax.sharding import NamedSharding, PartitionSpec
 from tolerances import assert_close
 
@@ -105,6 +105,41 @@ def test_forward_and_backward(mesh, layout):
     )
     assert collectives(back) == sorted(backward)
     assert_close(back(xs, qs, y), np.asarray(y) @ w.T)
+
+
+@pytest.mark.parametrize("layout", slow_but_every(5, LAYOUTS))
+def test_adapters_move_only_their_own_arrays(mesh, layout):
+    """Besides those, passes gather codes and add results as without an adapter."""
+    w_spec, x_spec, y_spec, forward, backward = LAYOUTS[layout]
+    tree = {"kernel": normal(0, (512, 512))}
+    base, lora = trees_of(tree, rank=2, double_quant=False)
+    rules = {"kernel": w_spec}
+    base, lora = ql.sharding.place(base, lora, mesh, rules, rows=x_spec[:1])
+    x = spread(normal(1, (256, 512)), mesh, *x_spec)
+
+    def loss(lora, x, base):
+        return jnp.sum(jnp.sin(ql.apply(base, lora, x)))
+
+    def moved(fn, out, *args):
+        """Returns whether bytes, and whether whole results move."""
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(fn, out_shardings=out).lower(*args).compile()
+        arrays = moved_arrays(compiled.as_text())
+        for name, dtype, size in arrays:
+            # A and B have 1024 numbers, and a device's part of the result many more.
+            assert size <= 1024 or dtype == "u8" or name == "all-reduce", arrays
+        moves_bytes = any(dtype == "u8" for _, dtype, _ in arrays)
+        return moves_bytes, any(size > 1024 for _, t, size in arrays if t != "u8")
+
+    is_gathered = GATHER[0] in forward + backward
+    y_sums, dx_sums = REDUCE[0] in forward, REDUCE[0] in backward
+    out = NamedSharding(mesh, y_spec)
+    assert moved(ql.apply, out, base, lora, x) == (is_gathered, y_sums)
+    out = jax.tree.map(lambda a: a.sharding, lora)
+    assert moved(jax.grad(loss), out, lora, x, base) == (is_gathered, y_sums)
+    got = moved(jax.grad(loss, 1), x.sharding, lora, x, base)
+    assert got == (is_gathered, y_sums or dx_sums)
+    assert moved(ql.merge, None, base, lora) == (False, False)
 
 
 @pytest.mark.slow

@@ -38,6 +38,15 @@ def test_adapters(program):
 
 
 @pytest.mark.newest
+@pytest.mark.parametrize("program", slow_but_every(5, range(2 * PROGRAMS)))
+def test_merged_kernels_are_split_like_packed_ones(program):
+    merged, decoded, draw = fuzz_layouts.merged_and_decoded(SEED * PROGRAMS + program)
+    print(draw)
+    for got, want in zip(*map(jax.tree.leaves, (merged, decoded)), strict=True):
+        assert got.sharding.is_equivalent_to(want.sharding, got.ndim), got.sharding
+
+
+@pytest.mark.newest
 @pytest.mark.parametrize("name", TRAPS)
 def test_adapters_that_xla_would_compute_wrong(name):
     rng = np.random.default_rng(0)
