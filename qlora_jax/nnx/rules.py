@@ -5,11 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array
 
+from .._jax.memory import is_concrete
 from ..adapters.call import (
     DENSE,
     Lookup,
@@ -17,9 +18,10 @@ from ..adapters.call import (
     OutSharding,
     RegisteredEinsum,
     Registry,
+    adapted_call,
     general_equation,
 )
-from ..product.einsum import kernel_kinds
+from ..product.einsum import kernel_kinds, split_equation
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,8 @@ class Rule:
     # calls determine them.
     kinds: Callable[[Any], str | None]
     call: Callable[..., ModuleCall | Lookup]  # of `(module, *args, **kwargs)`
-    # Whether the rule applies to a module: `call` must describe all that it computes.
-    supports: Callable[[Any], bool]
     has_float_methods: bool = False  # whether other methods read the kernel in float
+    registered: RegisteredEinsum | None = None
 
 
 def _flax_call(
@@ -92,15 +93,8 @@ def _general_kinds(module: nnx.LinearGeneral) -> str:
     return "b" * batch + "k" * len(module.axis) + "n" * num_outputs
 
 
-def _is_plain(module: nnx.Module) -> bool:
-    # The packed product replaces the layer's product, so it must be the default one.
-    options = "dot_general", "dot_general_cls", "einsum_op", "preferred_element_type"
-    values = [getattr(module, option, None) for option in options]
-    return all(x is None or x is lax.dot_general or x is jnp.einsum for x in values)
-
-
 def _layer_rule(kinds: Callable, call: Callable) -> Rule:
-    return Rule(lambda module: "kernel", kinds, call, _is_plain)
+    return Rule(lambda module: "kernel", kinds, call)
 
 
 # Rules by class, to which `register` adds for the whole process.
@@ -113,7 +107,6 @@ RULES = Registry(
             lambda module: "embedding",
             lambda module: None,
             _embed,
-            lambda module: True,
             has_float_methods=True,
         ),
         nnx.Einsum: _layer_rule(
@@ -137,14 +130,15 @@ def register(
 
     Args:
         cls: The module class. Its `__call__` computes only the einsum of one input and
-            the kernel. Subclasses that inherit `__call__` are included.
+            the kernel, which `wrap` checks. Subclasses that inherit `__call__` and the
+            methods that it uses are included.
         kernel: As in `qlora_jax.linen.register`.
         einsum: As in `qlora_jax.linen.register`. If it names an argument of `__call__`,
             `config.contract` must specify the roles of the kernel's axes.
 
     Raises:
-        TypeError: If `cls` is not an `nnx.Module` class with a `__call__`, or if
-            `kernel` or `einsum` is neither a string nor a function.
+        TypeError: If `cls` is not an `nnx.Module` class with a `__call__` of one input,
+            or if `kernel` or `einsum` is neither a string nor a function.
         ValueError: If the form of the equation `einsum` is not supported.
 
     Example:
@@ -174,7 +168,55 @@ def register(
         equation, x = registered.operands(module, args, kwargs)
         return ModuleCall(registered.kernel_of(module), equation, x)
 
-    RULES.add(cls, Rule(registered.kernel_of, kinds_of, call_of, lambda module: True))
+    rule = Rule(registered.kernel_of, kinds_of, call_of, registered=registered)
+    RULES.add(cls, rule)
+
+
+def registration_misfit(module: nnx.Module, rule: Rule) -> str | None:
+    """Returns why the class of a float module should not be registered, or None.
+
+    It compares a call on a small input with the einsum, unless the equation is an
+    argument of the call, or the module is abstract.
+    """
+    registered = rule.registered
+    equation = registered and registered.equation_of(module)
+    graph, state = nnx.split(module)
+    if (
+        not registered
+        or not equation
+        or not all(map(is_concrete, jax.tree.leaves(state)))
+    ):
+        return None
+    # 1. Take the first layer of a stack, which has its layers along the first axes.
+    name, labels = rule.kernel(module), split_equation(equation)
+    num_stacked = vars(module)[name].ndim - len(labels.kernel)
+    layer: Any = nnx.merge(graph, jax.tree.map(lambda x: x[(0,) * num_stacked], state))
+    kernel = vars(layer)[name]
+    # 2. Change the other parameters: biases, for example, are often zero at first.
+    for seed, (_, node) in enumerate(nnx.iter_graph(layer)):
+        is_other = isinstance(node, nnx.Variable) and node is not kernel
+        if is_other and jnp.issubdtype((value := node.get_value()).dtype, jnp.floating):
+            key = jax.random.key(seed)
+            node.set_value(jax.random.normal(key, value.shape, value.dtype))
+    # 3. Compare the call on a random input, of size 2 along axes that the kernel lacks.
+    sizes = dict(zip(labels.kernel, kernel.shape, strict=False))
+    shape = [sizes.get(label, 2) for label in labels.x.replace(".", "")]
+    x = jax.random.normal(jax.random.key(0), shape, kernel.dtype)
+    want = adapted_call(rule.call(layer, x), kernel.get_value(), None, path=name)
+    try:
+        got = jnp.asarray(layer(x))
+    except Exception:  # noqa: BLE001
+        return None  # the class takes inputs of another form
+    # The products are rounded differently, by up to 1% in 16 bits and on TPUs.
+    if got.shape == want.shape:
+        error = jnp.linalg.norm((got - want).astype(jnp.float32))
+        if not error > 0.02 * jnp.linalg.norm(want.astype(jnp.float32)):
+            return None
+    return (
+        f"its class, {registered.cls.__name__}, is registered with the einsum "
+        f"{equation!r}, but its `__call__` computes something else, perhaps with other "
+        "parameters. Without ql.nnx.register, it runs on float weights."
+    )
 
 
 # A stacked kernel has more axes than its module declares: the first are batch axes.

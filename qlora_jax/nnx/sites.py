@@ -1,14 +1,23 @@
 """Finds a model's parameters, and which of them can be targets."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 
+from ..adapters.call import is_plain
 from ..adapters.config import QLoRAConfig, is_table
 from ..trees.paths import KeyPath
-from .rules import RULES, Rule, guess_axis_roles, kernel_shape
+from .rules import (
+    RULES,
+    Rule,
+    guess_axis_roles,
+    kernel_shape,
+    registration_misfit,
+)
 from .subclass import methods_reading
 from .variables import (
     Holder,
@@ -92,7 +101,9 @@ def packed_rule(module: nnx.Module, target_names: list[str]) -> Rule | None:
     # A rule describes a single kernel. With further targets, the module runs in float.
     if rule is None or target_names != [rule.kernel(module)]:
         return None
-    return rule if rule.supports(module) else None
+    if RULES.is_overridden(type(module)) or not is_plain(module, promote_dtype):
+        return None
+    return rule
 
 
 def why_no_adapter(site: Site) -> str | None:
@@ -116,6 +127,16 @@ def why_no_adapter(site: Site) -> str | None:
     return None
 
 
+def _may_be_registered(site: Site) -> bool:
+    # A registered class computes one einsum of its input and its only parameter. The
+    # layers of Flax, such as `nnx.Conv`, and their subclasses compute something else.
+    module, cls = site.module, type(site.module)
+    is_layer_of_flax = any(c.__module__.startswith("flax.nnx.nn.") for c in cls.__mro__)
+    params = [x for x in vars(module).values() if isinstance(x, nnx.Param)]
+    has_one_input = len(inspect.signature(cls.__call__).parameters) == 2
+    return has_one_input and not is_layer_of_flax and len(params) == 1
+
+
 def _axis_roles(site: Site, target_names: list[str], config: QLoRAConfig) -> str | None:
     """Returns the roles of a target's axes, or raises ValueError for an unfit leaf.
 
@@ -137,6 +158,8 @@ def _axis_roles(site: Site, target_names: list[str], config: QLoRAConfig) -> str
             )
     # 1. If a rule describes the module, use the roles that it knows.
     if (rule := packed_rule(module, target_names)) is not None:
+        if reason := registration_misfit(module, rule):
+            raise ValueError(reason)
         return rule.kinds(module)
     cls = type(module).__name__
     # Stacked biases and scales have two axes, like kernels.
@@ -146,15 +169,16 @@ def _axis_roles(site: Site, target_names: list[str], config: QLoRAConfig) -> str
         )
     if runs_linen(module):
         return None
+    register = "Use ql.nnx.register, or e" if _may_be_registered(site) else "E"
     if not methods_reading(type(module), name):
         raise ValueError(
-            f"no method of its module, {cls}, reads it. Use ql.nnx.register."
+            f"no method of its module, {cls}, reads it. {register}xclude it."
         )
     # Adapters of tables never have dropout.
     if config.dropout and not is_table(name):
         raise ValueError(
             f"{cls} reads it itself, so that no dropout can act on the adapter's input."
-            " Use ql.nnx.register, or dropout=0."
+            f" {register}xclude it, or set dropout=0."
         )
     # 2. Otherwise, the config sets the roles. If it does not, guess them.
     is_set = config.contract_of(site.paths[0]) is not None

@@ -5,7 +5,7 @@ import copyreg
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from .rules import RULES, Rule
 from .variables import adapted_names, adapter_of, base_of, float_variable
 
 Method = Callable[..., Any]
+_static = inspect.getattr_static
 
 
 # Subclasses are cached for the life of the process, so that graph definitions of equal
@@ -89,42 +90,59 @@ def packed_call(self: Any, *args: object, **kwargs: object) -> Array:
 
 
 def methods_reading(cls: type, name: str) -> list[str]:
-    """Returns the methods of `cls` whose code mentions the attribute `name`."""
+    """Returns the methods and properties that read `name`, or a property that does."""
     # `__init__` mentions every kernel, but has run already.
     candidates = [m for m in dir(cls) if m == "__call__" or not m.startswith("__")]
-    return [
-        method
+    names = {
+        method: set().union(
+            *(_mentioned_names(vars(c).get(method)) for c in cls.__mro__)
+        )
         for method in candidates
-        if any(_mentions(vars(c).get(method), name) for c in cls.__mro__)
-    ]
+    }
+    properties = [m for m in candidates if isinstance(_static(cls, m), property)]
+    sources = {name}
+    for _ in properties:  # a property may read another one
+        sources |= {m for m in properties if names[m] & sources}
+    return [method for method in candidates if names[method] & sources]
 
 
-def _mentions(function: object, name: str) -> bool:
+def _mentioned_names(attribute: object) -> set[str]:
+    """Returns the names and strings in the code of a method or a property."""
+    function = attribute.fget if isinstance(attribute, property) else attribute
     if not callable(function) or isinstance(function, type | staticmethod):
-        return False
+        return set()
     # Look into nested functions too, whose code is among the constants.
-    code = getattr(inspect.unwrap(function), "__code__", None)
+    code, names = getattr(inspect.unwrap(function), "__code__", None), set()
     pending = [code] if code is not None else []
     while pending:
         code = pending.pop()
-        if name in code.co_names or name in code.co_consts:
-            return True
+        names |= {*code.co_names, *(x for x in code.co_consts if isinstance(x, str))}
         pending += [const for const in code.co_consts if inspect.iscode(const)]
-    return False
+    return names
 
 
 @functools.cache
-def materializing(cls: type, names: tuple[str, ...]) -> type:
-    """Returns a subclass of `cls` that reads the kernels `names` as floats."""
+def materializing(cls: type, names: tuple[str, ...], has_rule: bool) -> type:
+    """Returns a subclass of `cls` that reads the kernels `names` as floats.
+
+    If it has a rule, the rule describes `__call__`.
+    """
     # Each method that reads a packed kernel runs under `nnx.remat` with a float
     # `nnx.Param` in its place. Methods that read none run as they are.
     reading = sorted({m for name in names for m in methods_reading(cls, name)})
-    methods = {m: _with_float_kernels(getattr(cls, m)) for m in reading}
+    methods: dict[str, Any] = {}
+    for name in reading:
+        method = _static(cls, name)
+        if isinstance(method, property):
+            getter = _with_float_kernels(cast("Method", method.fget))
+            methods[name] = property(getter, method.fset, method.fdel)
+        else:
+            methods[name] = _with_float_kernels(getattr(cls, name))
+    rule = RULES.find(cls) if has_rule else None
     # Look-ups use the packed table, and `attend` reads it in float.
-    rule = RULES.find(cls)
-    if rule is not None and rule.has_float_methods:
+    if rule is not None:
         methods["__call__"] = packed_call
-    return subclass(cls, methods, (materializing, (cls, names)), rule)
+    return subclass(cls, methods, (materializing, (cls, names, has_rule)), rule)
 
 
 def _with_float_kernels(method: Method) -> Method:
@@ -198,7 +216,7 @@ def _float_kernels(
 ) -> Iterator[None]:
     # The module gets its original class, so that inner calls do not use `remat` again.
     cls: Any = type(module)
-    variables = {name: getattr(module, name) for name in names}
+    variables = {name: vars(module)[name] for name in names}
     for i, (name, variable) in enumerate(variables.items()):
         # If `_with_experts` traces the method, its traced weights replace the kernels.
         # Otherwise, the kernels are decoded and merged with their adapters.

@@ -224,7 +224,7 @@ def _change_class(module: nnx.Module, names: list[str]) -> None:
         # A bridge that was wrapped before, for other targets, has its class already.
         new_class = cls if hasattr(cls, "qlora_original") else packed_linen(cls)
     elif (rule := packed_rule(module, names)) is None or rule.has_float_methods:
-        new_class = materializing(cls, tuple(sorted(names)))
+        new_class = materializing(cls, tuple(sorted(names)), rule is not None)
     else:
         new_class = packed(cls)
     object.__setattr__(module, "__class__", new_class)

@@ -254,6 +254,15 @@ def test_register_needs_a_call_and_names_that_are_strings(flax):
         flax.register(without_call, kernel="w", einsum="ab,bc->ac")
 
 
+def test_register_refuses_a_call_of_two_inputs(flax):
+    class TwoInputs(MODULES[flax.name]):
+        def __call__(self, x, equation, scale, is_training=False):
+            return scale * jnp.einsum(equation, x, self.w)
+
+    with pytest.raises(TypeError, match=r"Got TwoInputs with .*'scale'"):
+        flax.register(TwoInputs, kernel="w", einsum="equation")
+
+
 def test_a_wrong_input_names_the_layer(flax):
     wrapped, lora, x = build(flax, "mlp")
     match = r"gate/kernel: `x` must have shape \(2, 5, 64\) .* Got \(2, 5, 33\)"
