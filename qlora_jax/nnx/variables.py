@@ -5,7 +5,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from .._jax.pytree import Note
 from ..adapters.base import Adapter, with_dropout
@@ -39,12 +39,19 @@ class Packed(nnx.Variable[QTensor]):
 
     def __getitem__(self, key: object) -> NoReturn:
         raise TypeError(
-            "a packed kernel cannot be read as an array outside the methods of its "
-            "module. Use `ql.dequantize(kernel.get_value())`, or exclude it."
+            f"{self.get_metadata('path', 'kernel')}: a packed kernel cannot be read as "
+            "an array outside the methods of its module. Use "
+            "`ql.dequantize(kernel.get_value())`, or exclude it."
         )
 
     def __jax_array__(self) -> Array:
         return self[...]
+
+    @property
+    def sharding(self) -> PyTree:
+        """The shardings of the value's arrays, in a tree like the value."""
+        # On a mesh, `nnx.eval_shape` makes values without a sharding float arrays.
+        return jax.tree.map(lambda x: getattr(x, "sharding", None), self.get_value())
 
 
 # The next two are subclasses of `Packed`, so that filters that name it select them too.
@@ -219,10 +226,13 @@ def base_of(holder: Holder, name: str) -> Leaf:
     return StraightThrough(value, adapter.trained_packing, adapter.geometry)
 
 
-def packed_variable(variable: nnx.Variable, value: Leaf, cls: type[P] = Packed) -> P:
+def packed_variable(
+    variable: nnx.Variable, value: Leaf, path: str, cls: type[P] = Packed
+) -> P:
     """Returns the variable of a packed or frozen value that replaces a float one."""
     metadata = tuple(sorted(variable.get_metadata().items()))  # hashable
-    return cls(value, float_type=type(variable), float_metadata=metadata)
+    settings: dict[str, Any] = {"float_type": type(variable), "path": Note(path)}
+    return cls(value, float_metadata=metadata, **settings)
 
 
 def float_variable(variable: nnx.Variable, value: Float[Array, "..."]) -> nnx.Variable:

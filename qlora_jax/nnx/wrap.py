@@ -198,7 +198,7 @@ def adapt(
     """Replaces a float kernel by a frozen kernel and its adapter."""
     # If a leaf is trained in full, its module reads the variable of the adapter.
     if lora.replacement is not None:
-        frozen = packed_variable(attributes(holder)[name], base, Frozen)
+        frozen = packed_variable(attributes(holder)[name], base, path, Frozen)
         module = AdapterModule(lora, None, path=path, frozen=frozen)
         set_attribute(holder, f"{name}_lora", module)
         set_attribute(holder, name, module.variables["value"])
@@ -213,7 +213,8 @@ def adapt(
         stream = rngs.dropout.split(stack_shape) if is_split else rngs.dropout.fork()
     # Kernels in float, and those trained through their quantizer, keep their variable.
     if kernel.is_packed:
-        set_attribute(holder, name, packed_variable(attributes(holder)[name], base))
+        variable = packed_variable(attributes(holder)[name], base, path)
+        set_attribute(holder, name, variable)
     packing = kernel.packing if kernel.is_trained else None
     set_attribute(holder, f"{name}_lora", AdapterModule(lora, stream, packing, path))
 

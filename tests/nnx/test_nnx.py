@@ -18,6 +18,7 @@ from helpers import normal, randomized, refusal
 from integration_helpers import CONFIG, DROPOUT
 from integration_models import NNXMLP, NNXBlock, NNXOwn
 from integration_pairs import PAIRS
+from jax.sharding import AxisType
 from tolerances import assert_close
 
 import qlora_jax as ql
@@ -93,8 +94,24 @@ def test_state_holds_packed_and_lora_variables_and_no_other(x):
 def test_a_packed_kernel_is_no_array():
     kernel = wrap(nnx.Linear(64, 24, rngs=nnx.Rngs(0))).kernel
     for read in (lambda: kernel[...], lambda: jnp.asarray(kernel)):
-        with pytest.raises(TypeError, match="cannot be read as an array outside"):
+        with pytest.raises(TypeError, match="kernel: .* cannot be read as an array"):
             read()
+
+
+class TiedHead(nnx.Module):
+    """Reads the table of another module, as bonsai's Qwen 3 does."""
+
+    def __init__(self, *, rngs):
+        self.embedder = nnx.Embed(48, 32, rngs=rngs)
+
+    def __call__(self, ids):
+        return self.embedder(ids) @ self.embedder.embedding[:].T
+
+
+def test_a_table_that_another_module_reads_is_named():
+    wrapped = wrap(TiedHead(rngs=nnx.Rngs(0)), ql.QLoRAConfig(targets=".*embedding"))
+    with pytest.raises(TypeError, match="^embedder/embedding: .*exclude"):
+        wrapped(jnp.array([1, 2]))
 
 
 @pytest.mark.slow
@@ -503,3 +520,32 @@ def test_an_abstract_wrapped_model_takes_a_restored_state(x):
     leaves = jax.tree.leaves(nnx.state(saved))
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
     np.testing.assert_array_equal(nnx.merge(graphdef, state)(x), saved(x))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_an_abstract_wrapped_model_on_a_mesh_has_packed_kernels(kind):
+    mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=(kind, kind))
+    config = dataclasses.replace(CONFIG, trainable=".*bias", dropout=0.5)
+
+    def create():
+        return wrap(nnx.Linear(64, 24, rngs=nnx.Rngs(0)), config)
+
+    with jax.set_mesh(mesh):
+        got, want = nnx.state(nnx.eval_shape(create)), nnx.state(create())
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+
+
+@pytest.mark.parametrize("wrt", [nnx.LoRAParam, nnx.Param])
+def test_the_optimizer_decides_what_a_gradient_without_diff_state_trains(wrt):
+    model = randomize_b(wrap(NNXMLP(rngs=nnx.Rngs(0))))
+    optimizer = nnx.Optimizer(model, optax.sgd(1.0), wrt=wrt)
+    old, x = nnx.to_pure_dict(nnx.state(model, nnx.Param)), normal(1, (2, 5, 64))
+    grads = nnx.grad(lambda model: jnp.sum(jnp.sin(model(x))))(model)
+    optimizer.update(model, grads)
+    new = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), old, new)
+    leaves = jax.tree_util.tree_leaves_with_path(changed)
+    others = [is_changed for path, is_changed in leaves if "_lora" not in str(path)]
+    assert any(others) == (wrt is nnx.Param)
+    assert all(is_changed for path, is_changed in leaves if "_lora" in str(path))
