@@ -19,7 +19,7 @@ from jax.tree_util import DictKey, SequenceKey
 
 from .._jax.pytree import is_tree_leaf
 from ..adapters.base import KINDS, Adapter, is_adapter, misfit_reason
-from ..adapters.config import QLoRAConfig
+from ..adapters.config import QLoRAConfig, check_config
 from ..adapters.lora import SETTINGS
 from ..quant.formats import FLOAT_DTYPES, Packing
 from ..quant.geometry import Geometry
@@ -78,8 +78,9 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
         config: A config to store with the tree.
 
     Raises:
-        TypeError: If the tree has nodes or leaves of other types, or lists with items
-            that hold no array. All of them are listed.
+        TypeError: If `config` is not a `QLoRAConfig`; or if the tree has nodes or
+            leaves of other types, or lists with items that hold no array. All of them
+            are listed.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, qlora_jax as ql
@@ -91,6 +92,8 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
         >>> ql.io.restore(path).tree["kernel"].a.shape
         (64, 2)
     """
+    if config is not None:
+        check_config(config)
     entries, arrays = [], {}
     problems = [
         f"{path_string(keys)}: an item of a list must hold an array. Got none."
@@ -269,8 +272,8 @@ def _tensor_names(entry: Mapping[str, Any]) -> dict[str, str]:
 def _kind_of(entry: Mapping[str, Any]) -> type[Adapter]:
     if entry["kind"] not in KINDS:
         raise ValueError(
-            f"The kind of an adapter must be one of {sorted(KINDS)}, or be registered "
-            f"before (`register_adapter`). Got {entry['kind']!r:.80}."
+            f"The kind of an adapter must be one of {sorted(KINDS)}. Got "
+            f"{entry['kind']!r:.80}."
         )
     return KINDS[entry["kind"]]
 

@@ -178,10 +178,24 @@ def test_settings_may_be_numbers_of_numpy(scaling, tmp_path):
     assert (restored.scaling, restored.dropout) == (expected, 0.5)
 
 
+def test_adapters_that_are_passed_as_the_config_are_refused(tmp_path):
+    trees = make()
+    with pytest.raises(TypeError, match="`config` must be a QLoRAConfig. Got dict"):
+        save(tmp_path / "x", trees["base"], trees["lora"])
+    assert not (tmp_path / "x").exists()
+
+
+def test_load_names_the_function_that_reads_such_a_file(tmp_path):
+    save(tmp_path / "x.safetensors", {"kernel": jnp.ones((4, 2))})
+    like = {"kernel": jax.ShapeDtypeStruct((4, 2), jnp.float32)}
+    with pytest.raises(CheckpointError, match="x.safetensors .*ql.io.restore"):
+        ql.io.load(tmp_path / "x.safetensors", ql.io.Names({"kernel": "k"}), like)
+
+
 def test_an_adapter_of_an_unregistered_kind_is_named(tmp_path, monkeypatch):
     save(tmp_path / "x", make()["lora"])
     monkeypatch.delitem(KINDS, "LoRA")
-    with pytest.raises(CheckpointError, match="register_adapter.* Got 'LoRA'"):
+    with pytest.raises(CheckpointError, match="must be one of .* Got 'LoRA'"):
         restore(tmp_path / "x")
 
 

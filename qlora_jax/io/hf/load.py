@@ -25,8 +25,10 @@ from ..files import CheckpointError, Path
 from ..formats.registry import packed_tensors
 from ..named_leaves import NamedLeaf, find_leaves, split_experts
 from ..names import Names
+from ..native import FORMAT
 from ..safetensors import open_safetensors
 from ..stored_weight import StoredWeight, in_float, packing_of
+from ..tensors import Tensors
 from .leaves import move_packed_leaf, pack_float_leaf, read_float_leaf
 
 Leaves = Mapping[str, NamedLeaf]
@@ -95,6 +97,10 @@ def load(
         check_dtype("dtype", dtype)
     # 1. Match the tensors with the leaves, and find the form in which to read them.
     opened = source if isinstance(source, Mapping) else open_safetensors(source)
+    if isinstance(opened, Tensors) and opened.metadata.get("format") == FORMAT:
+        raise CheckpointError(
+            f"{source} is a file that ql.io.save wrote. Read it with ql.io.restore."
+        )
     tensors = split_experts(packed_tensors(opened), names)
     leaves = find_leaves(tensors, names, like)
     tensors = _convert_packed(tensors, leaves, config, dtype, recode)
