@@ -120,6 +120,8 @@ def register(
     setattr(cls, "tree_fields", property(tree_fields))  # noqa: B010
     if serialized_name is not None:
         SERIALIZED.append(cls)
+        for register_state in STATE_REGISTRARS:
+            register_state(cls)
         export.register_pytree_node_serialization(
             cls,
             serialized_name=serialized_name,
@@ -133,6 +135,8 @@ def register(
 # `jax.export` and Flax's state dicts store nodes as plain data. Static fields are JSON
 # instead of Python objects, so that loading a file cannot run code.
 SERIALIZED: list[type] = []  # the node types that files may contain
+# Functions that register such a type with Flax, once the integrations are imported.
+STATE_REGISTRARS: list[Callable[[type], None]] = []
 
 
 def static_to_json(node_type: type, values: tuple, field_names: tuple[str, ...]) -> str:
@@ -190,10 +194,14 @@ def register_states() -> None:
         }
         return dataclasses.replace(node, **restored)
 
-    for node_type in SERIALIZED:
+    def register_state(node_type: type) -> None:
         serialization.register_serialization_state(
             node_type, to_state, from_state, override=True
         )
+
+    for node_type in SERIALIZED:
+        register_state(node_type)
+    STATE_REGISTRARS.append(register_state)
 
 
 def _settings(node: Any) -> str:

@@ -7,13 +7,14 @@ kernels, and only two vectors are trained: `y = x W + ((x A) * d) B * b`.
 import dataclasses
 from dataclasses import dataclass
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from helpers import assert_same, make_mesh, normal, relative_error, rounding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -60,6 +61,7 @@ class VeRA(Adapter):
         return on_matrix(kernel, add_change, self.d, self.b)
 
 
+assert ql.linen  # imported before the kind is registered
 register_adapter(VeRA)
 
 
@@ -160,6 +162,13 @@ def test_rows_of_a_batch_choose_it_from_a_bank():
     other = {"kernel": dataclasses.replace(second["kernel"], seed=(SEED + 1,))}
     with pytest.raises(ValueError, match=r"dropout 0.0 and seed \(5,\). Got"):
         ql.bank([first, other])
+
+
+def test_flax_makes_states_of_it():
+    _, lora = make(batch=(2,))
+    state = serialization.to_state_dict(lora)
+    zeros = jax.tree.map(jnp.zeros_like, lora)
+    chex.assert_trees_all_equal(serialization.from_state_dict(zeros, state), lora)
 
 
 def test_its_files_have_its_arrays_and_settings(tmp_path):
