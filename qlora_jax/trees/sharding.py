@@ -6,7 +6,14 @@ from typing import Any, Literal
 
 import jax
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    reshard,
+)
 from jaxtyping import Array
 
 from .._jax.memory import is_concrete
@@ -94,6 +101,10 @@ def place(
         ('fsdp', None)
     """
     # 1. Check the arguments, and find the spec of each leaf.
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(
+            f"`mesh` must be a jax.sharding.Mesh. Got {type(mesh).__name__}."
+        )
     checked_adapters(base, lora)  # raises an error if an adapter does not fit
     leaves = leaves_by_path(base)
     leaf_specs = _resolve_specs(base, rules, specs, logical_axes or {})

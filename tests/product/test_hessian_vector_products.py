@@ -90,3 +90,37 @@ def test_equals_that_of_the_float_kernel(kind):
         return sum(map(jnp.sum, jax.tree.leaves(jax.grad(dense)(lora))))
 
     assert_close(got, jax.jit(jax.grad(sum_of_gradient))(lora))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_adapter", [True, False])
+def test_of_experts_equals_that_of_each_rows_matrix(has_adapter):
+    """Of packed experts with adapters, and of float experts."""
+    w, group_sizes = normal(0, (3, 64, 16)), jnp.array([2, 0, 4])
+    config = ql.QLoRAConfig(rank=2, targets="w")
+    base, lora = ql.init(jax.random.key(0), {"w": w}, config)
+    lora = jax.tree.map(lambda a: normal(1, a.shape), lora["w"])
+    x, experts = normal(2, (6, 64)), jnp.repeat(jnp.arange(3), group_sizes)
+
+    def merged(lora):
+        return ql.dequantize(base["w"]) + lora.scaling * lora.a @ lora.b
+
+    def ragged(lora, x):
+        kernel = merged(lora)
+        if has_adapter:
+            kernel = ql.combine(base, {"w": lora})["w"]
+        return ql.ragged_dot(x, kernel, group_sizes)
+
+    def by_row(lora, x):
+        return jnp.einsum("mk,mkn->mn", x, merged(lora)[experts])
+
+    def hessian_product(product):
+        def gradient(lora, x):
+            return jax.grad(lambda *args: jnp.sum(jnp.sin(product(*args))), (0, 1))(
+                lora, x
+            )
+
+        _, pull = jax.vjp(gradient, lora, x)
+        return pull(gradient(lora, x))
+
+    assert_close(hessian_product(ragged), hessian_product(by_row))

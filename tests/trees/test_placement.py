@@ -170,6 +170,10 @@ def test_what_does_not_fit_is_refused(mesh, rules, match):
 
 
 def test_options_that_do_not_fit_are_refused(mesh):
+    model = ql.nnx.QLoRALinear(64, 8, rngs=nnx.Rngs(0))
+    for place in (ql.sharding.place, lambda *_: ql.nnx.place(model, None)):
+        with pytest.raises(TypeError, match="`mesh` must be .*Mesh. Got NoneType"):
+            place(*trees(), None)
     with pytest.raises(ValueError, match="`rows` must name axes of the mesh"):
         ql.sharding.place({}, {}, mesh, {}, rows=["batch"])
     with pytest.raises(ValueError, match="must not both be given"):
@@ -177,7 +181,6 @@ def test_options_that_do_not_fit_are_refused(mesh):
     names, rules = {"embed": "a"}, {"kernel": P("a")}
     with pytest.raises(ValueError, match="`logical_axes` must not be given with `rule"):
         ql.sharding.place(*trees(), mesh, rules, logical_axes=names)
-    model = ql.nnx.QLoRALinear(64, 8, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="`logical_axes` must not be given with `rule"):
         ql.nnx.place(model, mesh, rules, logical_axes=names)
     base = {"kernel": jnp.ones((64, 8))}
