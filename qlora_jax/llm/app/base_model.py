@@ -527,10 +527,16 @@ def training_load_options(
         trained_on = run_config.model
         paths = {os.path.realpath(path) for path in (model.name, trained_on.path)}
         if len(paths) > 1 or _packs_differently(settings, run_config):
+            base_fmt = fmt or model.stored_fmt or "none"
+            here = f"Its weights have fmt {base_fmt} here, as the options say"
+            if len(paths) > 1:
+                here = (
+                    f"The base here is {model.name} with fmt {base_fmt}. This is "
+                    "right if it was exported from the other one"
+                )
             log(
                 f"note: {run_config.output.out} was trained on {trained_on.path} with "
-                f"fmt {trained_on.fmt}. The base here is a different one: {model.name} "
-                f"with fmt {fmt or model.stored_fmt or 'none'}"
+                f"fmt {trained_on.fmt}. {here}"
             )
     # The settings of a run have the defaults of these options, even with `fmt` none.
     if fmt == "none" and model.stored_fmt is None and not uses_run:

@@ -315,7 +315,8 @@ class GenerateConfig(Config):
         chat: Whether prompts are turns of a conversation, rendered with the model's
             chat template, rather than texts to continue. By default true if the model
             has a template.
-        system: The system message at the start of the conversation.
+        system: The system message at the start of the conversation; by default that of
+            the run, if all rows of its data have the same. "" for none.
         max_new_tokens: Maximum number of tokens of an answer.
         temperature: Divisor of the logits; with 0, the most probable token is selected.
         top_k: Sample from this many of the most probable tokens; by default from all.

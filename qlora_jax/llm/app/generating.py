@@ -27,7 +27,8 @@ from ..train.answers import generate_answers
 from .base_model import open_model_and_adapters, read_as_trained
 from .configs import GenerateConfig
 from .merge_aware import note_packing
-from .row_settings import open_tokenizer_like_run
+from .processes import log
+from .row_settings import find_system_message, open_tokenizer_like_run
 from .run_folder import write_text
 
 _TERMINAL_PROMPT = ">>> "
@@ -125,6 +126,12 @@ def generate(
             f"{problem}"
         )
     tokenizer = open_tokenizer_like_run(config, model)[0]
+    is_chat = tokenizer.has_template if config.chat is None else config.chat
+    if config.system is None and is_chat:
+        system = find_system_message(config)
+        config = dataclasses.replace(config, system=system)
+        if system is not None:
+            log(f'system message of the run: {system!r} (`--system ""` for none)')
     conversation = _Conversation(config, tokenizer)
     file_prompts, prompts = [], []
     if config.prompts is not None:
@@ -177,13 +184,13 @@ class _Conversation:
         self.config, self.tokenizer = config, tokenizer
         self.is_chat = tokenizer.has_template if config.chat is None else config.chat
         self.messages: list[dict[str, str]] = []
-        if config.system is not None:
+        if config.system:  # an empty one replaces that of the run
             self.messages.append({"role": "system", "content": config.system})
 
     def check(self, prompts: Iterable[str], vocab_size: int) -> None:
         """Raises ValueError if texts cannot be rendered or encoded."""
         reason = "the model has no chat template"
-        if self.config.system is not None and not self.is_chat:
+        if self.config.system and not self.is_chat:
             raise ValueError(f"`system` must be left out: {reason}.")
         if self.is_chat and not self.tokenizer.has_template:
             raise ValueError(f"`chat` must be false: {reason}.")

@@ -11,6 +11,7 @@ from ..data.readers import describe_path
 from ..train.objectives import find_objective
 from .base_model import BaseModel, run_configs_of
 from .configs import ExportConfig, GenerateConfig, ScoreConfig
+from .run_folder import read_system_message
 from .train_config import TrainConfig
 from .train_groups import DataConfig
 
@@ -53,6 +54,22 @@ def open_tokenizer_like_run(
     now = None if date is None else datetime.datetime.fromisoformat(date)
     tokenizer = open_tokenizer(model.path, template=settings.template, now=now)
     return tokenizer, settings
+
+
+def find_system_message(config: GenerateConfig | ExportConfig) -> str | None:
+    """Returns the system message on whose conversations the adapter was trained.
+
+    It is None if there is no run, or if the rows of the run do not share a message.
+    """
+    runs = run_configs_of(config.adapter, config.run)
+    messages = {read_system_message(run) for run in runs}
+    if len(messages) > 1:
+        texts = " and ".join(sorted(map(repr, messages)))
+        raise ValueError(
+            "`system` must be given if the runs of the adapters have different system "
+            f"messages. Got none, and {texts:.400}."
+        )
+    return next(iter(messages), None)
 
 
 def check_template(template: str | None) -> None:

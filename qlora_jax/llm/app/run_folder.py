@@ -15,6 +15,7 @@ STATE, CONFIG, METRICS = "state", "config.yaml", "metrics.jsonl"
 ANSWERS, RESULT = "answers.jsonl", "result.json"
 FAILED = "failed.txt"  # the reason why one run of a sweep ended early
 TEMPLATE = "template.jinja"  # a copy of the file in the option `template`
+SYSTEM = "system.txt"  # the system message, if all rows of the data share one
 LOG_ID = "log_id"  # identifies the run for W&B and trackio
 
 
@@ -91,13 +92,18 @@ def _lock(folder: pathlib.Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def write_run_config(config: TrainConfig, path: pathlib.Path, source: str) -> None:
+def write_run_config(
+    config: TrainConfig, path: pathlib.Path, source: str, system: str | None
+) -> None:
     """Writes the settings as a file for `--config`, and the source of the weights.
 
-    Commands that use the run find its chat template beside this file.
+    Commands that use the run find its chat template and the system message of its rows
+    beside this file.
     """
     import yaml
 
+    if system is not None:
+        write_text(path.with_name(SYSTEM), system)
     if (template := config.data.template) is not None:
         text = pathlib.Path(template).read_text("utf-8")
         write_text(path.with_name(TEMPLATE), text)
@@ -126,6 +132,14 @@ def read_run_config(path: pathlib.Path) -> TrainConfig:
     if data.template is not None:
         data = dataclasses.replace(data, template=str(path.with_name(TEMPLATE)))
     return dataclasses.replace(config, output=output, data=data)
+
+
+def read_system_message(config: TrainConfig) -> str | None:
+    """Returns the system message that all rows of a run's data share, if they do."""
+    folder = pathlib.Path(config.output.out)
+    ql.io.check_links(folder, [SYSTEM])
+    path = folder / SYSTEM
+    return path.read_text("utf-8") if path.is_file() else None
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -267,9 +267,10 @@ def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
                     out=config.output.out, **config.sweepable
                 )
                 path = pathlib.Path(config.output.out) / CONFIG
-                write_run_config(settings, path, runs[0].model.source)
+                write_run_config(settings, path, runs[0].model.source, None)
             for run in runs:
-                write_run_config(run.config, run.folder / CONFIG, run.model.source)
+                path, source = run.folder / CONFIG, run.model.source
+                write_run_config(run.config, path, source, run.data.system)
 
 
 class Trainer:

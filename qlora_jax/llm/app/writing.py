@@ -35,7 +35,7 @@ from .pairing import AS_IS, MERGED, NOT_RUN, Pair, open_pair, pair_for, with_ggu
 from .processes import log
 from .pushing import check_base, push
 from .repacking import FileLosses, Repacked, repack
-from .row_settings import read_rows_like_run
+from .row_settings import find_system_message, read_rows_like_run
 from .scoring import BATCH_TOKENS, Score, make_scorer
 from .servers import FMTS_BY_FORMAT, SERVERS
 
@@ -51,6 +51,7 @@ class Written:
         cost: What packing changed, if an adapter was merged into 4 bits afterwards.
         losses: The losses of the adapter and of the file, if there are data.
         pair: For a server: what was written, and whether it is exact.
+        start: For a server: the command that starts it in `out`, and a request.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -64,12 +65,16 @@ class Written:
     cost: Repacked | None = None
     losses: FileLosses | None = None
     pair: Pair | None = None
+    start: str | None = None
 
     def __str__(self):
         written = f"{self.out}: {self.format}, {self.bytes:,} bytes"
         if self.pair is not None:
             written = f"{written}; {self.pair}"
-        return "\n".join([written, *(str(x) for x in (self.cost, self.losses) if x)])
+        lines = [written, *(str(x) for x in (self.cost, self.losses) if x)]
+        if self.start is not None:
+            lines.append(f"In {self.out}:\n\n{self.start}")
+        return "\n".join(lines)
 
 
 def export(config: ExportConfig) -> Written:
@@ -238,7 +243,7 @@ def _export_for_server(config: ExportConfig) -> Written:
         paths, cost = _write_pair(config, model, options, pair, folder)
         ranks = (x.rank for x in ql.leaves_by_path(model.lora).values())
         stored = model.quantization.get("quant_method")
-        server.write(
+        start = server.write(
             paths["base"],
             paths.get("adapter"),
             folder,
@@ -246,11 +251,13 @@ def _export_for_server(config: ExportConfig) -> Written:
             rank=max(ranks, default=0),
             # Servers without an API need no example of a request.
             is_chat=bool(server.port) and open_tokenizer(model.path).has_template,
+            system=find_system_message(config),
             source=model.name,
             pair=str(pair),
         )
     size = _count_bytes(out)
-    return Written(str(out), f"for {server.name}", size, cost, pair=pair)
+    name = f"for {server.name}"
+    return Written(str(out), name, size, cost, pair=pair, start=start)
 
 
 def _write_pair(

@@ -42,6 +42,7 @@ class Dataset(NamedTuple):
         mix: For several data sets: a pair for each, of its number of rows in `train`
             and its weight. Empty for a single data set.
         hash: A hash of the tokens and labels in `train` and `valid`.
+        system: The system message of all rows, or None if they do not share one.
 
     Example:
         >>> Dataset([], [], [], [], [], 0.4, "messages", ()).kind
@@ -58,6 +59,7 @@ class Dataset(NamedTuple):
     notes: tuple[str, ...]
     mix: tuple[tuple[int, float], ...] = ()
     hash: str = ""
+    system: str | None = None
 
 
 def read_dataset(
@@ -170,6 +172,7 @@ def read_dataset(
         notes=reader.all_notes(),
         mix=mix if len(mix) > 1 else (),
         hash=reader.hasher.hexdigest()[:16],
+        system=encoder.shared_system_message,
     )
 
 

@@ -158,6 +158,15 @@ class Encoder:
         self.kinds = kinds.FORMS[rows]
         self.keys = kinds.check_keys(keys, self.kinds)
         self.unused: dict[str, None] = {}  # the unused keys so far, in order
+        # The first messages of conversations so far: the text of a system message, or
+        # None if there is none.
+        self.system_messages: set[str | None] = set()
+
+    @property
+    def shared_system_message(self) -> str | None:
+        """The system message of all rows so far, or None if they do not share one."""
+        messages = [*self.system_messages]
+        return messages[0] if len(messages) == 1 else None
 
     def encode(
         self, raw: Mapping[str, Any], kind: str | None, place: str, with_example: bool
@@ -271,6 +280,7 @@ class Encoder:
         # kind "text" come from `kinds.split_preference` here, and stay texts.
         is_chat = self.makes_messages and self.tokenizer.has_template
         groups = kinds.find_messages(fields, is_chat and fields.kind != "text")
+        self.system_messages.add(kinds.find_system_message(groups))
         if isinstance(groups, tuple):
             prompt, completion = groups
             text = prompt + completion

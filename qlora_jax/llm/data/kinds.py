@@ -195,6 +195,16 @@ def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, 
     return groups | {"tools": tools}
 
 
+def find_system_message(groups: tuple[str, str] | dict[str, Any]) -> str | None:
+    """Returns the text of the system message with which a row begins, if it has one."""
+    if isinstance(groups, tuple):
+        return None
+    lists = [group for name, group in groups.items() if name != "tools"]
+    first = next(itertools.chain(*lists))
+    is_text = first["role"] == "system" and isinstance(first["content"], str)
+    return first["content"] if is_text else None
+
+
 def _prompt_and_completion(
     kind: str, values: Mapping[str, Any], is_chat: bool
 ) -> tuple[Any, Any]:

@@ -235,7 +235,9 @@ class ShowProgress(Callback):
         # With `disable=None`, tqdm shows the bar only if stderr is a terminal.
         disable = None if jax.process_index() == 0 else True
         settings: Any = {"initial": training.step, "total": training.steps}
-        self._bar = tqdm(desc="training", unit="step", disable=disable, **settings)
+        # tqdm's default leaves no room for the bar and the speed on 110 columns.
+        layout = "{n_fmt}/{total_fmt} |{bar:10}| {elapsed}<{remaining}{postfix}"
+        self._bar = tqdm(bar_format=layout, disable=disable, **settings)
         self._update_validation(training)
 
     def on_step(self, training: Training) -> None:
@@ -244,7 +246,13 @@ class ShowProgress(Callback):
         speed = f"{row['tokens_per_s']:,.0f} tokens/s"
         if "is_compiled" in row:
             speed = f"{row['seconds']:.1f} s with compilation"
-        status = f"loss {row['loss']:.4f}{self._validation_text}, {speed}"
+        rewards = ""
+        if "rewards/margins" in row:
+            names = "chosen", "rejected", "margins"
+            values = (f"{row[f'rewards/{name}']:.3f}" for name in names)
+            rewards = ", rewards {} and {}, margin {}".format(*values)
+        loss = f"loss {row['loss']:.4f}{rewards}{self._validation_text}"
+        status = f"{loss}, {speed}"
         is_due = training.is_due(self.every or math.ceil(steps / 10))
         if (is_due or training.evaluation) and bar.disable and not jax.process_index():
             print(f"step {training.step:,} of {steps:,}: {status}", file=sys.stderr)

@@ -465,3 +465,47 @@ def test_dtypes_of_a_run_in_bfloat16(folder, tmp_path, capsys):
         for dtype in ("bfloat16", "float32")
     }
     assert errors["bfloat16"] < errors["float32"] and errors["bfloat16"] < 1e-3 * loss
+
+
+def test_the_system_message_that_all_rows_share_is_used_again(folder, tmp_path, capsys):
+    system = "Answer \x1b[1mbriefly."
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {"messages": [{"role": "system", "content": system}, *turns]},
+        {"messages": turns, "system": system},
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "run"
+    options = dict(steps=2, eval_examples=0, fmt="none", max_length=64)
+    app.train(settings(folder / "base", data, out, **options))
+
+    def num_tokens(**options):
+        options = dict(run=str(out), prompt="a", max_new_tokens=1) | options
+        [answer] = app.generate(app.GenerateConfig(**options)).answers
+        return answer.prompt_tokens, capsys.readouterr().err
+
+    tokens, note = num_tokens()
+    expected, no_note = num_tokens(system=system)
+    assert tokens == expected and repr(system) in note and repr(system) not in no_note
+    without, note = num_tokens(system="")
+    assert without < tokens and "system message" not in note
+    assert num_tokens(chat=False)[0] < without
+
+    written = app.export(
+        app.ExportConfig(run=str(out), server="vllm", out=str(tmp_path / "served"))
+    )
+    readme = (tmp_path / "served" / "README.md").read_text()
+    assert readme.startswith("# base, with an adapter, for vllm\n")  # no path
+    command, _, request = written.start.partition("\n")
+    for text in (command.strip(), request.strip(), json.dumps(system)):
+        assert text in readme
+    assert str(written).endswith(written.start)
+
+    # Rows with different messages have none in common.
+    mixed = write_rows(tmp_path / "mixed.jsonl", [*rows, {"messages": turns}])
+    other = tmp_path / "other"
+    app.train(settings(folder / "base", mixed, other, **options))
+    assert num_tokens(run=str(other))[0] == without
+    adapters = [str(run / "adapter") for run in (out, other)]
+    with pytest.raises(ValueError, match="`system` must be given"):
+        num_tokens(run=None, model=str(folder / "base"), adapter=adapters)

@@ -1,8 +1,11 @@
 """Steps, schedules, states and metrics, on a loss that needs no model."""
 
+import io
 import json
 import math
+import re
 import resource
+import sys
 from typing import NamedTuple
 from unittest import mock
 
@@ -541,6 +544,40 @@ def test_progress_is_shown_with_the_validation_loss(
         assert f", validation{kind} {value:.4f} at step {last}, " in text
     assert ", validation 2.2500 at step 18, " in texts[-1]
     assert texts[0].endswith("s with compilation") and texts[1].endswith("tokens/s")
+
+
+REWARDS = {"rewards/chosen": 0.25, "rewards/rejected": -0.125, "rewards/margins": 0.375}
+
+
+class Terminal(io.StringIO):
+    """A terminal of 110 columns."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("metrics", [{}, REWARDS], ids=["texts", "pairs"])
+def test_the_progress_bar_fits_on_a_terminal(monkeypatch, metrics):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "111")  # tqdm takes one less
+    monkeypatch.setenv("LINES", "40")
+    with train.ShowProgress() as progress:
+        training = train.Training(1000, iter([]), full_state=None, step=299)
+        progress.on_start(training)
+        training.step = 300
+        training.row = {
+            "loss": 0.1234,
+            "tokens_per_s": 310.0,
+            "seconds": 1.0,
+            **metrics,
+        }
+        training.evaluation = {} if metrics else {"valid_sample_loss": 0.0045}
+        progress.on_step(training)
+        progress._bar.refresh()
+    line = terminal.getvalue().split("\r")[-2]
+    assert len(line) <= 110 and re.search(r"\|[^|]{10}\| ", line), line
+    assert line.rstrip().endswith(", 310 tokens/s")
+    assert not metrics or "rewards 0.250 and -0.125, margin 0.375" in line
 
 
 def test_a_state_of_another_run_is_refused(tmp_path):

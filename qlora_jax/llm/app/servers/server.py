@@ -26,12 +26,12 @@ E2M1 = {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 # a model without a `quant_method`.
 METHODS = ("float", "bitsandbytes", "compressed-tensors", "awq", "gptq")
 _README = """\
-# {source}, with an adapter, for {name}
+# {title} for {name}
 
 In this folder:
 
-    {command}
-{request}
+{start}
+
 Written by qlora_jax {version}: {pair}.
 """
 
@@ -89,34 +89,41 @@ class Server:
         base_format: str,
         rank: int,
         is_chat: bool,
+        system: str | None,
         source: str,
         pair: str,
-    ) -> None:
+    ) -> str:
         """Writes a README with the command that starts the server and a request to it.
 
-        `base` and `adapter` are their paths in the command. The README quotes `source`,
-        the model's name, and `pair`, which says whether the server reproduces the
-        training's weights exactly.
+        `base` and `adapter` are their paths in the command. The request has the system
+        message `system`, if there is one. The README quotes `source`, the model's name,
+        and `pair`, which says whether the server reproduces the training's weights
+        exactly. Returns the command and the request.
         """
         paths = {"base": base, "adapter": adapter}
         rank = next((n for n in self.ranks if n >= rank), rank)
         command = self.command + (self.option if adapter else "")
         quoted = {name: self.quote(path) for name, path in paths.items() if path}
         texts = {name: text.format(**paths) for name, text in self.files.items()}
+        command = command.format(
+            **quoted, rank=rank, flags=self.flags.get(base_format, "")
+        )
+        start = f"    {command}\n{self._make_request(paths, is_chat, system)}".rstrip()
         texts["README.md"] = _README.format(
             name=self.name,
-            command=command.format(
-                **quoted, rank=rank, flags=self.flags.get(base_format, "")
-            ),
-            request=self._make_request(paths, is_chat),
-            source=source,
+            start=start,
+            # The name of a local model is its path.
+            title=pathlib.PurePath(source).name + ", with an adapter," * bool(adapter),
             pair=pair,
             version=ql.__version__,
         )
         for name, text in texts.items():
             (folder / name).write_text(text, "utf-8")
+        return start
 
-    def _make_request(self, paths: Mapping[str, str | None], is_chat: bool) -> str:
+    def _make_request(
+        self, paths: Mapping[str, str | None], is_chat: bool, system: str | None
+    ) -> str:
         """Returns the part of a README with a request; empty without an API."""
         if self.port is None:
             return ""
@@ -126,8 +133,13 @@ class Server:
             key: value.format(**paths) if isinstance(value, str) else value
             for key, value in body.items()
         }
-        chat = {"messages": [{"role": "user", "content": "Hello"}]}
-        body |= chat if is_chat else {"prompt": "Hello", "max_tokens": 100}
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": "Hello"})
+        body |= (
+            {"messages": messages}
+            if is_chat
+            else {"prompt": "Hello", "max_tokens": 100}
+        )
         url = f"http://localhost:{self.port}/v1/{'chat/' * is_chat}completions"
         data = shlex.quote(json.dumps(body))
         clause = ", which names the adapter" if has_adapter else ""
