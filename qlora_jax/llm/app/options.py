@@ -26,6 +26,8 @@ from typing import (
     get_type_hints,
 )
 
+from ..models.suggestions import did_you_mean
+
 T = TypeVar("T")
 
 REQUIRED: Any = dataclasses.MISSING  # the default of an option that must be given
@@ -163,6 +165,7 @@ class Config:
         if unknown := [key for key, _ in pairs if key not in main_names]:
             raise ValueError(
                 f"`settings` must be options of the command. Got {unknown}."
+                f"{did_you_mean(unknown[0], main_names)}"
             )
         names_used: dict[str, list[str]] = {}  # the names under which options are set
         for key, _ in pairs:

@@ -15,6 +15,7 @@ from ..app import configs
 from ..app.options import REQUIRED, Config, Option, describe_type, options_of
 from ..app.run_folder import is_run
 from ..app.train_config import TrainConfig
+from ..models.suggestions import did_you_mean
 
 # The commands, which are functions in `qlora_jax.llm.app`, and their config classes.
 COMMANDS: dict[str, type[Config]] = {
@@ -151,7 +152,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, argparse.Namespace]:
     if (name := namespace.command) is None:
         parser.error(f"the command must be one of {', '.join(COMMANDS)}. Got none.")
     if unknown:
-        commands[name].error(f"unrecognized arguments: {' '.join(unknown)}")
+        first = re.sub(r"^--|=.*", "", unknown[0])
+        hint = did_you_mean(first, options_of(COMMANDS[name]))
+        commands[name].error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
     settings, options = {}, options_of(COMMANDS[name])
     try:
         for file in namespace.config:

@@ -7,6 +7,8 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
+from ..models.suggestions import did_you_mean
+
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
 # Module names separated by commas. Other text is a regular expression.
@@ -62,6 +64,7 @@ def find_target_paths(
         )
     # All problems are collected, so that one message lists them.
     targets, problems = set(), []
+    short_names = sorted({x[0].rpartition(".")[2] for x in modules.values()})
     for name, pattern in _compile_patterns(target_modules).items():
         is_used = False
         for path, layer_names in modules.items():
@@ -77,9 +80,9 @@ def find_target_paths(
                 problems.append(f"{name!r} selects {head}, which must stay frozen")
             is_used |= bool(matches)
         if not is_used:
-            problems.append(f"{name!r} selects no module")
+            hint = did_you_mean(name, short_names).strip()
+            problems.append(f"{name!r} selects no module{hint and f' ({hint})'}")
     if problems or not targets:
-        short_names = sorted({x[0].rpartition(".")[2] for x in modules.values()})
         raise ValueError(
             f"`target_modules` must select linear layers: {ALL_LINEAR!r}, or some of "
             f"{short_names}. Got: {'; '.join(problems) or 'none'}."

@@ -377,7 +377,10 @@ SPLASH = dict(batch_size=8, attention="splash")
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(target_modules=["q_prj"]), "'q_prj' selects no module"),
+        (
+            dict(target_modules=["q_prj"]),
+            r"'q_prj' selects no module .Did you mean `q_proj`",
+        ),
         (dict(target_modules="q_prj, v_proj"), "'q_prj' selects no module"),
         (dict(target_modules=".*layers.0.*"), "selects 1 of the 2 layers of"),
         (dict(target_modules="("), "regular expression"),

@@ -96,7 +96,9 @@ WRONG = [
     ([*TRAIN, "--config=base"], "`config` must be a YAML file of settings."),
     (["train", *BASE], "`data` and `out` must be given."),
     (["inspect"], "`path` must be given."),
-    ([*TRAIN, "--nothing=3"], "unrecognized arguments: --nothing=3"),
+    ([*TRAIN, "--nothing=3"], "unrecognized arguments: --nothing=3."),
+    ([*TRAIN, "--lr", "1e-3"], "--lr 1e-3. Did you mean `learning_rate`?"),
+    ([*TRAIN, "--batch-sise=2"], "Did you mean `batch_size`?"),
     (
         ["train", *BASE, *ROWS, "--out=no_run"],
         "`out` must be new or empty. Got no_run,",
