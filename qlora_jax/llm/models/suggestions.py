@@ -9,5 +9,5 @@ def did_you_mean(name: str, choices: Collection[str]) -> str:
     # "lr" stands for "learning_rate".
     initials = {"".join(x[:1] for x in c.split("_")): c for c in choices if "_" in c}
     near = difflib.get_close_matches(name, choices, 1, cutoff=0.75)
-    near = near or [initials[name]] * (name in initials)
-    return f" Did you mean `{near[0]}`?" if near else ""
+    match = near[0] if near else initials.get(name)
+    return "" if match is None else f" Did you mean `{match}`?"
