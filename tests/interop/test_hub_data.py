@@ -1,5 +1,7 @@
 """Data sets of the hub and Parquet files give the rows of the JSONL file."""
 
+import tracemalloc
+
 import datasets
 import numpy as np
 import pyarrow
@@ -59,6 +61,33 @@ def test_an_error_of_the_hub_is_reported(tmp_path, monkeypatch):
         ValueError, match="'user/name', which is missing: Connec.*: no net"
     ):
         read_dataset("user/name", tokenizer, vocab_size=4, max_length=9)
+
+
+def test_a_parquet_file_takes_little_memory(tmp_path):
+    # 100 rows of 10 MB, which the file stores once.
+    save_tokenizer(tmp_path / "model")
+    indices = pyarrow.array([0] * 100, pyarrow.int32())
+    texts = pyarrow.DictionaryArray.from_arrays(indices, ["the user " * 1_100_000])
+    path = tmp_path / "d.parquet"
+    table = pyarrow.table({"text": texts})
+    parquet.write_table(table, path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 10_000
+    assert parquet.ParquetFile(path).schema_arrow.field("text").type == "string"
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="`max_length` = 99"):
+            read_dataset(
+                path,
+                open_tokenizer(tmp_path / "model"),
+                vocab_size=400,
+                max_length=99,
+            )
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 100e6
+    # The peak of Arrow's own memory since the process started. The rows have 1 GB.
+    assert pyarrow.default_memory_pool().max_memory() < 200e6
 
 
 @pytest.mark.parametrize("keep", [0, 20, -4])

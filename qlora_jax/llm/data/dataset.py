@@ -143,6 +143,7 @@ def read_dataset(
         train_on=train_on,
         keys=keys,
         chat=chat,
+        splits_text=too_long == "split",
         rows=rows,
         images=images,
     )
@@ -253,20 +254,21 @@ class _Reader:
         # Reads the rows of a split, and returns their kind.
         too_long = "split" if source.is_text else self.too_long
         file, encoder, max_length = None, self.encoder, self.max_length
+        limit = None if source.is_text else max_length
 
         def encode_pieces(raw, place):
             # This function must not refer to `self`. Streamed rows refer to their file,
             # and the file refers to this function. A reference from here to `self`,
             # which has the rows, would close a cycle, and the temporary files would
             # outlive the data set.
-            encoded = encoder.encode(raw, kind=None, place=place, with_example=False)
+            encoded = encoder.encode(raw, None, place, False, limit)
             return cut_row(encoded, max_length, too_long)
 
         if split == "train" and isinstance(self.rows[split], StreamedRows):
             file = JsonLines(source.name, encode_pieces)
             source = file.source
         splits = self.train_splits if split == "train" else itertools.repeat(split)
-        rows, kind = _encode_rows(source, encoder, splits), ""
+        rows, kind = _encode_rows(source, encoder, splits, limit), ""
         cut_rows = _cut_rows(source.name, rows, max_length, too_long, self.notes)
         for row_split, pieces in cut_rows:
             # Each piece of a long text becomes a row. The first piece gets the split
@@ -280,7 +282,7 @@ class _Reader:
         self, piece: Encoded, split: str, file: JsonLines | None, piece_index: int
     ) -> None:
         # `file` is None unless the training rows stay in their file.
-        row, example, straddles, _ = piece
+        row, example, straddles, *_ = piece
         if file is not None and row.images is not None:
             raise ValueError("`stream` must be false for rows with images. Got true.")
         self.num_straddling += straddles
@@ -372,14 +374,15 @@ def read_rows(
         images=images,
     )
     source = open_file(path)
-    encoded = [x for _, x in _encode_rows(source, encoder, itertools.repeat("train"))]
+    rows = _encode_rows(source, encoder, itertools.repeat("train"), None)
+    encoded = [x for _, x in rows]
     if source.is_text and max_length is not None:
         encoded = [y for x in encoded for y in cut_row(x, max_length, "split")]
     return [x.row for x in encoded]
 
 
 def _encode_rows(
-    source: Source, encoder: Encoder, splits: Iterator[str]
+    source: Source, encoder: Encoder, splits: Iterator[str], max_length: int | None
 ) -> Iterator[tuple[str, Encoded]]:
     # Yields the split and the tokens of each row. Only rows for validation or testing
     # have examples. Errors in rows are collected, and raised together at the end.
@@ -387,7 +390,7 @@ def _encode_rows(
 
     def encode_row(number, raw):
         split, place = next(splits), f"{source.name}:{number}"
-        return split, encoder.encode(raw, kind, place, split != "train")
+        return split, encoder.encode(raw, kind, place, split != "train", max_length)
 
     for split, encoded in convert_rows(source, encode_row):
         kind = encoded.kind
@@ -433,6 +436,7 @@ def _cut_rows(
     # Yields the split and the pieces of each row. At the end, rejects rows that are too
     # long or have no target, or adds a note about the rows that were cut or dropped.
     num_rows = num_pieces = num_long = longest = 0
+    at_least = ""  # before the length of the longest row, if it was not read to its end
     # The places of rows that are too long, and of rows without a target.
     refused, untrained = [], []
     for split, encoded in rows:
@@ -440,16 +444,19 @@ def _cut_rows(
         size, place = encoded.row.longest, encoded.row.place
         num_rows, num_pieces = num_rows + 1, num_pieces + len(pieces)
         num_long, longest = num_long + (size > max_length), max(longest, size)
+        bound = "at least " * encoded.is_cut
+        at_least = at_least or bound
         # `cut_row` returns a row unchanged if it must be refused.
         if size > max_length and pieces and pieces[0] is encoded:
-            refused.append(f"{place} ({size:,} tokens)")
+            refused.append(f"{place} ({bound}{size:,} tokens)")
+            pieces = []  # any number of them need not fit into memory
         untrained += [place for x in pieces if not x.row.is_trained]
         yield split, pieces
     if refused:
         raise ValueError(
             f"rows must have at most `max_length` = {max_length} tokens; the longest "
-            f"has {longest:,}. Raise it, or set `too_long` to drop or truncate, or to "
-            f"split, which is for rows of `text`.\n  {listing(refused)}"
+            f"has {at_least}{longest:,}. Raise it, or set `too_long` to drop or "
+            "truncate, or to split, which is for rows of `text`.\n  " + listing(refused)
         )
     if not num_pieces:
         raise ValueError(
@@ -470,5 +477,5 @@ def _cut_rows(
         notes.append(
             f"{name}: of {num_long:,} rows with more than {max_length} tokens, "
             f"{num_dropped:,} are dropped and {num_long - num_dropped:,} truncated; "
-            f"the longest has {longest:,}."
+            f"the longest has {at_least}{longest:,}."
         )

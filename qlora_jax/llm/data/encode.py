@@ -113,6 +113,7 @@ class Encoded(NamedTuple):
     example: Example | None = None
     straddles: bool = False  # whether a token covers text of both prompt and answer
     kind: str = ""
+    is_cut: bool = False  # whether it has only the first of too many tokens
 
 
 class _Tokens(NamedTuple):
@@ -122,6 +123,7 @@ class _Tokens(NamedTuple):
     starts: np.ndarray  # moved back over text, such as spaces, that no token covers
     ends: np.ndarray
     added: np.ndarray  # whether the tokenizer added the token, which covers no text
+    is_cut: bool  # whether only the beginning of the text has been tokenized
 
 
 class Encoder:
@@ -136,13 +138,14 @@ class Encoder:
         keys: Mapping[str, str] | None = None,
         chat: bool = True,
         ends_text: bool = True,
+        splits_text: bool = False,
         rows: str = "texts",
         images: ImageProcessor | None = None,
     ):
         """Checks and stores the settings.
 
-        With `ends_text`, an end token is added to rows of `text`. `rows` is a key of
-        `kinds.FORMS`.
+        With `ends_text`, an end token is added to rows of `text`, which are always read
+        as a whole with `splits_text`. `rows` is a key of `kinds.FORMS`.
         """
         if train_on not in get_args(TrainOn):
             raise ValueError(
@@ -150,6 +153,7 @@ class Encoder:
             )
         self.tokenizer, self.vocab_size, self.train_on = tokenizer, vocab_size, train_on
         self.makes_messages, self.ends_text = chat, ends_text
+        self.splits_text = splits_text
         self.image_processor, self.is_preference = images, rows != "texts"
         if rows not in kinds.FORMS:
             raise ValueError(
@@ -169,11 +173,17 @@ class Encoder:
         return messages[0] if len(messages) == 1 else None
 
     def encode(
-        self, raw: Mapping[str, Any], kind: str | None, place: str, with_example: bool
+        self,
+        raw: Mapping[str, Any],
+        kind: str | None,
+        place: str,
+        with_example: bool,
+        max_length: int | None,
     ) -> Encoded:
         """Returns the tokens of a row.
 
-        If `kind` is not None, rows of other kinds are rejected.
+        If `kind` is not None, rows of other kinds are rejected. A row with many more
+        than `max_length` tokens may have only the first ones.
         """
         fields = kinds.find_fields(raw, self.keys, self.kinds)
         if kind not in (None, fields.kind):
@@ -185,11 +195,13 @@ class Encoder:
         if fields.kind == "input_ids":
             encoded = Encoded(self._encode_ids(fields, place))
         elif fields.kind == "text":
-            encoded = Encoded(self._encode_text(fields, place))
+            encoded = self._encode_text(
+                fields, place, None if self.splits_text else max_length
+            )
         elif self.is_preference:
-            encoded = self._encode_preference(fields, place, with_example)
+            encoded = self._encode_preference(fields, place, with_example, max_length)
         else:
-            encoded = self._encode_answers(fields, place, with_example)
+            encoded = self._encode_answers(fields, place, with_example, max_length)
         if self.image_processor is not None:
             for row in encoded.row.sequences:
                 if row.images is None and self.image_processor.token_id in row.ids:
@@ -209,20 +221,27 @@ class Encoder:
             raise ValueError(f"the row must have {len(ids)} labels. Got {len(labels)}.")
         return Row(ids, labels, place)
 
-    def _encode_text(self, fields: kinds.Fields, place: str) -> Row:
-        ids = self.tokenizer.encode(kinds.check_text("text", fields.values["text"]))
+    def _encode_text(
+        self, fields: kinds.Fields, place: str, max_length: int | None
+    ) -> Encoded:
+        text = kinds.check_text("text", fields.values["text"])
+        encoding, is_cut = encode_with_offsets(self.tokenizer, text, True, max_length)
+        ids = encoding.ids
         eos = self.tokenizer.eos_id  # some tokenizers have already added it
-        if self.ends_text and eos is not None and ids[-1:] != [eos]:
+        ends_text = self.ends_text and not is_cut
+        if ends_text and eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
         ids = self._check_ids("the ids of its text", ids)
-        return Row(ids, ids, place)
+        return Encoded(Row(ids, ids, place), is_cut=is_cut)
 
-    def _encode_preference(self, fields, place, with_example) -> Encoded:
+    def _encode_preference(self, fields, place, with_example, max_length) -> Encoded:
         completions: list[Encoded] = []
         for name, is_good, completion_fields in kinds.split_preference(fields):
             has_example = with_example and is_good
             try:
-                encoded = self._encode_answers(completion_fields, place, has_example)
+                encoded = self._encode_answers(
+                    completion_fields, place, has_example, max_length
+                )
             except ModelError:
                 raise
             except ValueError as error:
@@ -233,21 +252,24 @@ class Encoder:
             completions.append(encoded._replace(row=row))
         rejected = completions[1].row if len(completions) > 1 else None
         row = completions[0].row._replace(rejected=rejected)
-        if not row.is_trained:
+        # Sequences whose ends are missing may be equal, or lack an answer, by that.
+        is_cut = any(x.is_cut for x in completions)
+        if not row.is_trained and not is_cut:
             raise ValueError(
                 "the answers must have tokens, and those of a pair must differ."
             )
         straddles = any(x.straddles for x in completions)
-        return completions[0]._replace(row=row, straddles=straddles)
+        return completions[0]._replace(row=row, straddles=straddles, is_cut=is_cut)
 
-    def _encode_answers(self, fields, place, with_example) -> Encoded:
+    def _encode_answers(self, fields, place, with_example, max_length) -> Encoded:
         # The text is tokenized as a whole, because tokenizing its parts separately can
         # give different tokens. Answers are found in it by their characters.
         located, paths = self._locate_answers(fields, place)
         images, processor_ids = None, None
         if paths and self.image_processor is not None:
             located, images, processor_ids = self.image_processor.expand(located, paths)
-        tokens = self._tokenize(located.text, located.is_rendered)
+            max_length = None
+        tokens = self._tokenize(located.text, located.is_rendered, max_length)
         if processor_ids not in (None, tokens.ids):
             raise ModelError(
                 "the tokenizer must compute the same tokens as the processor of "
@@ -255,7 +277,8 @@ class Encoder:
             )
         is_answer, last_answer, straddles = self._find_answer_tokens(tokens, located)
         ids = [*tokens.ids]
-        if not located.is_rendered:  # without a chat template, nothing ends the answer
+        # Without a chat template, nothing ends the answer.
+        if not located.is_rendered and not tokens.is_cut:
             eos = self.tokenizer.eos_id
             if eos is None:
                 raise ModelError("the model must name a token that ends a text.")
@@ -268,10 +291,13 @@ class Encoder:
         labels = np.where(is_target, ids, IGNORED).astype(np.int32)
         # Examples are for generating answers, which needs prompts without images.
         has_example = with_example and located.answers and images is None
+        has_example = has_example and not tokens.is_cut
         example = self._make_example(located, last_answer) if has_example else None
-        start = int(is_answer.argmax()) if self.is_preference else 0
+        start = 0
+        if self.is_preference:
+            start = int(is_answer.argmax()) if is_answer.any() else len(ids)
         row = Row(ids, labels, place, start, images=images)
-        return Encoded(row, example, straddles)
+        return Encoded(row, example, straddles, is_cut=tokens.is_cut)
 
     def _locate_answers(
         self, fields: kinds.Fields, place: str
@@ -348,8 +374,12 @@ class Encoder:
                 raise
             return AnswerSpans(rendering.text, [], True)
 
-    def _tokenize(self, text: str, is_rendered: bool) -> _Tokens:
-        encoding = encode_with_offsets(self.tokenizer, text, not is_rendered)
+    def _tokenize(
+        self, text: str, is_rendered: bool, max_length: int | None = None
+    ) -> _Tokens:
+        encoding, is_cut = encode_with_offsets(
+            self.tokenizer, text, not is_rendered, max_length
+        )
         starts, ends = np.array(encoding.offsets, int).reshape(-1, 2).T
         # Special tokens that are written in the text cover characters. Special tokens
         # that the tokenizer adds do not.
@@ -359,14 +389,14 @@ class Encoder:
         ends = np.maximum.accumulate(np.where(added, 0, ends))
         covered = np.concatenate([[0], ends])[:-1]
         starts = np.where(added, covered, np.minimum(starts, covered))
-        return _Tokens(encoding.ids, starts, ends, added)
+        return _Tokens(encoding.ids, starts, ends, added, is_cut)
 
     def _find_answer_tokens(
         self, tokens: _Tokens, located: AnswerSpans
     ) -> tuple[np.ndarray, list[int], bool]:
         # Returns which tokens belong to answers, the tokens of the last answer, and
         # whether a token covers both the end of a prompt and the start of its answer.
-        ids, starts, ends, added = tokens
+        ids, starts, ends, added, is_cut = tokens
         is_answer, straddles = np.zeros(len(ids), bool), False
         end_ids = self.tokenizer.end_ids if located.is_rendered else ()
         indices = np.zeros(0, int)
@@ -380,7 +410,8 @@ class Encoder:
             # An answer ends at its last end token: earlier ones are inside it, and the
             # text after it comes from the template, once the model has stopped.
             stops = [i for i in indices if ids[i] in end_ids]
-            indices = indices[indices <= stops[-1]] if stops else indices
+            if stops and not (is_cut and end >= ends[-1]):
+                indices = indices[indices <= stops[-1]]
             is_answer[indices] = True
             straddles |= bool(len(indices)) and bool(starts[indices[0]] < start)
         return is_answer, [ids[i] for i in indices], straddles

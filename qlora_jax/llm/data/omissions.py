@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import operator
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -164,7 +163,7 @@ def _replace(row: dict[str, Any], path: Path, value: Any) -> dict[str, Any]:
 
 def without_space(text: str) -> str:
     """Returns a text without its white space."""
-    return re.sub(r"\s+", "", text)
+    return "".join(text.split())
 
 
 def _to_json(value: object) -> str:

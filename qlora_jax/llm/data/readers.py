@@ -4,7 +4,6 @@ import contextlib
 import csv
 import gzip
 import importlib
-import itertools
 import os
 import pathlib
 import zlib
@@ -178,9 +177,11 @@ def _read_parquet(file: BinaryIO) -> RawRows:
         raise ImportError(
             "Parquet files need: pip install 'qlora-jax[parquet]'"
         ) from error
-    batches = parquet.ParquetFile(file).iter_batches(1024)
-    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-    yield from enumerate(map(without_none, rows))
+    # A file can be much smaller than its rows, because it stores equal texts once. So
+    # only a few rows are in memory at a time, and only one as Python's objects.
+    batches = parquet.ParquetFile(file).iter_batches(4)
+    slices = (batch.slice(i, 1) for batch in batches for i in range(batch.num_rows))
+    yield from enumerate(without_none(row.to_pylist()[0]) for row in slices)
 
 
 def without_none(value: Any) -> Any:
