@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import fractions
 import hashlib
 import importlib
 import itertools
@@ -20,13 +19,14 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
-from ..data.batching import Batch, batches, eval_batches
+from ..data.batching import Batch, BatchSource, batches, eval_batches
 from ..data.chat_tokenizer import Tokenizer, open_tokenizer
 from ..data.dataset import Dataset, read_dataset
 from ..data.encode import Row
 from ..models.torch_decoder import TorchEngine
 from ..train.arrays import describe_changes
 from ..train.objectives import OBJECTIVES, find_objective
+from ..train.outputs import plural
 from .base_model import (
     BaseModel,
     init_shapes,
@@ -316,16 +316,25 @@ def _check_model_fits(
 def make_batches(
     settings: TrainingConfig, data: Dataset, num_epochs: int | None = None
 ) -> "grain.DatasetIterator[Batch]":
-    """Returns an iterator over the batches of a run, endless by default."""
+    """Returns an iterator over the batches of a run, endless unless it has `epochs`."""
     return batches(
         data.train,
         batch_size=settings.batch_size,
         max_length=settings.max_length,
         seed=settings.row_seed,
         packing=settings.packing,
-        num_epochs=num_epochs,
+        num_epochs=num_epochs or settings.epochs,
         mix=data.mix,
     )
+
+
+def _make_source(
+    settings: TrainingConfig, rows: Sequence[Row], mix: Sequence[tuple[int, float]] = ()
+) -> BatchSource:
+    """Returns the batches of a run by index, of which none is made yet."""
+    size, length = settings.batch_size, settings.max_length
+    seed, epochs = settings.row_seed, settings.epochs
+    return BatchSource(rows, size, length, settings.packing, seed, epochs, mix)
 
 
 def make_eval_batches(settings: TrainingConfig, rows: Sequence[Row]) -> list[Batch]:
@@ -347,20 +356,32 @@ def _complete_settings(
     stored. It is None if training packs the model, or if the model is in float.
     """
     steps, warmup = config.training.steps, config.optimizer.warmup
-    if steps is None:
-        if not config.data.stream:  # streamed rows have no images
-            # Batches are only counted, so their images need not be loaded.
-            rows = [row._replace(images=None) for row in data.train]
-            data = data._replace(train=rows)
-        num_batches = sum(1 for _ in make_batches(config.training, data, num_epochs=1))
-        # As a fraction, because 50 * 1.1 in floats is a little more than 55.
-        num_batches *= fractions.Fraction(str(config.training.epochs or 1))
-        steps = math.ceil(num_batches / config.training.accumulation)
-    else:
-        make_batches(config.training, data)  # raises if rows do not fit the batches
-    if data.valid:  # also raises if rows do not fit the batches
-        text_rows = [row._replace(images=None) for row in data.valid]
-        make_eval_batches(config.training, text_rows)
+    epochs = config.training.epochs or (1.0 if steps is None else None)
+    # Both sources also raise if rows do not fit the batches.
+    config = config.replace(epochs=epochs)
+    source = _make_source(config.training, data.train, data.mix)
+    if data.valid:
+        _make_source(config.training, data.valid)
+    batch_size = config.training.batch_size
+    num_parts = config.num_row_parts
+    # At least two rows, because KTO combines the rows of a batch.
+    largest = math.ceil(max(source.epoch_size, 2) / num_parts) * num_parts
+    if batch_size > largest:
+        log(
+            f"`batch_size` is {largest:,} instead of {batch_size:,}, because an epoch "
+            f"has {plural(source.epoch_size, 'row')}"
+        )
+        batch_size = largest
+    if source.count is not None:
+        rows_per_step = batch_size * config.training.accumulation
+        steps_of_epochs = math.ceil(source.count / rows_per_step)
+        if steps not in (None, steps_of_epochs):
+            raise ValueError(
+                f"`steps` must be left out with `epochs`, which take {steps_of_epochs} "
+                f"steps. Got {steps}."
+            )
+        steps = steps_of_epochs
+    assert steps is not None  # without `steps`, there are `epochs`
     # `QLoRAConfig` replaces unset values by the defaults of the format, which have no
     # effect with `fmt` none.
     packing = stored_packing or ql.QLoRAConfig(
@@ -370,7 +391,7 @@ def _complete_settings(
     )
     resolved = config.replace(
         steps=steps,
-        epochs=None,
+        batch_size=batch_size,
         warmup=min(20, steps // 10) if warmup is None else warmup,
         lora_alpha=config.adapter.alpha or config.adapter.rank,
         block_size=packing.block_size,

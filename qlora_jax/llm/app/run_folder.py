@@ -110,6 +110,8 @@ def write_run_config(
     # Settings of a single call or process are reset, because all processes of a later
     # run read this file.
     transient = {"resume": False, "resume_step": None, "process_id": None}
+    if config.training.epochs is not None:
+        transient["steps"] = None  # they follow from the epochs, which may change
     text = yaml.safe_dump(config.to_settings() | transient, sort_keys=False)
     write_text(path, f"# The weights of the model: {source}.\n{text}")
 

@@ -89,12 +89,11 @@ class TrainConfig(Config):
                 f"{patience}."
             )
         # All parts of a batch must have the same number of rows.
-        sizes = self.devices.mesh_sizes
-        num_parts = math.prod(sizes.get(name, 1) for name in ROW_AXES)
-        if training.batch_size % num_parts:
+        if training.batch_size % self.num_row_parts:
             raise ValueError(
-                f"`batch_size` must be a multiple of {num_parts}, the number of "
-                f"parts into which `mesh` splits a batch. Got {training.batch_size}."
+                f"`batch_size` must be a multiple of {self.num_row_parts}, the number "
+                "of parts into which `mesh` splits a batch. Got "
+                f"{training.batch_size}."
             )
 
     @classmethod
@@ -114,6 +113,12 @@ class TrainConfig(Config):
         if settings.pop("tensorboard", False):
             settings.setdefault("log", "tensorboard")
         return super().resolve_names(settings)
+
+    @property
+    def num_row_parts(self) -> int:
+        """The number of parts into which `mesh` splits the rows of a batch."""
+        sizes = self.devices.mesh_sizes
+        return math.prod(sizes.get(name, 1) for name in ROW_AXES)
 
     @property
     def sweepable(self) -> dict[str, Any]:

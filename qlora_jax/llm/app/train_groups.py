@@ -258,7 +258,8 @@ class TrainingConfig(Config):
 
     Attributes:
         steps: Number of training steps; alternatively, set `epochs`.
-        epochs: Passes over the data; 1 if `steps` is not set either.
+        epochs: Passes over the data, which decide `steps`. The last step has the rows
+            that remain. 1 if `steps` is not set either.
         objective: sft for supervised fine-tuning, distill for distillation, or a
             preference loss: dpo, ipo, orpo, simpo or kto, whose reference model is the
             base without the adapter.
@@ -287,7 +288,7 @@ class TrainingConfig(Config):
     """
 
     steps: int | None = option(None, section="training", limit=COUNT)
-    epochs: float | None = option(None, may_change=True, limit=POSITIVE)
+    epochs: float | None = option(None, limit=POSITIVE)
     objective: str = option("sft", section="objective")
     beta: float = option(0.1, limit=POSITIVE)
     gamma: float = option(0.5, limit=NOT_NEGATIVE)
@@ -304,8 +305,6 @@ class TrainingConfig(Config):
     def __post_init__(self):
         normalize_swept(self, "seed")
         super().__post_init__()
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("`steps` or `epochs` must be left out. Got both.")
         from ..train.objectives import find_objective  # imports Flax
 
         objective = find_objective(self.objective)

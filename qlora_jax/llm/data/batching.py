@@ -1,5 +1,6 @@
 """Batches, packed or padded. The only state of their iterator is an index."""
 
+import fractions
 import functools
 import importlib
 import itertools
@@ -84,7 +85,7 @@ def batches(
     max_length: int,
     seed: int,
     packing: bool,
-    num_epochs: int | None = None,
+    num_epochs: float | None = None,
     mix: Sequence[tuple[int, float]] = (),
 ) -> "grain.DatasetIterator[Batch]":
     """Returns training batches, as a Grain iterator whose only state is an index.
@@ -104,7 +105,8 @@ def batches(
         max_length: The largest number of tokens of a row.
         seed: The seed of the order.
         packing: Whether sequences share a row.
-        num_epochs: The number of epochs, or None for an endless iterator.
+        num_epochs: The number of epochs, which may be a fraction, or None for an
+            endless iterator.
         mix: For several data sets: the number of rows and the weight of each, in the
             order of `rows`. The share of a data set in the rows of the batches (which
             are packs with `packing`) is proportional to its weight, to within a
@@ -126,9 +128,7 @@ def batches(
         import grain
     except ImportError as error:
         raise ImportError("batches need: pip install 'qlora-jax[train]'") from error
-    if num_epochs is not None and num_epochs < 1:
-        raise ValueError(f"`num_epochs` must be positive. Got {num_epochs}.")
-    source = _BatchSource(rows, batch_size, max_length, packing, seed, num_epochs, mix)
+    source = BatchSource(rows, batch_size, max_length, packing, seed, num_epochs, mix)
     # One thread prepares batches in advance, which is enough since they are cheap.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
@@ -155,7 +155,7 @@ def eval_batches(
         >>> [batch.num_tokens for batch in valid]
         [10, 5]
     """
-    source = _BatchSource(rows, batch_size, max_length, packing)
+    source = BatchSource(rows, batch_size, max_length, packing)
     if packing:
         return [source[i] for i in range(len(source))]
     rows, starts = [*rows], range(0, len(rows), batch_size)
@@ -174,8 +174,13 @@ def _sizes(rows: Sequence[Row], packing: bool) -> np.ndarray:
     return np.array([lengths, num_targets])
 
 
-class _BatchSource:
-    """Batches by index, as Grain reads them."""
+class BatchSource:
+    """Batches by index, as Grain reads them.
+
+    Attributes:
+        epoch_size: The number of rows, or of packs, in an epoch.
+        count: Their number in all epochs, or None if epochs never end.
+    """
 
     def __init__(
         self,
@@ -184,13 +189,15 @@ class _BatchSource:
         max_length: int,
         packing: bool,
         seed: int = 0,
-        num_epochs: int | None = 1,
+        num_epochs: float | None = 1,
         mix: Sequence[tuple[int, float]] = (),
     ):
         if not rows:
             raise ValueError("`rows` must have a row. Got none.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be positive. Got {batch_size}.")
+        if num_epochs is not None and num_epochs <= 0:
+            raise ValueError(f"`num_epochs` must be positive. Got {num_epochs}.")
         if seed < 0:
             raise ValueError(f"`seed` must not be negative. Got {seed}.")
         lengths, num_targets = _sizes(rows, packing)
@@ -245,9 +252,13 @@ class _BatchSource:
         # this data set would start again. Rounding removes float errors: the weights
         # 0.7, 0.2 and 0.1 add up to less than 1.
         ratios = [x.epoch_size / w for x, w in zip(orders, weights, strict=True)]
-        epoch_size = max(1, int(round(min(ratios) * sum(weights), 6)))
-        # The number of rows or packs in all epochs, or None if epochs never end.
-        self.count = num_epochs and num_epochs * epoch_size
+        self.epoch_size = max(1, int(round(min(ratios) * sum(weights), 6)))
+        self.count = None
+        if num_epochs is not None:
+            # As a fraction, because 50 * 1.1 in floats is a little more than 55.
+            self.count = math.ceil(
+                fractions.Fraction(str(num_epochs)) * self.epoch_size
+            )
         self.order: Sequence[Any] = orders[0]
         # How many batches are sorted by length together (see `_cut_window`): an epoch.
         self.window_size = max(num_rows // self.batch_size, 1)

@@ -1,5 +1,6 @@
 """The training loop, and the protocol of its callbacks."""
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ def fit(
         batches: The iterator from `qlora_jax.llm.data.batches`. To resume from a saved
             state, restore the iterator's position, too.
         steps: The total number of steps, including those before a resumed state.
-        accumulation: The number of batches per step.
+        accumulation: The number of batches per step. The last step may have fewer.
         schedule: A function that maps the number of updates so far to the learning
             rate, which is added to the metrics. In a sweep, it maps a list of numbers,
             one for each adapter, to their learning rates.
@@ -171,13 +172,13 @@ def fit(
     compiled_programs: set[tuple] = set()
     while training.step < steps and not training.is_over:
         # 1. Take the step.
-        try:
-            step_batches = [next(batches) for _ in range(accumulation)]
-        except StopIteration:
+        step_batches = [*itertools.islice(batches, accumulation)]
+        is_last = training.step + 1 == steps
+        if not step_batches or (len(step_batches) < accumulation and not is_last):
             raise ValueError(
                 f"`batches` must not end before step {steps}, and needs {accumulation} "
-                f"for each step. It ended after step {training.step}."
-            ) from None
+                f"for each earlier step. It ended after step {training.step}."
+            )
         # Skipped steps do not advance the schedule.
         num_updates = training.step - np.asarray(training.full_state.skipped)
         start = time.perf_counter()

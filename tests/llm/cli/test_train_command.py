@@ -39,7 +39,7 @@ from qlora_jax.llm.app.run_folder import (
 )
 from qlora_jax.llm.app.training import _end_at_signal
 from qlora_jax.llm.cli.parser import parse
-from qlora_jax.llm.data import open_tokenizer, read_dataset
+from qlora_jax.llm.data import batching, open_tokenizer, read_dataset
 from qlora_jax.llm.models.checkpoint import abstract_params
 from qlora_jax.llm.models.config import DecoderConfig, Experts
 from qlora_jax.llm.models.decoder_names import decoder_names
@@ -453,6 +453,15 @@ def test_runs_with_seeds_that_were_accepted_resume(folder, data, tmp_path):
     assert read_run_config(out / "config.yaml").training.seed == 2**32 + 1
 
 
+def test_batches_are_counted_without_being_made(folder, data, tmp_path, monkeypatch):
+    def collate(*args):
+        raise AssertionError("a batch was made")
+
+    monkeypatch.setattr(batching, "collate", collate)
+    for options in (dict(steps=None), dict(packing=True), dict(steps=3)):
+        make_run(settings(folder, data, tmp_path / "run", **options), "2026-01-01")
+
+
 def test_epochs_are_a_decimal_number_of_passes(folder, data, tmp_path):
     """In floats, 50 * 1.1 is 55.00000000000001."""
     text = (data / "valid.jsonl").read_text().splitlines()[0]
@@ -461,6 +470,74 @@ def test_epochs_are_a_decimal_number_of_passes(folder, data, tmp_path):
     options = dict(steps=None, epochs=1.1, batch_size=2)
     config = settings(folder, rows, tmp_path / "run", **options)
     assert make_run(config, "2026-01-01").config.training.steps == 55
+
+
+@pytest.mark.parametrize(
+    "batch_size, accumulation, epochs, steps, count",
+    [(2, 4, None, 2, 9), (8, 1, 10, 12, 90), (2, 1, 1.5, 7, 14), (100, 1, 2, 2, 18)],
+)
+def test_epochs_train_on_each_row_equally_often(
+    folder, data, tmp_path, batch_size, accumulation, epochs, steps, count
+):
+    """The rows of all epochs are rounded up once, and the last step has the rest."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "{"a" * n}"}}\n' for n in range(1, 10)))
+    options = dict(batch_size=batch_size, accumulation=accumulation)
+    options |= dict(steps=None, epochs=epochs, max_length=16)
+    run = make_run(settings(folder, rows, tmp_path / "run", **options), "2026-01-01")
+    batches = [*make_batches(run.config.training, run.data)]
+    assert run.config.training.steps == steps == math.ceil(len(batches) / accumulation)
+    lengths = [n for x in batches for n in (x.segment_ids == 1).sum(axis=1) if n]
+    assert len(lengths) == count
+    times = [lengths.count(len(row.ids)) for row in run.data.train]
+    assert max(times) - min(times) <= (epochs == 1.5)
+    # A resumed run reads the settings that were written.
+    (tmp_path / "run").mkdir()
+    write_run_config(run.config, tmp_path / "run" / "config.yaml", "a folder")
+    again = make_run(read_run_config(tmp_path / "run" / "config.yaml"), "2026-01-01")
+    assert again.stamp == run.stamp and again.config.training == run.config.training
+
+
+@pytest.mark.parametrize("packing, size", [(False, 9), (True, 3)])
+def test_a_batch_has_at_most_the_rows_of_an_epoch(
+    folder, tmp_path, capsys, packing, size
+):
+    """9 rows of 2 to 10 tokens, which fill 3 rows of 20 tokens if packed."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "{"a" * n}"}}\n' for n in range(1, 10)))
+    options = dict(batch_size=60, packing=packing, max_length=20, out=tmp_path / "run")
+    run = make_run(settings(folder, rows, **options), "2026-01-01")
+    assert run.config.training.batch_size == size
+    batch = next(make_batches(run.config.training, run.data))
+    assert (batch.segment_ids[:, 0] > 0).all() and len(batch.ids) == size
+    assert f"`batch_size` is {size} instead of 60" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_epoch_trains_on_the_tokens_of_its_rows(folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "{"a" * n}"}}\n' for n in range(1, 10)))
+    options = dict(batch_size=2, accumulation=4, steps=None, epochs=1, max_length=16)
+    options["save_every"] = 1
+    config = settings(folder, rows, tmp_path / "run", **options)
+    assert app.train(config).steps == 2
+    trained = [row for row in rows_of(tmp_path / "run") if row["step"]]
+    # Each text has an end token, and its first token is no target.
+    assert sum(row["tokens"] for row in trained) == sum(range(2, 11))
+    assert sum(row["trained_tokens"] for row in trained) == sum(range(1, 10))
+    assert app.train(config.replace(resume=True, resume_step=1)).steps == 2
+    assert [row for row in rows_of(tmp_path / "run") if row["step"]][1][
+        "tokens"
+    ] == trained[1]["tokens"]
+
+
+def test_steps_and_epochs_must_agree(folder, data, tmp_path):
+    options = dict(steps=5, epochs=2, batch_size=20)  # 40 rows
+    assert make_run(
+        settings(folder, data, tmp_path / "run", **options | {"steps": 4}), "2026-01-01"
+    )
+    with pytest.raises(ValueError, match="`steps` .* 4.* Got 5"):
+        make_run(settings(folder, data, tmp_path / "run", **options), "2026-01-01")
 
 
 @pytest.mark.parametrize(

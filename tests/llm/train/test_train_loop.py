@@ -59,6 +59,9 @@ class Data:
     def __init__(self, wrong_step=None):
         self.place, self.wrong_step = 0, wrong_step
 
+    def __iter__(self):
+        return self
+
     def __next__(self):
         self.place += 1
         batch = make_points(self.place)
@@ -468,6 +471,26 @@ def test_at_least_one_batch_is_needed():
     ):
         with pytest.raises(ValueError, match="`batches` must have a batch. Got none"):
             call()
+
+
+def test_the_last_step_may_have_fewer_batches(tmp_path):
+    """5 batches, of which 2 make a step."""
+    parts, steps = [make_points(seed) for seed in range(5)], []
+
+    def step(state, batches):
+        steps.append([x.targets[0, 0] for x in batches])
+        return STEP(state, {}, batches)
+
+    class Parts(Data):
+        def __next__(self):
+            if self.place == 5:
+                raise StopIteration
+            self.place += 1
+            return parts[self.place - 1]
+
+    train.fit(start(OPTIMIZER), step, Parts(), steps=3, accumulation=2)
+    first = [x.targets[0, 0] for x in parts]
+    assert steps == [first[:2], first[2:4], first[4:]]
 
 
 @pytest.mark.parametrize("accumulation", [2, 0])
