@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from .arrays import leaves_by_name
 from .checkpoints import Checkpoints, describe_latest
 from .loop import Callback, Training
 from .outputs import Metrics
@@ -159,14 +160,23 @@ class CheckFinite(Callback):
             return
         if not is_skipped:
             problem += ", but its new adapter weights are not finite"
-        advice = ", or `on_nan: skip`" if is_skipped else ""
-        advice += "" if loss_scale is None else ", or `dtype: float32`"
+        advice = ["a smaller `learning_rate`"]
+        advice += ["`on_nan: skip`"] if is_skipped else []
+        advice += [] if loss_scale is None else ["`dtype: float32`"]
+        if training.step == 1 and is_skipped:  # no update came before
+            advice[0] = (
+                "other rows or weights, as a smaller `learning_rate` cannot help"
+            )
+            if training.wrong_leaf >= 0:
+                name = [*leaves_by_name(training.state.lora)][training.wrong_leaf]
+                problem += (
+                    f", and the first gradient that is not finite is that of {name}"
+                )
         if self.metrics is not None:
             self.metrics.on_step(training)
         self.states.wait()
         raise FloatingPointError(
-            f"{problem}. {describe_latest(self.states)}. Try a smaller "
-            f"`learning_rate`{advice}."
+            f"{problem}. {describe_latest(self.states)}. Try {', or '.join(advice)}."
         )
 
 
@@ -375,10 +385,13 @@ class ForMembers(Callback):
             training.is_over |= member.is_over or not self._callbacks
 
 
+_FLAGS = ("is_finite", "wrong_leaf")
+
+
 def _select_member(training: Training, index: int) -> Training:
     def select(x):
         return x[index] if isinstance(x, list) else x
 
     row = {name: select(x) for name, x in training.row.items()}
-    is_finite = select(training.is_finite)
-    return dataclasses.replace(training, row=row, is_finite=is_finite, index=index)
+    flags = {name: select(getattr(training, name)) for name in _FLAGS}
+    return dataclasses.replace(training, row=row, index=index, **flags)

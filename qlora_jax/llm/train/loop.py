@@ -32,6 +32,8 @@ class Training:
             was none.
         is_finite: Whether the loss, the gradient and the new adapter are finite. In a
             sweep, a list with one value for each adapter.
+        wrong_leaf: The index of the first array of the lora tree whose gradient is not
+            finite, or -1. In a sweep, a list.
         is_over: Whether training ends after the latest step. Callbacks may set it.
         index: In the callbacks of one adapter of a sweep (`ForMembers`), the index of
             that adapter. Otherwise None.
@@ -50,6 +52,7 @@ class Training:
     row: dict[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, float] = field(default_factory=dict)
     is_finite: bool | list[bool] = True
+    wrong_leaf: int | list[int] = -1
     is_over: bool = False
     index: int | None = None
 
@@ -189,6 +192,7 @@ def fit(
         training.step += 1
         training.evaluation = {}
         training.is_finite = np.asarray(report.is_finite).tolist()
+        training.wrong_leaf = np.asarray(report.wrong_leaf).tolist()
         training.row = {"step": training.step} | _metrics(report, step_batches, seconds)
         if schedule is not None:
             learning_rate = schedule(num_updates.tolist())

@@ -194,6 +194,8 @@ class Report(NamedTuple):
         is_finite: Whether the loss, the gradient and the new adapter are finite.
         metrics: The mean of each metric that the loss function returns, by name. With
             a loss scale, also `loss_scale`, the factor that this step used.
+        wrong_leaf: The index of the first array of the lora tree whose gradient is not
+            finite, or -1.
 
     Example:
         >>> from qlora_jax.llm import train
@@ -206,6 +208,7 @@ class Report(NamedTuple):
     tokens: Float[Array, ""]
     is_finite: Bool[Array, ""]
     metrics: Mapping[str, Float[Array, ""]] = {}
+    wrong_leaf: Int[Array, ""] | int = -1
 
 
 class _Sums(NamedTuple):
@@ -451,7 +454,10 @@ def _update(
         means["loss_scale"] = loss_scale.scale
         loss_scale = loss_scale.update(~skip)
     new_state = State(state.step + 1, skipped, lora, opt_state, state.key, loss_scale)
-    return new_state, Report(mean, norm, num_losses, is_finite, means)
+    is_wrong = [~_all_finite([g]) for g in jax.tree.leaves(grads)]
+    is_wrong = jnp.stack([*is_wrong, jnp.array(True)])  # the last one stands for -1
+    wrong_leaf = (jnp.argmax(is_wrong) + 1) % len(is_wrong) - 1
+    return new_state, Report(mean, norm, num_losses, is_finite, means, wrong_leaf)
 
 
 def _first(numbers: Float[Array, "*means"]) -> Float[Array, ""]:

@@ -296,6 +296,42 @@ def test_a_step_with_nan_is_named_and_nothing_of_it_saved(tmp_path):
     assert is_nan == [False] * 5 + [True]
 
 
+@pytest.mark.parametrize("sweep", [False, True])
+def test_the_first_gradient_that_is_not_finite_is_named(tmp_path, sweep):
+    """Of the gradients of a, b and c, those of b and c are NaN at the wrong step."""
+
+    def wrong_loss(lora, base, batch, key):
+        total = jnp.sum(lora["x"]["a"] + batch.targets[0, 0])
+        return total + jnp.sum(batch.ids[0, 0, 0] * (lora["x"]["b"] + lora["c"])), 1.0
+
+    def take_step(wrong_step):
+        optimizer = (lambda rate: optax.sgd(rate)) if sweep else optax.sgd(0.1)
+        rates = dict(learning_rates=[0.1, 0.2]) if sweep else {}
+        step = train.make_step(wrong_loss, optimizer, **rates)
+        lora = {"c": jnp.zeros(2), "x": {"a": jnp.zeros(3), "b": jnp.zeros(2)}}
+        state = train.State.create(lora, optax.sgd(0.1), seed=0)
+        state = train.State.stack([state, state]) if sweep else state
+        failures = []
+        with train.Checkpoints(tmp_path / f"{wrong_step}") as states:
+            check = [[train.CheckFinite(states)]] * (2 if sweep else 1)
+            members = train.ForMembers(check, lambda i, error: failures.append(error))
+            train.fit(
+                state,
+                lambda state, batches: step(state, {}, batches),
+                Data(wrong_step=wrong_step),
+                steps=2,
+                callbacks=[members] if sweep else check[0],
+            )
+        raise failures[-1]
+
+    with pytest.raises(FloatingPointError, match="step 1 .* of c.*not help") as raised:
+        take_step(1)
+    assert "Try a smaller" not in str(raised.value)
+    with pytest.raises(FloatingPointError, match="step 2 .*Try a smaller") as raised:
+        take_step(2)
+    assert "not help" not in str(raised.value)
+
+
 def test_each_step_and_each_batch_of_it_draws_anew():
     def draw(lora, _, batch, key):
         return (jax.random.uniform(key) + 0 * lora["w"][0], 1.0)
