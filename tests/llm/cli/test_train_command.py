@@ -448,7 +448,7 @@ def test_runs_with_seeds_that_were_accepted_resume(folder, data, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     config = settings(folder, data, out, seed=2**32 + 1, resume=True)
-    write_run_config(config, out / "config.yaml", "a folder")
+    write_run_config(config, out / "config.yaml", "a folder", None)
     assert member_configs(config) == [config]
     assert read_run_config(out / "config.yaml").training.seed == 2**32 + 1
 
@@ -493,7 +493,7 @@ def test_epochs_train_on_each_row_equally_often(
     assert max(times) - min(times) <= (epochs == 1.5)
     # A resumed run reads the settings that were written.
     (tmp_path / "run").mkdir()
-    write_run_config(run.config, tmp_path / "run" / "config.yaml", "a folder")
+    write_run_config(run.config, tmp_path / "run" / "config.yaml", "a folder", None)
     again = make_run(read_run_config(tmp_path / "run" / "config.yaml"), "2026-01-01")
     assert again.stamp == run.stamp and again.config.training == run.config.training
 
@@ -787,7 +787,7 @@ def test_each_process_of_a_run_can_resume_it(tmp_path, capsys):
     config = settings("model", "data", tmp_path / "run", **devices)
     file = tmp_path / "run" / "config.yaml"
     file.parent.mkdir()
-    write_run_config(config, file, "here")
+    write_run_config(config, file, "here", None)
     stop = StopAtSignal()
     stop.number = signal.SIGTERM
     with pytest.raises(SystemExit):
