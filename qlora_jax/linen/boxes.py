@@ -21,6 +21,7 @@ from ..quant.kernel import as_kernel, is_packed
 from ..quant.qtensor import QTensor
 from ..quant.views import LayerOfStack
 from ..trees.paths import Leaf, Tree, leaves_by_path, path_string
+from .calls import no_dropout
 
 # `KernelBox`, or the box by which the trace in `init_model` recognizes targets.
 B = TypeVar("B", bound=meta.AxisMetadata)
@@ -102,7 +103,34 @@ def check_scanned(patterns: Sequence[Pattern], params: Tree) -> None:
         )
 
 
-class KernelBox(meta.AxisMetadata):
+class ReadableBox(meta.AxisMetadata):
+    """A box that also works as its float array, which `read` returns.
+
+    Flax opens the boxes that `self.param` returns, but not those in `variables` and of
+    `get_variable`, as in `embed.variables["params"]["embedding"].T` for a tied head.
+    """
+
+    read: Callable[[], Array]
+
+    def __jax_array__(self) -> Array:
+        return self.read()
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("_"):  # such as those that `copy` looks for
+            raise AttributeError(name)
+        return getattr(self.read(), name)
+
+
+def _forward(name: str) -> Callable:
+    return lambda box, *args: getattr(box.read(), name)(*args)
+
+
+# Python looks operators up in the class.
+for _operator in "getitem matmul neg add radd sub mul rmul truediv".split():
+    setattr(ReadableBox, f"__{_operator}__", _forward(f"__{_operator}__"))
+
+
+class KernelBox(ReadableBox):
     """A kernel, or an `AdaptedKernel`, where a model expects a float array."""
 
     # Flax unboxes the parameters that a module reads. A module that no rule describes
@@ -120,6 +148,12 @@ class KernelBox(meta.AxisMetadata):
             return as_kernel(kernel).dequantize()
         # A float array does not know its geometry; its adapter does.
         return lora.merged(as_kernel(kernel, lora.geometry))
+
+    def read(self) -> Float[Array, "..."]:
+        """Returns the float weights; raises ValueError if the adapter has dropout."""
+        if self.dropout:
+            raise ValueError(f"{self.path}: {no_dropout(self.path, self.dropout)}")
+        return self.unbox()
 
     def replace_boxed(self, val: Leaf) -> Leaf:
         """Returns `val`: a plain array replaces the packed kernel."""

@@ -21,6 +21,7 @@ from ..adapters.call import (
     general_equation,
     is_plain,
 )
+from ..product.einsum import parse_equation
 from ..trees.paths import Tree
 from .dense import QLoRADense, module_call
 
@@ -41,7 +42,12 @@ def _einsum(
     module: nn.Einsum, inputs: Array, einsum_str: str | None = None
 ) -> ModuleCall:
     equation = nn.merge_param("einsum_str", module.einsum_str, einsum_str)
-    return module_call(module, "kernel", equation, inputs)
+    call = module_call(module, "kernel", equation, inputs)
+    try:
+        parse_equation(equation, jnp.ndim(inputs), len(module.shape))
+    except ValueError:  # such as "btd,df->bf", which also sums over x alone
+        return replace(call, is_complete=False)
+    return call
 
 
 def _embed(module: nn.Embed, inputs: Array) -> Lookup:
@@ -126,14 +132,11 @@ def register(
             options: dict[str, Any] = {
                 k: new_x if arg is x else arg for k, arg in kwargs.items()
             }
-            # Keys and mutable collections let every call run.
-            return module.clone(parent=None).apply(
+            plain, collections = (
+                module.clone(parent=None),
                 {**variables, "params": params},
-                *inputs,
-                **options,
-                rngs=key,
-                mutable=nn.DenyList("params"),
-            )[0]
+            )
+            return plain.apply(collections, *inputs, **options, rngs=key)
 
         # Boxes of packed kernels have the shape of the float weights.
         params = jax.eval_shape(nn.meta.unbox, variables["params"])
@@ -153,5 +156,23 @@ def call_of(
     if rule is None:
         return None
     call = rule(module, *args, **kwargs)
-    is_complete = is_plain(module, promote_dtype) and not RULES.is_overridden(cls)
-    return replace(call, is_complete=is_complete)
+    if is_plain(module, promote_dtype) and not RULES.is_overridden(cls):
+        return call
+    return replace(call, is_complete=False)
+
+
+def no_dropout(path: str, dropout: float, module: nn.Module | None = None) -> str:
+    """Returns why an adapter cannot have dropout: its kernel is read in float."""
+    # Dropout acts on the input of A. With merged weights, A has no input of its own.
+    names = path.split("/")
+    pattern = ".*" + "/".join(names[-2:]) if len(names) > 1 else path
+    advice = f'Use dropout=0, or exclude=r"{pattern}"'
+    # `register` does not help convolutions and other modules of Flax.
+    if module is not None and not type(module).__module__.startswith("flax."):
+        params = {*module.variables.get("params", {})} - {"bias"}
+        if len(params) == 1 and RULES.find(type(module)) is None:
+            advice += ", or ql.linen.register if the module only computes an einsum"
+    return (
+        "its module reads it itself, so that no dropout can act on the adapter's input."
+        f" Got dropout={dropout}. {advice}."
+    )

@@ -1,11 +1,12 @@
 """`init` for linen models: one abstract trace finds the contracted axes of kernels."""
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import meta
+from flax.core import FrozenDict
 from flax.linen.module import InterceptorContext
 
 from .._jax.memory import is_concrete
@@ -13,16 +14,15 @@ from .._jax.pytree import is_tree_leaf, register, split_arrays
 from ..adapters.base import parts_of
 from ..adapters.call import Lookup, ModuleCall
 from ..adapters.config import QLoRAConfig, check_config, is_table
-from ..product.einsum import parse_equation
+from ..product.einsum import kernel_kinds, parse_equation
 from ..trees.init import check_and_init
 from ..trees.paths import Leaf, Tree, leaves_by_path, map_by_path
-from .boxes import NORMS, WRONG_AXIS, boxes_of, run_in_float
-from .calls import call_of
+from .boxes import NORMS, WRONG_AXIS, ReadableBox, boxes_of, run_in_float
+from .calls import call_of, no_dropout
 from .dense import QLoRADense
 from .interceptor import (
     FORWARD_MODE,
     MAPPED,
-    NO_DROPOUT,
     is_in_forward_mode,
     is_mapped,
     method_of,
@@ -39,7 +39,7 @@ def init(
     other_variables: Mapping | None = None,
     donate: bool = False,
     **kwargs: object,
-) -> tuple[Tree, dict]:
+) -> tuple[Tree, Tree]:
     """Returns a model's parameters with quantized targets, and a tree of adapters.
 
     Like `qlora_jax.init`, but one abstract trace of `model.apply` finds the contracted
@@ -55,7 +55,8 @@ def init(
             (`jax.ShapeDtypeStruct`).
         other_variables: The model's other collections, such as `"batch_stats"`.
         donate: As in `qlora_jax.init`.
-        **kwargs: Keyword arguments of the sample call, passed to `model.apply`.
+        **kwargs: Keyword arguments of the sample call, passed to `model.apply`, such as
+            `rngs`, `method` and `mutable` (by default, all of `other_variables`).
 
     Raises:
         TypeError: If `key` is not a PRNG key, `model` is not a linen module, or
@@ -82,7 +83,8 @@ def init(
     kinds, problems = trace_kinds(
         module, params, config, args, kwargs, other_variables or {}
     )
-    return check_and_init(key, params, config, kinds, problems, donate=donate)
+    base, lora = check_and_init(key, params, config, kinds, problems, donate=donate)
+    return base, FrozenDict(lora) if isinstance(params, FrozenDict) else lora
 
 
 def _with_arrays(params: Tree) -> Tree:
@@ -96,7 +98,7 @@ def _with_arrays(params: Tree) -> Tree:
     return jax.tree.map(to_array, params) if is_traced else params
 
 
-class _Target(meta.AxisMetadata):
+class _Target(ReadableBox):
     """A box around a targeted parameter during the trace."""
 
     def __init__(self, value: Leaf, path: str, recorder: "_Recorder"):
@@ -109,6 +111,11 @@ class _Target(meta.AxisMetadata):
         return self.path.rpartition("/")[2]
 
     def unbox(self) -> jax.Array:
+        return self.value
+
+    def read(self) -> jax.Array:
+        self.recorder.owned.add(self.path)
+        self.recorder.read_in_float.setdefault(self.path)
         return self.value
 
     def replace_boxed(self, val: Leaf) -> "_Target":
@@ -137,7 +144,9 @@ class _Recorder:
         self.kinds: dict[str, set[str]] = {path: set() for path in paths}
         self.values: dict[str, jax.Array] = {}  # as passed to `apply`
         self.owned: set[str] = set()  # parameters of modules that ran
-        self.read_in_float: set[str] = set()  # parameters that a module reads in float
+        # Parameters that a module reads in float, and the module, if it is known.
+        self.read_in_float: dict[str, nn.Module | None] = {}
+        self.guessed: dict[str, tuple[int, ...]] = {}  # shapes of unknown kernels
         self.unfit: dict[str, str] = {}  # why a parameter cannot be a target
         self.stacked: dict[str, int] = {}  # the axis of a stack, if it is not 0
         # Paths of modules whose current call a rule describes. In a wrapped model, a
@@ -203,18 +212,22 @@ class _Recorder:
         if isinstance(call, Lookup):
             return
         if call is not None:
+            if not call.is_complete:
+                self.read_in_float[target.path] = module
+                self.kinds[target.path].add(kernel_kinds(call.equation))
+                return
             equation = parse_equation(call.equation, jnp.ndim(call.x), ndim)
             self.kinds[target.path].add(equation.kinds)
-            if not call.is_complete:
-                self.read_in_float.add(target.path)
-            elif is_in_forward_mode(module):
+            if is_in_forward_mode(module):
                 raise ValueError(FORWARD_MODE)
             return
         # No rule describes the module, so it reads its kernel in float.
-        self.read_in_float.add(target.path)
+        self.read_in_float[target.path] = module
         # Convolutions contract all axes of their kernel but the last.
         if isinstance(module, nn.Conv | nn.ConvTranspose):
             self.kinds[target.path].add("k" * (ndim - 1) + "n")
+        elif ndim > 3:
+            self.guessed[target.path] = target.value.shape
 
     def problems(self, config: QLoRAConfig) -> dict[str, str]:
         # One reason for each target: the first of these, or else the one in `unfit`.
@@ -233,7 +246,8 @@ class _Recorder:
             elif path in self.stacked:
                 problems[path] = WRONG_AXIS.format(self.stacked[path])
             elif config.dropout and path in self.read_in_float and not is_table(path):
-                problems[path] = NO_DROPOUT.format(config.dropout)
+                module = self.read_in_float[path]
+                problems[path] = no_dropout(path, config.dropout, module)
         return self.unfit | problems
 
 
@@ -259,15 +273,26 @@ def trace_kinds(
     # Flags in the arguments stay Python values, and only arrays are traced.
     arrays, rebuild = split_arrays((variables, args, kwargs))
 
-    def abstract_call(arrays: list) -> Tree:
+    def abstract_call(arrays: list) -> None:
         variables, args, kwargs = rebuild(arrays)
         values = leaves_by_path(variables["params"])
         recorder.values.update({path: values[path] for path in recorder.kinds})
+        # Layers such as BatchNorm change variables in training. The results, which may
+        # not be arrays, are not needed.
+        options = {"mutable": [*other_variables], **kwargs}
         with nn.intercept_methods(recorder):
-            return module.apply(variables, *args, **kwargs)
+            module.apply(variables, *args, **options)
 
     jax.eval_shape(abstract_call, jax.tree.map(_unsharded, arrays))
     kinds = {path: next(iter(ks)) for path, ks in recorder.kinds.items() if ks}
+    guessed = {p: x for p, x in recorder.guessed.items() if not config.contract_of(p)}
+    if guessed:
+        warnings.warn(
+            "the library assumes that only axis -2 of these kernels is contracted, and "
+            f"gives each matrix [K, N] an adapter: {guessed}. For a convolution, set "
+            'contract="kkkn", with k for each axis but the last.',
+            stacklevel=3,
+        )
     return kinds, recorder.problems(config)
 
 

@@ -13,19 +13,18 @@ from ..adapters.base import Adapter, dropout_keys, parts_of
 from ..adapters.call import adapted_call
 from ..trees.paths import Leaf, Tree, raise_if_any
 from .boxes import Backend, KernelBox, boxes_of, has_dropout_stream, run_in_float
-from .calls import RULES, call_of
+from .calls import RULES, call_of, no_dropout
 
 MAPPED = (
     "nn.map_variables transforms it, which would change its codes. Exclude it from the "
     "targets."
 )
+# The `capture_intermediates` of Flax's `apply`.
+Capture = bool | Callable[[nn.Module, str], bool]
+
 FORWARD_MODE = (
     "nn.jvp differentiates its product in forward mode, which packed kernels do not "
     "support. Use nn.vjp, or exclude it from the targets."
-)
-NO_DROPOUT = (
-    "its module reads it itself, so that no dropout can act on the adapter's input. "
-    "Got dropout={}. Use ql.linen.register, or dropout=0."
 )
 
 
@@ -37,7 +36,8 @@ class Interceptor:
     def __init__(self, backend: Backend):
         self.backend = backend
         self.kernels: dict[str, Leaf] = {}  # as passed to `apply`, by path
-        self.in_float: list[tuple] = []  # paths of modules that run on float weights
+        # The modules that run on float weights, by path, and the method that runs.
+        self.in_float: dict[tuple, str] = {}
 
     def __call__(
         self, next_fun: Callable, args: tuple, kwargs: dict, context: InterceptorContext
@@ -56,7 +56,7 @@ class Interceptor:
         #    In modules without a rule and in tables, no later product applies dropout.
         if method == "setup":
             if isinstance(module, nn.Embed) or RULES.find(type(module)) is None:
-                _refuse_dropout(boxes.values())
+                _refuse_dropout(module, boxes.values())
             return next_fun(*args, **kwargs)
         # 3. Compute a call that a rule describes as a packed product.
         call = call_of(module, method, args, kwargs)
@@ -70,12 +70,20 @@ class Interceptor:
             path, backend = box.path, self.backend
             return adapted_call(call, kernel, lora, key, path=path, backend=backend)
         # 4. Run any other method, and the methods that it calls, on float weights.
-        _refuse_dropout(boxes.values())
-        self.in_float.append(module.path)
+        _refuse_dropout(module, boxes.values())
+        self.in_float[module.path] = method
         try:
             return run_in_float(module, method, args, kwargs, KernelBox, self.backend)
         finally:
-            self.in_float.pop()
+            del self.in_float[module.path]
+
+    def capture(self, intermediates: Capture, module: nn.Module, method: str) -> bool:
+        """Whether Flax stores the result of a method as an intermediate."""
+        # A method on float weights runs inside another call of it, which is stored.
+        if self.in_float.get(module.path) == method:
+            return False
+        is_filter = callable(intermediates)
+        return intermediates(module, method) if is_filter else method == "__call__"
 
     def _dropout_key(
         self, module: nn.Module, box: KernelBox, lora: Adapter, key: Array | None
@@ -105,11 +113,11 @@ class Interceptor:
         )
 
 
-# Dropout acts on the input of A. With merged weights, A has no input of its own.
-def _refuse_dropout(boxes: Iterable[KernelBox]) -> None:
+def _refuse_dropout(module: nn.Module, boxes: Iterable[KernelBox]) -> None:
+    dropped = [box for box in boxes if box.dropout]
     raise_if_any(
         "these kernels cannot have dropout",
-        [f"{b.path}: {NO_DROPOUT.format(b.dropout)}" for b in boxes if b.dropout],
+        {str(box.path): no_dropout(box.path, box.dropout, module) for box in dropped},
     )
 
 

@@ -1,5 +1,6 @@
 """`wrap` for linen models."""
 
+import functools
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -143,6 +144,9 @@ class WrappedModel:
                 return KernelBox(leaf, version, path)
 
             collections["params"] = map_by_path(box_kernel, params)
+            if intermediates := kwargs.get("capture_intermediates"):
+                capture = functools.partial(interceptor.capture, intermediates)
+                kwargs["capture_intermediates"] = capture
             result = self.module.apply(
                 collections, *args, rngs=rngs, mutable=mutable, **kwargs
             )

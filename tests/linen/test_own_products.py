@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import randomized
+from helpers import fast_and_slow, randomized
 from integration_models import INIT
 from linen_helpers import assert_as_merged, merged, variables_of
 from tolerances import assert_close
@@ -72,11 +72,12 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", fast_and_slow([*OWN][4:6], [*OWN][:4] + [*OWN][6:]))
 def test_layers_with_products_of_their_own_compute_as_on_merged_weights(name, x):
     assert_as_merged(OWN[name], x, variables_of(OWN[name], x))
 
 
+@pytest.mark.slow
 def test_a_dot_general_is_called_on_float_weights_with_a_plain_lora(x):
     model = OWN["dot_general"]
     assert_as_merged(model, x, variables_of(model, x, ql.QLoRAConfig(fmt=None)))
@@ -88,6 +89,7 @@ def test_the_rule_of_the_base_class_still_finds_the_contracted_axes(name, x):
     assert (lora.a.shape, lora.b.shape) == ((64, 4), (4, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [with_param(nn.Embed, standardize), OwnTable])
 def test_tables_that_change_their_rows_are_read_as_on_merged_weights(cls):
     ids = jnp.array([[1, 5, 3]])
@@ -111,6 +113,7 @@ class OwnHead(nn.Embed):
         return 2 * super().attend(query)
 
 
+@pytest.mark.slow
 def test_subclasses_that_leave_the_product_alone_stay_packed(x):
     config = ql.QLoRAConfig(rank=4, dropout=0.5)  # which packed products alone have
     variables = variables_of(OwnHelpers(), x, config)
@@ -210,6 +213,7 @@ def test_a_registered_class_that_computes_more_is_refused(cls, x):
         ql.linen.wrap(cls()).apply({"params": base, "lora": lora}, x, rngs=rngs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Plain, PlainWithoutBias])
 def test_a_registered_class_may_write_its_product_in_any_way(cls, x):
     ql.linen.register(cls, kernel="w", einsum="btd,df->btf")
@@ -224,6 +228,7 @@ class Halved(PlainWithoutBias):
         return super().param(name, *args) / 2
 
 
+@pytest.mark.slow
 def test_a_subclass_of_a_registered_class_may_override_what_it_computes(x):
     ql.linen.register(PlainWithoutBias, kernel="w", einsum="btd,df->btf")
     assert_as_merged(Halved(), x, variables_of(Halved(), x, OWN_TARGET))
