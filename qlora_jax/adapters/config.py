@@ -162,7 +162,7 @@ class QLoRAConfig:
         if self.alpha is not None:
             set_field("alpha", _as_alpha(self.alpha))
         set_field("dropout", as_dropout(self.dropout))
-        check_dtype("lora_dtype", self.lora_dtype)
+        set_field("lora_dtype", check_dtype("lora_dtype", self.lora_dtype))
         # 3. Check combinations of settings, and set defaults that depend on the format.
         if self.fmt is None and not self.freeze_base:
             raise ValueError(

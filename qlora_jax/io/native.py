@@ -389,7 +389,7 @@ def _config_to_json(config: QLoRAConfig) -> dict[str, Any]:
         values[name] = [[p, [*x] if isinstance(x, tuple) else x] for p, x in pairs]
     if not config.shared:
         del values["shared"]  # older versions reject unknown keys
-    return values | {"lora_dtype": jnp.dtype(config.lora_dtype).name}
+    return values
 
 
 def _config_from_json(stored: dict[str, Any]) -> QLoRAConfig:

@@ -21,6 +21,9 @@ from qlora_jax.product.backends.floats import LARGEST_UNSWAPPED
 from qlora_jax.quant.geometry import Geometry
 from qlora_jax.quant.kernel import FloatKernel
 
+# Without a mesh, `lora_product` does not depend on it.
+KERNEL = FloatKernel(np.zeros((64, 24), np.float32), Geometry())
+
 
 def make_lora(k=64, n=24):
     kernel = FloatKernel(jnp.zeros((k, n)), Geometry())
@@ -64,7 +67,7 @@ def test_gradients_pass_the_cast_unchanged():
     def square(run):
         return lambda lora: jnp.sum(run(lora) ** 2)
 
-    got = jax.grad(square(lambda lora: lora_product(x, lora)))(make_lora())
+    got = jax.grad(square(lambda lora: lora_product(x, lora, KERNEL)))(make_lora())
     want = jax.grad(square(plain))(make_lora())
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
@@ -79,7 +82,7 @@ def test_gradients_of_a_and_b_are_products(rows, dtype, is_local):
     lora, x, g = make_lora(k, n), normal(1, (*rows, k), dtype), normal(2, (*rows, n))
 
     def gradient(lora, x, g):
-        return jax.grad(lambda lora: jnp.vdot(lora_product(x, lora), g))(lora)
+        return jax.grad(lambda lora: jnp.vdot(lora_product(x, lora, KERNEL), g))(lora)
 
     if is_local:
         mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
@@ -216,3 +219,11 @@ def test_scaling(settings, scaling):
 def test_bad_settings_are_refused(settings, error, message):
     with pytest.raises(error, match=message):
         ql.QLoRAConfig(**settings)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, np.float32, np.dtype("float32")])
+def test_settings_that_say_the_same_are_equal(dtype):
+    """Under jit, configs that differ would compile a function twice."""
+    config = ql.QLoRAConfig(lora_dtype=dtype)
+    assert config.lora_dtype == "float32"
+    assert config == ql.QLoRAConfig() and hash(config) == hash(ql.QLoRAConfig())
