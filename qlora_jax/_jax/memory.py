@@ -24,10 +24,24 @@ def _all_below(w: Array, limit: float) -> Bool[Array, ""]:
     return jnp.all(jnp.abs(w) < limit)
 
 
+def largest_magnitude(w: np.ndarray, axis: tuple[int, ...] | None = None) -> np.ndarray:
+    """Returns the largest magnitude along some axes or all, or NaN if there is one."""
+    # The bits of floats of one sign have the order of their magnitudes, and those of
+    # NaN come last. NumPy's own maximum of bfloat16 is 30 times slower.
+    signed, unsigned = w.view(f"i{w.itemsize}"), w.view(f"u{w.itemsize}")
+    without_sign = np.iinfo(signed.dtype).max
+    negative = unsigned.max(axis, initial=0) & without_sign
+    positive = signed.max(axis, initial=0)
+    largest = np.maximum(positive, negative.astype(signed.dtype))
+    return np.asarray(largest, signed.dtype).view(w.dtype)
+
+
 def all_below(w: Array | np.ndarray, limit: float) -> bool:
     """Whether the magnitude of every value is below `limit`. False if any is NaN."""
     if w.dtype.itemsize == 1:  # some float8 types have no infinity
         w = w.astype(np.float32)
+    if isinstance(w, np.ndarray):  # it is moved to the device once, to be packed
+        w = largest_magnitude(w)
     # The comparison casts the limit to the dtype of `w`, in which it may overflow.
     if limit > float(jnp.finfo(w.dtype).max):
         limit = math.inf

@@ -7,10 +7,11 @@ from typing import overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from .._jax.memory import check_donated, delete
+from .._jax.memory import check_donated, delete, largest_magnitude
 from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
 from ..quant.formats import Packing, checked_result_dtype
@@ -67,7 +68,7 @@ def largest_weights_of(
         return {}
     kernels = {path: as_kernel(leaves[path], geometries[path]) for path in geometries}
     largest_weights = {
-        path: _max_abs(kernel.value, kernel.geometry)
+        path: _largest_weight(kernel.value, kernel.geometry)
         for path, kernel in kernels.items()
         if not (kernel.is_packed or kernel.is_trained)
     }
@@ -80,6 +81,13 @@ def largest_weights_of(
         return functools.reduce(jnp.maximum, same_shape, weight)
 
     return {path: largest_of_fused(path) for path in largest_weights}
+
+
+def _largest_weight(w: Array | np.ndarray, geometry: Geometry) -> Array:
+    if not isinstance(w, np.ndarray):
+        return _max_abs(w, geometry)
+    axes = *geometry.axes("k", w.ndim), *geometry.axes("n", w.ndim)
+    return jnp.asarray(largest_magnitude(w, axes), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=1)

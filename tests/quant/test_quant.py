@@ -26,6 +26,7 @@ from helpers import (
 )
 
 import qlora_jax as ql
+from qlora_jax._jax.memory import largest_magnitude
 from qlora_jax.quant.formats import FORMATS
 from qlora_jax.quant.geometry import Geometry
 from qlora_jax.quant.schemes import DYNAMIC_MAP
@@ -562,3 +563,31 @@ def test_quantizing_allocates_little_beyond_its_result(
     run = jax.jit(lambda w: ql.quantize(w, fmt, contract=contract))
     memory = run.lower(w).compile().memory_analysis()
     assert memory.temp_size_in_bytes < part * w.size * w.dtype.itemsize
+
+
+# JAX logs the shape only in the first transfer, so no other test has these shapes.
+@pytest.mark.parametrize(("fmt", "n"), [("nf4", 46), ("nvfp4", 47)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_numpy_kernel_goes_to_the_device_once(dtype, fmt, n, capfd):
+    w = weights(Case((64, n)), dtype=jnp.dtype(dtype))
+    with jax.transfer_guard_host_to_device("log"):
+        ql.init(jax.random.key(0), {"kernel": w}, ql.QLoRAConfig(rank=2, fmt=fmt))
+    logged = capfd.readouterr().err
+    assert logged.count(f"aval=ShapedArray({dtype}[64,{n}])") == 1, logged
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("sign", [-1, 1, 0])
+def test_the_largest_magnitude_of_a_numpy_array(dtype, sign):
+    w = np.random.default_rng(0).normal(size=(5, 4, 3))
+    w = (w if sign == 0 else sign * np.abs(w)).astype(dtype)
+    for axis in (None, (1, 2), (0, 1)):
+        got = largest_magnitude(w.swapaxes(0, 1), axis)
+        assert got.dtype == w.dtype
+        want = np.abs(w.astype(np.float64)).swapaxes(0, 1).max(axis)
+        np.testing.assert_array_equal(got.astype(np.float64), want)
+    for value in (np.nan, -np.nan, np.inf, -np.inf):
+        w[1, 2, 1] = value
+        got = largest_magnitude(w).astype(np.float64)
+        np.testing.assert_array_equal(got, np.abs(value))
+    assert largest_magnitude(w[:0]) == 0
