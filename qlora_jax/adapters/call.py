@@ -57,9 +57,10 @@ def promote_to_kernel(x: Array, kernel: Array, bias: Array | None) -> tuple:
 
 
 def is_plain(module: object, promote_dtype: Callable) -> bool:
-    """Whether a layer's options leave its product to Flax's own functions.
+    """Whether a packed product computes what a layer's options say.
 
-    `promote_dtype` is Flax's default for the option of this name.
+    Options must have Flax's defaults, such as `promote_dtype`, or be functions that
+    equal them up to rounding and say so with an attribute `is_plain_product`.
     """
     defaults = {
         "dot_general": lax.dot_general,
@@ -69,7 +70,10 @@ def is_plain(module: object, promote_dtype: Callable) -> bool:
         "promote_dtype": promote_dtype,
     }
     values = ((getattr(module, name, None), x) for name, x in defaults.items())
-    return all(value is None or value is default for value, default in values)
+    return all(
+        value is None or value is default or getattr(value, "is_plain_product", False)
+        for value, default in values
+    )
 
 
 @dataclass(frozen=True)

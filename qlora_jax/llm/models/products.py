@@ -63,15 +63,22 @@ def _einsum_bwd(spec, residuals, g):
 _einsum.defvjp(_einsum_fwd, _einsum_bwd)
 
 
-def dense_dot(x, kernel, dims, precision=None, **unused):
+class _DenseDot:
     """Multiplies `[B, T, K] @ [K, N]` in `x.dtype`: the `dot_general` of `nn.Dense`."""
-    del dims, precision, unused  # `nn.Dense` always contracts the last axis of x
-    return einsum_f32("btk,kn->btn", x, kernel).astype(x.dtype)
+
+    is_plain_product = True  # a packed product may take its place
+
+    def __call__(self, x, kernel, dims, precision=None, **unused):
+        del dims, precision, unused  # `nn.Dense` always contracts the last axis of x
+        return einsum_f32("btk,kn->btn", x, kernel).astype(x.dtype)
+
+
+_dense_dot = _DenseDot()
 
 
 def make_dense(features: int, use_bias: bool, dtype: DTypeLike, name: str) -> nn.Dense:
-    """Returns a linear layer for inputs `[B, T, K]`, with the product `dense_dot`."""
-    return nn.Dense(features, use_bias, dtype, dot_general=dense_dot, name=name)
+    """Returns a linear layer for inputs `[B, T, K]`, whose product is `einsum_f32`."""
+    return nn.Dense(features, use_bias, dtype, dot_general=_dense_dot, name=name)
 
 
 def linear_names(module: str, has_bias: Mapping[str, bool]) -> dict[str, str]:

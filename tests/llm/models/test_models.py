@@ -71,6 +71,23 @@ def test_bfloat16_logits_stay_near_float32(tiny):
     assert jnp.linalg.norm(low - exact) / jnp.linalg.norm(exact) < 0.03
 
 
+def test_layers_are_products_with_packed_weights(tiny):
+    """Layers that run on decoded weights would refuse dropout."""
+    decoder, variables, tokens = tiny
+    params = variables["params"]
+    targets = r"layers/.*_proj/kernel"
+    settings = ql.QLoRAConfig(rank=2, dropout=0.5, targets=targets, block_size=16)
+    base, lora = ql.init(jax.random.key(0), params, settings)
+    lora = jax.tree.map(jnp.ones_like, lora)
+    model = ql.linen.wrap(decoder)
+
+    def logits(seed):
+        variables, rngs = {"params": base, "lora": lora}, {"dropout": seed}
+        return model.apply(variables, tokens, rngs=rngs)
+
+    assert not np.array_equal(*map(logits, jax.random.split(jax.random.key(1))))
+
+
 def test_layers_keep_products_alone():
     """No float32 array as wide as the MLP is kept for the backward pass."""
     config = DecoderConfig(64, 32, 96, 3, num_heads=4, num_kv_heads=2)
