@@ -3,9 +3,7 @@
 import ast
 import importlib.metadata
 import importlib.util
-import inspect
 import pathlib
-import pkgutil
 import re
 import shlex
 import tomllib
@@ -18,7 +16,6 @@ import yaml
 
 import qlora_jax as ql
 from qlora_jax.llm import app, data, train
-from qlora_jax.llm.app.options import groups_of, options_of
 from qlora_jax.llm.cli import main
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -140,8 +137,8 @@ class Read(Exception):
 def test_the_command_line_takes_the_commands_of_all_pages(tmp_path):
     file = tmp_path / "run.yaml"  # for pages that use a config file
 
-    def prepare(config):
-        raise Read(config)
+    def prepare():
+        raise Read
 
     commands = [line for page in PAGES for line in commands_of(page)]
     assert len(commands) > 20
@@ -162,30 +159,12 @@ def test_the_command_line_takes_the_commands_of_all_pages(tmp_path):
 def test_the_version_is_that_of_the_package_and_of_the_newest_release():
     assert importlib.metadata.version("qlora-jax") == ql.__version__
     changes = read("CHANGELOG.md")
+    assert len(changes.split()) <= 700
     releases = re.findall(r"^## (.*)$", changes, re.MULTILINE)
     citation = yaml.safe_load(read("CITATION.cff"))
     date = citation["date-released"].isoformat()
     assert releases[:2] == ["[Unreleased]", f"[{ql.__version__}] - {date}"]
     assert citation["version"] == ql.__version__
-
-
-def test_the_new_names_in_the_changelog_exist():
-    _, _, table = read("CHANGELOG.md").partition("| name in 0.2.0 | name in 0.3.0 |\n")
-    rows = table.partition("\n\n")[0].splitlines()[1:]
-    new_names = "".join(row.split(" | ")[1] for row in rows)
-    for name, arguments in re.findall(r"`(qlora_jax[.\w]+)(\(.*?\))?", new_names):
-        value = pkgutil.resolve_name(name)
-        if keywords := re.findall(r"(\w+)=", arguments):
-            assert {*keywords} <= {*inspect.signature(value).parameters}, name
-    paths = {option.path for option in options_of(app.TrainConfig).values()}
-    for path in re.findall(r"`config\.(\w+\.\w+)`", new_names):
-        assert path in paths
-    groups = groups_of(app.TrainConfig)
-    for old_names, group in re.findall(
-        r"^\| (.*) \| the same names in `config\.(\w+)` \|$", "\n".join(rows), re.M
-    ):
-        for name in re.findall(r"`(?:config\.)?(\w+)`", old_names):
-            assert hasattr(groups[group], name) or name in options_of(groups[group])
 
 
 @pytest.mark.parametrize("page", PAGES)
