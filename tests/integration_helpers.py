@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from helpers import biases, normal, put, randomized
-from integration_pairs import PAIRS, Pair
+from integration_pairs import PAIRS
 from tolerances import assert_close
 
 import qlora_jax as ql
@@ -72,8 +72,6 @@ class Linen:
     @staticmethod
     def make(pair, place=lambda params: params, **options):
         """Returns a model and its parameters, perhaps placed, with nonzero biases."""
-        if pair.with_config:  # its class takes the config
-            return pair, options
         model = pair.linen(**options)
         x = jnp.zeros(pair.shape)
         params = model.init(jax.random.key(0), x)["params"]
@@ -81,13 +79,6 @@ class Linen:
 
     @staticmethod
     def wrap(model_and_params, config, x):
-        if isinstance(model_and_params[0], Pair):
-            pair, options = model_and_params
-            plain, wrapped = (
-                f(**options) for f in (pair.linen, pair.with_config(config)[0])
-            )
-            variables = jax.jit(wrapped.init)(jax.random.key(0), x)
-            return LinenWrapped(plain, variables["params"], variables["lora"], wrapped)
         model, params = model_and_params
         base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
         return LinenWrapped(model, base, lora)
@@ -138,8 +129,6 @@ class NNX:
     @staticmethod
     def make(pair, place=lambda params: params, **options):
         """Returns a model, its parameters perhaps placed, with nonzero biases."""
-        if pair.with_config:
-            return pair, options
         model = pair.nnx(rngs=nnx.Rngs(0), **options)
         state = nnx.state(model, nnx.Param)
         state = put(state, randomized(biases(state)))
@@ -150,10 +139,6 @@ class NNX:
     @staticmethod
     def wrap(model, config, x):
         del x
-        if isinstance(model, tuple):
-            pair, options = model
-            both = pair.nnx, pair.with_config(config)[1]
-            return NNXWrapped(*(make(rngs=nnx.Rngs(0), **options) for make in both))
         return NNXWrapped(model, ql.nnx.wrap(model, config, rngs=nnx.Rngs(1)))
 
 

@@ -9,8 +9,6 @@ import integration_models as models
 from flax import nnx
 from integration_models import DIM, HEADS, HIDDEN, LAYERS
 
-import qlora_jax as ql
-
 
 class Pair(NamedTuple):
     """A model in linen and NNX, its input's shape, and its kernels `[..., K, N]`."""
@@ -19,19 +17,11 @@ class Pair(NamedTuple):
     nnx: Callable[..., Any]  # takes `rngs`
     shape: tuple[int, ...]
     matrices: dict[str, tuple[int, ...]]  # by path; blocks run along K
-    # Takes a config and returns both models, built from layers with built-in adapters.
-    with_config: Any = None
 
 
 def dense(features, inputs=DIM, **options):
     linen = partial(nn.Dense, features, **options)
     return linen, partial(nnx.Linear, inputs, features, **options)
-
-
-def layers(config, features=24, inputs=DIM):
-    """Both layers that replace dense layers."""
-    linen = partial(ql.linen.QLoRADense, features, config)
-    return linen, partial(ql.nnx.QLoRALinear, inputs, features, config)
 
 
 def general(features, axis=-1, batch=()):
@@ -91,11 +81,6 @@ PAIRS = {
     "dense on a vector": Pair(*dense(24, use_bias=False), (DIM,),
                               {"kernel": (DIM, 24)}),
     "square": Pair(*dense(DIM, use_bias=False), SEQUENCE, {"kernel": (DIM, DIM)}),
-    "layer": Pair(*dense(24, bias_init=nn.initializers.normal()), SEQUENCE,
-                  {"kernel": (DIM, 24)}, layers),
-    "layer stack": Pair(*stack(*dense(DIM)), SEQUENCE,
-                        {"layers/layer/kernel": (LAYERS, DIM, DIM)},
-                        lambda config: stack(*layers(config, DIM))),
     "general": Pair(*general((HEADS, 8)), {"kernel": (DIM, 32)}),
     "general out": Pair(*general(24, (-2, -1)), {"kernel": (DIM, 24)}),
     "general first": Pair(*general((3, 4), (0, 1)), {"kernel": (10, 12)}),

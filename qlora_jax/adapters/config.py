@@ -337,19 +337,6 @@ def check_config(config: object) -> None:
         raise TypeError(f"`config` must be a QLoRAConfig. Got {type(config).__name__}.")
 
 
-def check_layer_config(config: QLoRAConfig) -> None:
-    """Raises ValueError unless a config fits one layer: its only target is "kernel"."""
-    check_config(config)
-    patterns = setting_patterns(config)
-    trainable = (*cast(tuple, config.trainable), *config.trainable_rows)
-    if patterns or trainable or not config.is_target("kernel"):
-        raise ValueError(
-            "the `config` of a layer must target 'kernel' and have no settings by "
-            f"pattern. Got targets {config.targets}, exclude {config.exclude}, "
-            f"trainable {trainable} and settings for {patterns}."
-        )
-
-
 def as_rank(rank: object) -> int:
     """Returns a rank; raises ValueError unless it is a positive integer."""
     try:

@@ -2,11 +2,10 @@
 
 from .._jax.pytree import register_states
 from .calls import register
-from .dense import QLoRADense
 from .init_model import init
 from .tiled_module import tiled
 from .wrapped import WrappedModel, wrap
 
 register_states()
 
-__all__ = ["QLoRADense", "WrappedModel", "init", "register", "tiled", "wrap"]
+__all__ = ["WrappedModel", "init", "register", "tiled", "wrap"]

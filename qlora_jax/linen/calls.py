@@ -20,14 +20,33 @@ from ..adapters.call import (
     Registry,
     general_equation,
     is_plain,
+    promote_to_kernel,
 )
 from ..product.einsum import parse_equation
 from ..trees.paths import Tree
-from .dense import QLoRADense, module_call
 
 
-def _dense(module: nn.Dense | QLoRADense, inputs: Array) -> ModuleCall:
-    return module_call(module, "kernel", DENSE, inputs)
+def _module_call(module: nn.Module, kernel: str, equation: str, x: Array) -> ModuleCall:
+    """Describes the call of a module as a ModuleCall."""
+    # Registered classes may lack the bias, `promote_dtype` and `precision`.
+    has_bias = getattr(module, "use_bias", True)
+    bias = module.variables.get("params", {}).get("bias") if has_bias else None
+    # A registered class promotes its input as `jnp.einsum` does.
+    promote = promote_to_kernel
+    if hasattr(module, "promote_dtype"):
+        promote = functools.partial(module.promote_dtype, dtype=module.dtype)
+    return ModuleCall(
+        kernel,
+        equation,
+        x,
+        bias=nn.meta.unbox(bias),
+        promote=promote,
+        precision=getattr(module, "precision", None),
+    )
+
+
+def _dense(module: nn.Dense, inputs: Array) -> ModuleCall:
+    return _module_call(module, "kernel", DENSE, inputs)
 
 
 def _dense_general(module: nn.DenseGeneral, inputs: Array) -> ModuleCall:
@@ -35,14 +54,14 @@ def _dense_general(module: nn.DenseGeneral, inputs: Array) -> ModuleCall:
     axes, batch = (np.ravel(x).tolist() for x in (module.axis, module.batch_dims))
     num_outputs = np.size(module.features)
     equation = general_equation(inputs.ndim, axes, batch, num_outputs)
-    return module_call(module, "kernel", equation, inputs)
+    return _module_call(module, "kernel", equation, inputs)
 
 
 def _einsum(
     module: nn.Einsum, inputs: Array, einsum_str: str | None = None
 ) -> ModuleCall:
     equation = nn.merge_param("einsum_str", module.einsum_str, einsum_str)
-    call = module_call(module, "kernel", equation, inputs)
+    call = _module_call(module, "kernel", equation, inputs)
     try:
         parse_equation(equation, jnp.ndim(inputs), len(module.shape))
     except ValueError:  # such as "btd,df->bf", which also sums over x alone
@@ -66,7 +85,6 @@ RULES = Registry(
         nn.DenseGeneral: _dense_general,
         nn.Einsum: _einsum,
         nn.Embed: _embed,
-        QLoRADense: _dense,
     }
 )
 
@@ -122,7 +140,7 @@ def register(
     # `operands` uses the signature of `__call__` to find the input.
     def rule(module: nn.Module, *args: Any, **kwargs: Any) -> ModuleCall:
         equation, x = registered.operands(module, args, kwargs)
-        call = module_call(module, registered.kernel_of(module), equation, x)
+        call = _module_call(module, registered.kernel_of(module), equation, x)
         if RULES.is_overridden(type(module)):
             return call  # it runs on float weights
         variables, key = module.variables, jax.random.key(0)

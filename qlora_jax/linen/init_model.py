@@ -19,7 +19,6 @@ from ..trees.init import check_and_init
 from ..trees.paths import Leaf, Tree, leaves_by_path, map_by_path
 from .boxes import NORMS, WRONG_AXIS, ReadableBox, boxes_of, run_in_float
 from .calls import call_of, no_dropout
-from .dense import QLoRADense
 from .interceptor import (
     FORWARD_MODE,
     MAPPED,
@@ -61,7 +60,7 @@ def init(
     Raises:
         TypeError: If `key` is not a PRNG key, `model` is not a linen module, or
             `config` is not a `QLoRAConfig`.
-        ValueError: As `qlora_jax.init`; if the model contains a `QLoRADense`; or if
+        ValueError: As `qlora_jax.init`; or if
             targets cannot be packed, which are all listed: no module of the sample call
             has them, or they are contracted in several ways, stacked along an axis
             other than 0, transformed by `nn.map_variables`, differentiated by `nn.jvp`
@@ -164,12 +163,6 @@ class _Recorder:
         method = method_of(context)
         if method in (None, "setup"):
             return next_fun(*args, **kwargs)
-        if isinstance(module, QLoRADense):
-            raise ValueError(
-                "`model` must not hold a QLoRADense, which has an adapter already. Got "
-                f"one at {'/'.join(module.path)!r}. Pack the other kernels with "
-                "qlora_jax.init, which does not run the model."
-            )
         if not boxes:
             return next_fun(*args, **kwargs)
         call = call_of(module, method, args, kwargs)

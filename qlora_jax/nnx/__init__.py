@@ -1,7 +1,6 @@
 """QLoRA for Flax NNX: `wrap` packs a model's kernels; adapters are `nnx.LoRAParam`."""
 
 from .._jax.pytree import register_states
-from .linear import QLoRALinear
 from .rules import register
 from .variables import Packed
 from .wrap import wrap
@@ -11,7 +10,6 @@ register_states()
 
 __all__ = [
     "Packed",
-    "QLoRALinear",
     "disable_adapters",
     "join",
     "merge",

@@ -30,7 +30,8 @@ class Packed(nnx.Variable[QTensor]):
     Example:
         >>> from flax import nnx
         >>> import qlora_jax as ql
-        >>> layer = ql.nnx.QLoRALinear(64, 8, rngs=nnx.Rngs(0))
+        >>> layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+        >>> layer = ql.nnx.wrap(layer, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(1))
         >>> layer.kernel.get_value()
         QTensor(nf4, float32[64,8], block_size=64, double_quant, 4.25 bits)
         >>> isinstance(layer.kernel, nnx.Param)

@@ -39,7 +39,7 @@ def merge(model: M) -> M:
     Kernels get their dtype, variable type and metadata back, and modules their class.
 
     Args:
-        model: A wrapped model, or one with `QLoRALinear` in it, which does not change.
+        model: A wrapped model, which does not change.
             A model without adapters is copied.
 
     Raises:
@@ -70,7 +70,7 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
     """Returns the base and the lora tree of a model, as nested dicts.
 
     Args:
-        model: A wrapped model, or one with `QLoRALinear` in it, which does not change.
+        model: A wrapped model, which does not change.
 
     Raises:
         TypeError: If `model` is not an nnx module.
@@ -78,7 +78,8 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
     Example:
         >>> import qlora_jax as ql
         >>> from flax import nnx
-        >>> layer = ql.nnx.QLoRALinear(64, 8, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(0))
+        >>> layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+        >>> layer = ql.nnx.wrap(layer, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(1))
         >>> base, lora = ql.nnx.split(layer)
         >>> sorted(base), lora["kernel"].rank
         (['bias', 'kernel'], 4)
@@ -98,7 +99,7 @@ def join(model: M, base: Tree, lora: Tree) -> M:
     Use it to load adapters from a file into a wrapped model. Their ranks may differ.
 
     Args:
-        model: A wrapped model, or one with `QLoRALinear` in it, which does not change.
+        model: A wrapped model, which does not change.
         base: A base tree with the same leaves as the one that `split` returns.
         lora: A lora tree with adapters at the same paths as in the one that `split`
             returns. The dropout rates of the model do not change.
@@ -111,8 +112,10 @@ def join(model: M, base: Tree, lora: Tree) -> M:
 
     Example:
         >>> import qlora_jax as ql
-        >>> layer = ql.nnx.QLoRALinear(64, 8, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(0))
-        >>> other = ql.nnx.QLoRALinear(64, 8, ql.QLoRAConfig(rank=2), rngs=nnx.Rngs(1))
+        >>> from flax import nnx
+        >>> layer, rngs = nnx.Linear(64, 8, rngs=nnx.Rngs(0)), nnx.Rngs(1)
+        >>> other = ql.nnx.wrap(layer, ql.QLoRAConfig(rank=2), rngs=rngs)
+        >>> layer = ql.nnx.wrap(layer, ql.QLoRAConfig(rank=4), rngs=rngs)
         >>> joined = ql.nnx.join(layer, *ql.nnx.split(other))
         >>> ql.nnx.split(joined)[1]["kernel"].rank
         2
@@ -199,7 +202,7 @@ def place(
     All other variables are replicated.
 
     Args:
-        model: A wrapped model, or one with `QLoRALinear` in it, which does not change.
+        model: A wrapped model, which does not change.
         mesh: The mesh, with Auto axes, Explicit axes or both.
         rules: Specs of float kernels and other parameters, by path pattern; by default
             the sharding metadata of the model's variables (`out_sharding`).
@@ -216,7 +219,8 @@ def place(
         >>> import jax, qlora_jax as ql
         >>> from flax import nnx
         >>> from jax.sharding import AxisType, PartitionSpec as P
-        >>> layer = ql.nnx.QLoRALinear(64, 8, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(0))
+        >>> layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+        >>> layer = ql.nnx.wrap(layer, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(1))
         >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
         >>> layer = ql.nnx.place(layer, mesh, {"kernel": P("fsdp")}, rows=["fsdp"])
         >>> tuple(layer.kernel.get_value().codes.sharding.spec)
@@ -265,7 +269,7 @@ def disable_adapters(model: nnx.Module) -> Iterator[None]:
     Earlier results of `nnx.split` and `nnx.cached_partial` keep their definition.
 
     Args:
-        model: A wrapped model, one with `QLoRALinear` in it, or a part of either.
+        model: A wrapped model, or a part of one.
 
     Yields:
         Nothing.
@@ -276,7 +280,8 @@ def disable_adapters(model: nnx.Module) -> Iterator[None]:
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
         >>> from flax import nnx
-        >>> layer, x = ql.nnx.QLoRALinear(64, 8, rngs=nnx.Rngs(0)), jnp.ones((2, 64))
+        >>> layer, x = nnx.Linear(64, 8, rngs=nnx.Rngs(0)), jnp.ones((2, 64))
+        >>> layer = ql.nnx.wrap(layer, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(1))
         >>> layer.kernel_lora.b[...] += 1  # as training does
         >>> with ql.nnx.disable_adapters(layer):
         ...     y = layer(x)

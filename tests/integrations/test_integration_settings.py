@@ -21,7 +21,7 @@ from integration_helpers import (
     make_x,
     refused,
 )
-from integration_pairs import DIM, PAIRS, SEQUENCE, Pair
+from integration_pairs import PAIRS, SEQUENCE, Pair
 from tolerances import assert_close
 
 import qlora_jax as ql
@@ -32,11 +32,11 @@ pytestmark = pytest.mark.parametrize(
 
 
 MODULES = {"linen": nn.Module, "nnx": nnx.Module}
-KINDS = ["dense", "layer", "own", "general out", "attention", "mlp stack"]
+KINDS = ["dense", "own", "general out", "attention", "mlp stack"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["layer", "general out", "einsum", "mlp", "mlp stack"])
+@pytest.mark.parametrize("name", ["dense", "general out", "einsum", "mlp", "mlp stack"])
 def test_dropout_is_on_exactly_when_asked_for(flax, name):
     wrapped, lora, x = build(flax, name, DROPOUT)
     # The seed is traced: one program with dropout and one without.
@@ -125,7 +125,7 @@ def test_plain_lora_on_a_float_base(flax, name):
 
 
 @pytest.mark.parametrize(
-    "name", fast_and_slow(["dense"], ["layer", "own", "attention", "mlp stack"])
+    "name", fast_and_slow(["dense"], ["own", "attention", "mlp stack"])
 )
 def test_dora_has_the_values_and_gradients_of_the_merged_model(flax, name):
     wrapped, lora, x = build(flax, name, dataclasses.replace(CONFIG, use_dora=True))
@@ -292,31 +292,3 @@ def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(flax, name):
         config = dataclasses.replace(CONFIG, targets=".*")
         flax.wrap(flax.make(PAIRS[name]), config, x)
     assert refused(error) == set(ql.leaves_by_path(base)) - set(PAIRS[name].matrices)
-
-
-def kernels(flax, **settings):
-    """Returns the packed kernel and the adapter of a layer with built-in adapters."""
-    pair = PAIRS["layer"]
-    wrapped = flax.wrap(flax.make(pair), ql.QLoRAConfig(**settings), make_x(pair))
-    return [tree["kernel"] for tree in wrapped.trees(wrapped.lora, wrapped.base)]
-
-
-@pytest.mark.parametrize("fmt", ["nf4", "fp4", "int4", "int8"])
-def test_its_kernel_starts_as_that_of_the_dense_layer(flax, fmt):
-    packing = {"block_size": 16, "double_quant": False}
-    w, _ = kernels(flax, fmt=None)
-    settings = {"rank_stabilized": True, "lora_dtype": "bfloat16"}
-    q, adapter = kernels(flax, fmt=fmt, rank=4, alpha=8, **packing, **settings)
-    np.testing.assert_array_equal(q.codes, ql.quantize(w, fmt, **packing).codes)
-    assert 0.8 < np.std(w) * DIM**0.5 < 1.2  # LeCun's
-    assert (adapter.a.dtype, adapter.scaling) == (jnp.bfloat16, 8 / 4**0.5)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"exclude": "kernel"}, {"targets": "w"}, {"rank_pattern": {".*": 2}},
-     {"contract": {"kernel": -1}}],
-)  # fmt: skip
-def test_configs_that_name_other_leaves_are_refused(flax, settings):
-    with pytest.raises(ValueError, match="must target 'kernel' and have no settings"):
-        kernels(flax, **settings)

@@ -195,7 +195,7 @@ def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name, rounding
     assert_close(got, want, dtype=jnp.bfloat16, roundings=roundings)
 
 
-DENSE = ["dense", "layer", "general"]
+DENSE = ["dense", "general"]
 
 
 @pytest.mark.slow

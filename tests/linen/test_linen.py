@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from flax.errors import ScopeParamShapeError
 from helpers import randomized
-from integration_models import INIT, LinenMLP, LinenOwn, LinenStack, LinenTwoKernels
+from integration_models import INIT, LinenMLP, LinenOwn, LinenTwoKernels
 from linen_helpers import CONFIG, assert_as_merged, make_x, merged, setup, variables_of
 from tolerances import assert_close
 
@@ -271,17 +271,10 @@ def test_a_wrapped_model_may_call_another(x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_dropout_takes_the_keys_that_flax_takes(wrapped, x):
+def test_dropout_takes_the_keys_that_flax_takes(x):
     """`make_rng("dropout")` falls back to the "params" stream."""
-    if wrapped:
-        variables = variables_of(nn.Dense(8), x, DROPOUT)
-        apply = ql.linen.wrap(nn.Dense(8)).apply
-    else:
-        layer = ql.linen.QLoRADense(8, DROPOUT)
-        variables = layer.init(KEY, x)
-        variables = {**variables, "lora": randomized(variables["lora"])}
-        apply = layer.apply
+    variables = variables_of(nn.Dense(8), x, DROPOUT)
+    apply = ql.linen.wrap(nn.Dense(8)).apply
     key = jax.random.key(3)
     want = apply(variables, x)
     for rngs in (key, {"params": key}, {"dropout": key}):
@@ -412,33 +405,6 @@ def test_a_plain_model_refuses_packed_kernels(name, fmt):
     match = 'For parameter "(kernel|embedding)"|QTensor is not an array'
     with pytest.raises((TypeError, ScopeParamShapeError), match=match):
         MODULES[name].apply({"params": base}, x)
-
-
-class DeepLayer(nn.Module):
-    cls: Any
-
-    @nn.compact
-    def __call__(self, x):
-        return self.cls(64, name="own")(jnp.tanh(nn.Dense(64, name="plain")(x)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scanned", [(), "layers"])
-def test_a_wrapped_model_may_hold_layers_with_adapters(scanned, x):
-    model, plain = (
-        LinenStack(lambda name, cls=cls: DeepLayer(cls, name=name))
-        for cls in (ql.linen.QLoRADense, nn.Dense)
-    )
-    variables = model.init(KEY, x)
-    config = ql.QLoRAConfig(rank=4, targets=".*/plain/kernel")
-    base, lora = ql.init(jax.random.key(1), variables["params"], config)
-    lora["layers"]["layer"] |= variables["lora"]["layers"]["layer"]
-    variables = {"params": base, "lora": randomized(lora)}
-    got = ql.linen.wrap(model, scanned=scanned).apply(variables, x)
-    assert_close(got, plain.apply(merged(variables), x))
-    match = "not hold a QLoRADense.*Got one at 'layers/layer/own'"
-    with pytest.raises(ValueError, match=match):
-        ql.linen.init(KEY, model, base, config, x)
 
 
 class Projections(nnx.Module):

@@ -311,7 +311,7 @@ def test_join_refuses_what_the_modules_would_not_read():
 
 
 def test_join_names_leaves_of_a_wrong_type():
-    layer = ql.nnx.QLoRALinear(64, 8, CONFIG, use_bias=False, rngs=nnx.Rngs(0))
+    layer = wrap(nnx.Linear(64, 8, use_bias=False, rngs=nnx.Rngs(0)), CONFIG)
     base, lora = ql.nnx.split(layer)
     array = {"kernel": jnp.ones((64, 8))}
     is_lora = "kernel: it must be a kernel or an array. Got LoRA."
@@ -345,10 +345,6 @@ def normalized(cls):
     return cls(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
 
 
-def drop_in(**options):
-    return ql.nnx.QLoRALinear(64, 8, rngs=nnx.Rngs(0), **options)
-
-
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -369,10 +365,6 @@ def drop_in(**options):
          r"must fit NNXOwn.__call__: .*'backend'. Got 0 .* \['backend'\]"),
         (lambda: wrap(HoldsDict(), ql.QLoRAConfig(targets="w")), ValueError,
          "w: weights must be a floating-point array.* Got dict"),
-        (lambda: drop_in(dot_general=None), ValueError,
-         r"supports. Got \['dot_general'\]"),
-        (lambda: drop_in(preferred_element_type=None), ValueError,
-         r"supports. Got \['preferred_element_type'\]"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused(call, error, words):

@@ -170,7 +170,8 @@ def test_what_does_not_fit_is_refused(mesh, rules, match):
 
 
 def test_options_that_do_not_fit_are_refused(mesh):
-    model = ql.nnx.QLoRALinear(64, 8, rngs=nnx.Rngs(0))
+    model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    model = ql.nnx.wrap(model, ql.QLoRAConfig(), rngs=nnx.Rngs(1))
     for place in (ql.sharding.place, lambda *_: ql.nnx.place(model, None)):
         with pytest.raises(TypeError, match="`mesh` must be .*Mesh. Got NoneType"):
             place(*trees(), None)

@@ -47,7 +47,11 @@ class SumOfMeans:
     count: Callable[[Any], Array]
 
     def __call__(self, *args: Any) -> tuple:
-        """Returns the sums, the numbers and the metrics of a batch."""
+        """Returns the sums, the numbers and the metrics of a batch.
+
+        Args:
+            *args: The arguments of `loss`.
+        """
         return self.loss(*args)
 
 
