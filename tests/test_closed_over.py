@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from helpers import make_mesh, normal, randomized, trees_of
 from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
@@ -31,6 +32,7 @@ CHECKED = {
     "_jax/memory.py check_donated": "init, donated",
     "_jax/memory.py delete": "init, donated",
     "linen/init_model.py _with_arrays": "linen.init",
+    "nnx/rules.py registration_misfit": "nnx.wrap",
     "product/matmul.py layer_of": "matmul",
     "product/matmul.py offsets_of": "ragged_dot",
     "quant/pack.py check_values": "quantize",
@@ -69,6 +71,17 @@ def test_every_function_that_looks_at_values_is_in_the_table():
     assert {*CHECKED.values()} <= cases().keys()
 
 
+class Registered(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(normal(5, (64, 8)))
+
+    def __call__(self, x):
+        return x @ self.w
+
+
+ql.nnx.register(Registered, kernel="w", einsum="bk,kn->bn")
+
+
 @functools.cache
 def cases():
     """Returns functions of a traced number that close over all other arguments."""
@@ -87,7 +100,7 @@ def cases():
     x, mesh = jnp.ones((2, 64)), make_mesh("Auto")
     parts = {name: getattr(stack, name) for name in ("codes", "scales")}
     facts = {"shape": stack.shape, "fmt": "nf4", "block_size": 16, "dtype": "float32"}
-    layer = nn.Dense(8)
+    layer, registered = nn.Dense(8), Registered()
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
 
     def init(**options):
@@ -130,6 +143,9 @@ def cases():
         "offload": lambda y: offloaded.init(layers[1]),
         "offload, NumPy": lambda y: offloaded.init(jax.tree.map(np.asarray, layers[1])),
         "offload, on a mesh": lambda y: offloaded.init(split_layers),
+        "nnx.wrap": lambda y: ql.nnx.split(
+            ql.nnx.wrap(registered, ql.QLoRAConfig(targets="w"), rngs=nnx.Rngs(0))
+        ),
         "linen.init": lambda y: ql.linen.init(
             jax.random.key(0), layer, shapes, ql.QLoRAConfig(), x
         ),

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
@@ -158,7 +159,9 @@ def _axis_roles(site: Site, target_names: list[str], config: QLoRAConfig) -> str
             )
     # 1. If a rule describes the module, use the roles that it knows.
     if (rule := packed_rule(module, target_names)) is not None:
-        if reason := registration_misfit(module, rule):
+        with jax.ensure_compile_time_eval():  # a trace may close over the model
+            reason = registration_misfit(module, rule)
+        if reason:
             raise ValueError(reason)
         return rule.kinds(module)
     cls = type(module).__name__
