@@ -1,6 +1,7 @@
 """Reads files that may be broken or hostile, and writes files atomically."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -208,13 +209,22 @@ def new_path(path: Path) -> Iterator[pathlib.Path]:
         )
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}.unfinished-"
+    _delete_leftovers(path, prefix)
     # The temporary folder is on the same file system as `path`, so that a rename does
     # not copy.
-    prefix = f".{path.name}."
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as temporary:
+    temporary_folder = tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent)
+    with temporary_folder as temporary, _locked(temporary):
         new = pathlib.Path(temporary) / "new"
         _unfinished.add(temporary)
-        yield new
+        try:
+            yield new
+        except OSError as error:
+            if error.filename and not str(error.filename).startswith(temporary):
+                raise
+            # `write` names no file, and NumPy only counts the bytes if a disk is full.
+            reason = error.strerror or f"the disk may be full: {error}"
+            raise OSError(error.errno or errno.ENOSPC, reason, str(path)) from error
         if new.is_file():
             # Otherwise a power failure after the rename could leave an empty file.
             with new.open("rb") as file:
@@ -231,6 +241,43 @@ def new_path(path: Path) -> Iterator[pathlib.Path]:
             if old.exists():
                 os.replace(old, path)
             raise
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder, and yields whether this has succeeded.
+
+    The system releases the lock when the process ends, even if it is killed. Windows
+    and some network file systems have no such locks.
+    """
+    descriptor = None
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_locked = True
+    except (ImportError, OSError):
+        is_locked = False
+    try:
+        yield is_locked
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _delete_leftovers(path: pathlib.Path, prefix: str) -> None:
+    """Deletes the temporary folders of `new_path` whose processes were killed."""
+    for folder in path.parent.iterdir():
+        if not folder.name.startswith(prefix) or folder.is_symlink():
+            continue
+        with contextlib.suppress(OSError), _locked(folder) as is_locked:
+            if not is_locked or not {*os.listdir(folder)} <= {"new", "old"}:
+                continue
+            # The process was killed between two renames.
+            if (folder / "old").exists() and not path.exists():
+                os.replace(folder / "old", path)
+            shutil.rmtree(folder)
 
 
 def delete_unfinished() -> None:
