@@ -54,12 +54,13 @@ class ScoreConfig(Config):
     """Scores a model on data: the mean loss over the target tokens.
 
     Attributes:
-        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
-            `run`, defaults to the model of the run.
-        data: A file of rows, in any form that train supports. In rows with `text` or
-            `input_ids`, all tokens but the first are targets, except where `labels` are
-            -100. Rows with `input_ids` need no tokenizer. In other rows, `train_on`
-            selects the targets. A .txt file is cut into rows of `batch_tokens` tokens.
+        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file.
+            Required without `run`, whose model is the default.
+        data: Required. A file of rows, in any form that train supports. In rows with
+            `text` or `input_ids`, all tokens but the first are targets, except where
+            `labels` are -100. Rows with `input_ids` need no tokenizer. In other rows,
+            `train_on` selects the targets. A .txt file is cut into rows of
+            `batch_tokens` tokens.
         adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
             library. Several, such as a,b, are scored separately.
         run: Folder of a training run, finished or not. Its newest adapter is used.
@@ -88,6 +89,7 @@ class ScoreConfig(Config):
         'float32'
     """
 
+    usage = "(--model MODEL | --run RUN) --data DATA"
     model: str | None = option(None, section="model and data")
     data: str | None = None
     adapter: str | list[str] | None = None
@@ -116,8 +118,8 @@ class ExportConfig(Config):
     """Writes a model or an adapter in a format that other programs load.
 
     Attributes:
-        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
-            `run`, defaults to the model of the run.
+        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file.
+            Required without `run`, whose model is the default.
         format: What to write. Either an adapter: for PEFT (peft, the default), for
             servers that load PEFT's folders (peft-portable, with one rank and without
             scaling), for llama.cpp (gguf-lora) or for mlx-lm (mlx). Or a model, with
@@ -125,9 +127,9 @@ class ExportConfig(Config):
             4 bits: bitsandbytes, awq, compressed-tensors (int4), mxfp4 or nvfp4. For a
             merge-aware adapter, the default is the model in the format that it was
             trained for.
-        out: The folder to write, new or empty; for gguf and gguf-lora, a new file. With
-            `run`, by default adapter-STEP (or model-STEP, for a merge-aware adapter) in
-            the run's folder, if `format` is left out or peft.
+        out: The folder to write, new or empty; for gguf and gguf-lora, a new file.
+            Required without `run`; with it, by default adapter-STEP (or model-STEP, for
+            a merge-aware adapter) in the run's folder, if `format` is left out or peft.
         adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
             library.
         run: Folder of a training run, finished or not, whose adapter is exported.
@@ -160,6 +162,7 @@ class ExportConfig(Config):
         True
     """
 
+    usage = "(--model MODEL --out OUT | --run RUN)"
     model: str | None = option(None, section="what to export")
     format: Literal[AdapterFormat, PackedFormat, "merged", "gguf"] | None = None
     out: str | None = option(None, limit=PATH)
@@ -255,8 +258,8 @@ class PairsConfig(Config):
     """Lists the formats for each server, and whether they keep the weights exactly.
 
     Attributes:
-        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
-            `run`, defaults to the model of the run.
+        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file.
+            Required without `run`, whose model is the default.
         adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
             library. If it is in a run's folder, `fmt` defaults to that of the run.
         run: Folder of a training run, finished or not. Its newest adapter is used.
@@ -269,6 +272,7 @@ class PairsConfig(Config):
         True
     """
 
+    usage = "(--model MODEL | --run RUN)"
     model: str | None = None
     adapter: str | None = None
     run: str | None = None
@@ -300,8 +304,8 @@ class GenerateConfig(Config):
     """Generates text from a prompt, or chats.
 
     Attributes:
-        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file. With
-            `run`, defaults to the model of the run.
+        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file.
+            Required without `run`, whose model is the default.
         adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
             library. Several, such as a,b, answer separately.
         run: Folder of a training run, finished or not. Its newest adapter is used.
@@ -342,6 +346,7 @@ class GenerateConfig(Config):
         0.0
     """
 
+    usage = "(--model MODEL | --run RUN)"
     model: str | None = option(None, section="model and prompts")
     adapter: str | list[str] | None = None
     run: str | None = None

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import (
     Any,
+    ClassVar,
     Literal,
     NamedTuple,
     Self,
@@ -100,6 +101,9 @@ def option(
 
 class Config:
     """Base of the config classes. Their fields are options, or groups of options."""
+
+    # What `--help` shows as required; by default, the options without a default.
+    usage: ClassVar[str] = ""
 
     def __post_init__(self):
         # A config with groups overrides this method, since each group checks itself.

@@ -96,6 +96,7 @@ def _add_options(parser: Parser, config_type: type[Config]) -> None:
     required = [option.name for option in options if option.default is REQUIRED]
     is_positional = config_type is configs.InspectConfig  # `qlora-jax inspect PATH`
     usage = [x.upper() if is_positional else f"--{x} {x.upper()}" for x in required]
+    usage = [config_type.usage] if config_type.usage else usage
     parser.usage = " ".join([parser.prog, *usage, "[options]"])
     config_help = "YAML file of settings; flags override it"
     parser.add_argument("--config", action="append", default=[], help=config_help)
@@ -211,7 +212,7 @@ def _read_settings(file: str, config_type: type[Config]) -> dict[str, object]:
         if not isinstance(settings, dict):
             raise ValueError(f"Got {settings!r}.")
         return config_type.resolve_names(settings)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = "It is missing." if isinstance(error, FileNotFoundError) else error
         message = f"`config` must be a YAML file of settings. {file}: {reason}"
         raise ValueError(message) from error

@@ -34,9 +34,15 @@ def test_help_is_in_words(capsys, command):
         *["positional arguments"] * (command == "inspect"),
         *["options", *titles, "examples"],
     ]
+    words = " ".join(out.split())
+    required = {"score": "(--model MODEL | --run RUN) --data DATA"}
+    required |= {"export": "(--model MODEL --out OUT | --run RUN)"}
+    if command in required:
+        assert out.startswith(f"usage: qlora-jax {command} {required[command]} [")
+        assert words.count("Required without `run`") == 1 + (command == "export")
+        assert ("--data DATA Required." in words) == (command == "score")
     if command != "train":
         return
-    words = " ".join(out.split())
     assert "(a number, or several separated by commas; default: 0.0002)" in words
     assert "(an integer; default: 16)" in words
     usage = "usage: qlora-jax train --model MODEL --data DATA --out OUT [options]\n"
