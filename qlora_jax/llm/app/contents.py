@@ -12,6 +12,7 @@ import qlora_jax as ql
 
 from ..data.readers import describe_path
 from ..gguf.file import is_gguf, open_gguf
+from ..reading import reading
 from ..train.outputs import NATIVE_ADAPTER, plural, read_metrics
 from .base_model import MLX_ADAPTER
 from .configs import InspectConfig
@@ -146,7 +147,8 @@ def inspect(config: InspectConfig) -> Contents:
 
 def _inspect_run(path: pathlib.Path) -> Contents:
     file, settings = path / RESULT, read_run_config(path / CONFIG).to_settings()
-    result = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    with reading(file):
+        result = dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
     rows = read_metrics(path / METRICS)
     names = ("model", "data", "fmt", "steps")
     if settings["merge_aware"]:

@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import PyTree
 from tqdm import tqdm
 
+from ..reading import reading
 from ..train.answers import exact_match, generate_answers
 from ..train.means import make_means
 from ..train.objectives import find_objective
@@ -134,9 +135,10 @@ class Evaluation:
         pairs = zip(self._prompts, self._examples, strict=True)
         rows = [{"prompt": prompt, "right": x.answer} for prompt, x in pairs]
         if self._path.is_file():
-            lines = self._path.read_text("utf-8").splitlines()
-            old_rows = [json.loads(line) for line in lines]
-            if [row["right"] for row in old_rows] == [row["right"] for row in rows]:
-                rows = old_rows
+            with reading(self._path):
+                lines = self._path.read_text("utf-8").splitlines()
+                old_rows = [json.loads(line) for line in lines]
+                if [row["right"] for row in old_rows] == [row["right"] for row in rows]:
+                    rows = old_rows
         rows = [row | {key: text} for row, text in zip(rows, texts, strict=True)]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))

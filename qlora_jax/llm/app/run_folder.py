@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import qlora_jax as ql
 
+from ..reading import reading
 from .train_config import TrainConfig
 
 STATE, CONFIG, METRICS = "state", "config.yaml", "metrics.jsonl"
@@ -16,6 +17,7 @@ ANSWERS, RESULT = "answers.jsonl", "result.json"
 FAILED = "failed.txt"  # the reason why one run of a sweep ended early
 TEMPLATE = "template.jinja"  # a copy of the file in the option `template`
 SYSTEM = "system.txt"  # the system message, if all rows of the data share one
+_FIRST_LINE = "# The weights of the model: "  # of `CONFIG`
 LOG_ID = "log_id"  # identifies the run for W&B and trackio
 
 
@@ -54,7 +56,7 @@ def open_run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _lock(folder):
-            if not resume and any(folder.iterdir()):
+            if not resume and not _is_untrained(folder):
                 contents = "other files"
                 if has_config:
                     contents = "a run. Use `--resume` to continue it"
@@ -68,10 +70,29 @@ def open_run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
                 folder.rmdir()
 
 
+def _is_untrained(folder: pathlib.Path) -> bool:
+    """Returns whether a folder only has what a run writes before its first step."""
+
+    def is_beginning(path: pathlib.Path) -> bool:
+        if path.is_symlink() or path.is_dir():
+            return not path.is_symlink()
+        if path.name == CONFIG:
+            return path.read_bytes().startswith(_FIRST_LINE.encode())
+        if path.name in (TEMPLATE, SYSTEM):
+            return path.with_name(CONFIG).is_file()
+        is_unfinished = ".unfinished-" in str(path.relative_to(folder))
+        return is_unfinished or path.name == METRICS and not path.stat().st_size
+
+    return all(map(is_beginning, folder.rglob("*")))
+
+
 @contextlib.contextmanager
 def _lock(folder: pathlib.Path) -> Iterator[None]:
-    import fcntl  # not on Windows
-
+    try:
+        import fcntl
+    except ImportError:  # on Windows, which has no such locks
+        yield
+        return
     # The system releases the lock when the process ends, even if it is killed.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -113,7 +134,7 @@ def write_run_config(
     if config.training.epochs is not None:
         transient["steps"] = None  # they follow from the epochs, which may change
     text = yaml.safe_dump(config.to_settings() | transient, sort_keys=False)
-    write_text(path, f"# The weights of the model: {source}.\n{text}")
+    write_text(path, f"{_FIRST_LINE}{source}.\n{text}")
 
 
 def read_run_config(path: pathlib.Path) -> TrainConfig:
@@ -125,11 +146,9 @@ def read_run_config(path: pathlib.Path) -> TrainConfig:
     import yaml
 
     ql.io.check_links(path.parent, [path.name, TEMPLATE])
-    try:
+    with reading(path):
         text = path.read_text("utf-8")
         config = TrainConfig.from_settings(dict(yaml.safe_load(text)))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} must have the settings of a run. {error}") from error
     output, data = dataclasses.replace(config.output, out=str(path.parent)), config.data
     if data.template is not None:
         data = dataclasses.replace(data, template=str(path.with_name(TEMPLATE)))
@@ -141,7 +160,8 @@ def read_system_message(config: TrainConfig) -> str | None:
     folder = pathlib.Path(config.output.out)
     ql.io.check_links(folder, [SYSTEM])
     path = folder / SYSTEM
-    return path.read_text("utf-8") if path.is_file() else None
+    with reading(path):
+        return path.read_text("utf-8") if path.is_file() else None
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

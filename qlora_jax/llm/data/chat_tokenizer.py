@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..models.folder import ChatSettings
 from ..models.source import open_source
 from ..models.tokenizer import read_text
+from ..reading import reading
 from .model_files import ModelError, read_model_files
 from .omissions import without_space
 from .readers import MAX_BYTES
@@ -61,17 +62,13 @@ class Tokenizer:
             template: The text of a chat template that replaces the model's.
             now: The time for `strftime_now` in templates.
         """
-        self._path, self._template, self._now = pathlib.Path(path), template, now
+        self.path, self._template, self._now = pathlib.Path(path), template, now
 
     @functools.cached_property
     def inner(self) -> "tokenizers.Tokenizer":
         """The `tokenizers.Tokenizer`."""
-        try:
-            tokenizer = open_source(self._path).build_tokenizer()
-        except Exception as error:  # `tokenizers` raises no more specific type
-            raise ModelError(
-                f"{self._path} must have a tokenizer that can be read. {error}"
-            ) from error
+        with reading(f"the tokenizer of {self.path}", ModelError):
+            tokenizer = open_source(self.path).build_tokenizer()
         # Some files enable these, which would change rows without a warning.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -79,7 +76,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _settings(self) -> ChatSettings:
-        return read_model_files(self._path)
+        return read_model_files(self.path)
 
     @functools.cached_property
     def chat(self) -> "Chat":
@@ -87,7 +84,7 @@ class Tokenizer:
         sources = self._settings.templates
         if self._template is not None:
             sources = {"default": self._template}
-        return Chat(str(self._path), sources, self._settings.special, self._now)
+        return Chat(str(self.path), sources, self._settings.special, self._now)
 
     @property
     def has_template(self) -> bool:
@@ -233,12 +230,15 @@ def encode_with_offsets(
     if len(text) > MAX_BYTES:
         raise ValueError(f"the text must have at most {MAX_BYTES:,} characters.")
     try:
-        tokens = tokenizer.inner.encode(text, add_special_tokens=add_special_tokens)
-        return tokens, False
-    except TypeError as error:
+        text.encode()
+    except UnicodeEncodeError as error:
         raise ValueError(
             f"the text must not have half a character (a surrogate). Got {text!r:.200}."
         ) from error
+    # Some files only fail at a text.
+    with reading(f"the tokenizer of {tokenizer.path}", ModelError):
+        tokens = tokenizer.inner.encode(text, add_special_tokens=add_special_tokens)
+        return tokens, False
 
 
 class AnswerSpans(NamedTuple):

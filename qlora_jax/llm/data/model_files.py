@@ -4,6 +4,7 @@ import pathlib
 
 from ..models.folder import ChatSettings
 from ..models.source import open_source
+from ..reading import reading
 
 
 class ModelError(ValueError):
@@ -12,11 +13,5 @@ class ModelError(ValueError):
 
 def read_model_files(path: pathlib.Path) -> ChatSettings:
     """Reads the templates and special tokens of a folder or a `.gguf` file."""
-    try:
+    with reading(f"the tokenizer of {path}", ModelError):
         return open_source(path).read_chat()
-    except ValueError as error:
-        raise ModelError(str(error)) from error
-    except (AttributeError, KeyError, TypeError) as error:  # a wrong type
-        raise ModelError(
-            f"{path} must have tokenizer files that can be read. {error}"
-        ) from error

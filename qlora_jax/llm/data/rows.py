@@ -123,8 +123,9 @@ def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file())
-        files = [file for file in files if not file.name.startswith(".")]
+        files = sorted(x for x in path.iterdir() if not x.name.startswith("."))
+        # What has the name of a file of rows and is none, is an error.
+        files = [file for file in files if file.is_file() or parse_file_name(file)]
         parsed = {file.name: parse_file_name(file) for file in files}
         # Only files that a reader supports.
         stems = {name: parts.stem for name, parts in parsed.items() if parts}

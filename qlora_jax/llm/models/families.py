@@ -427,7 +427,9 @@ FAMILIES |= {
 
 def is_known(raw: Mapping[str, Any]) -> bool:
     """Whether `Decoder` knows the type of model that a `config.json` describes."""
-    return raw.get("model_type") in FAMILIES
+    if not isinstance(model_type := raw.get("model_type"), str):
+        raise ValueError(f"`model_type` must be text. Got {model_type!r}.")
+    return model_type in FAMILIES
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:

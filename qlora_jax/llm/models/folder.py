@@ -16,6 +16,7 @@ import numpy as np
 
 import qlora_jax as ql
 
+from ..reading import reading
 from .config import DecoderConfig
 from .decoder_names import decoder_names
 from .families import config_from_hf, text_only_config
@@ -61,7 +62,8 @@ class ModelFolder:
         """The config of the decoder; raises if `Decoder` does not support the model."""
         raw = ql.io.read_config_json(self.path)
         ql.io.read_quantization(self.path)  # raises if the format is not supported
-        return config_from_hf(raw)
+        with reading(self.path / "config.json"):
+            return config_from_hf(raw)
 
     @property
     def context_length(self) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import qlora_jax as ql
 
 from ..gguf.tokenizer_in import SPACE, make_pre_tokenizer, split_as_gemma, spm_decoder
+from ..reading import reading
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -159,12 +160,10 @@ class FolderTokenizer:
         if not self._raw:
             raise ValueError(f"{self._file} must exist, and contain a tokenizer.")
         is_rebuilt = self.class_name != AS_IN_FILE
-        try:
+        with reading(self._file):
             tokenizer = (
                 self._rebuild() if is_rebuilt else Tokenizer.from_str(self._text)
             )
-        except Exception as error:  # tokenizers raises plain Exceptions
-            raise ValueError(f"{self._file} must be a tokenizer. {error!r}") from error
         # Tokens in the vocabulary keep their ids. The others get the next ids, in the
         # order of this list.
         tokens: list[str | AddedToken] = [x for _, x in sorted(self._added.items())]

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import pathlib
-import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
+from ..reading import reading
 from .loop import Callback, Training
 
 NATIVE_ADAPTER = "adapter.safetensors"  # written by `qlora_jax.io.save`
@@ -102,6 +102,9 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
     Args:
         path: The file. An incomplete last line is ignored.
 
+    Raises:
+        ValueError: If the file does not have the metrics of a step in each line.
+
     Example:
         >>> import pathlib, tempfile
         >>> from qlora_jax.llm import train
@@ -110,9 +113,16 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
         >>> train.read_metrics(path)
         [{'step': 1, 'loss': 2.5}]
     """
-    # The text after the last line break is empty, or an incomplete line.
-    lines = pathlib.Path(path).read_text("utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    with reading(path):
+        # The text after the last line break is empty, or an incomplete line.
+        lines = pathlib.Path(path).read_text("utf-8").split("\n")
+        rows = [json.loads(line) for line in lines[:-1]]
+        for row in rows:
+            if type(row["step"]) is not int or not all(
+                isinstance(x, int | float | list | None) for x in row.values()
+            ):
+                raise ValueError(f"It must have a step and numbers. Got {row!r:.80}.")
+        return rows
 
 
 def plot_loss(
@@ -252,6 +262,10 @@ def memory_of(
     stats = jax.local_devices()[0].memory_stats() or {}  # CPUs have none
     if "peak_bytes_in_use" in stats:
         return sizes | {"device peak": int(stats["peak_bytes_in_use"])}
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return sizes
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, else kilobytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return sizes | {"process peak": peak}

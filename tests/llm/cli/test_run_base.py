@@ -227,7 +227,7 @@ def test_an_adapter_is_not_read_without_the_damaged_settings_of_its_run(
     (tmp_path / "run" / "config.yaml").write_text("model: m\nfmt: nf5")
     adapter = str(tmp_path / "run" / "adapter")
     config = app.ScoreConfig(str(folder / "base"), "d", adapter)
-    with pytest.raises(ValueError, match="config.yaml must have the settings of a run"):
+    with pytest.raises(ValueError, match="config.yaml cannot be read"):
         open_model_and_adapters(config)
     (tmp_path / "run" / "metrics.jsonl").unlink()  # then it is another program's folder
     # So it is beside a folder of Hydra's settings, which is no run of a sweep.

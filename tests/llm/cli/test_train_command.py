@@ -801,7 +801,7 @@ def test_each_process_of_a_run_can_resume_it(tmp_path, capsys):
 def test_a_damaged_file_of_settings_is_reported_first(data, tmp_path):
     (tmp_path / "config.yaml").write_text("model: [")
     config = settings("nowhere", data, tmp_path, resume=True)
-    with pytest.raises(ValueError, match="config.yaml must have the settings of a run"):
+    with pytest.raises(ValueError, match="config.yaml cannot be read"):
         app.train(config)
 
 

@@ -70,7 +70,7 @@ def test_a_setting_that_is_not_supported_is_refused(tmp_path, key, value):
     [
         ("{", "tokenizer.json must be JSON"),
         ("[]", "tokenizer.json must contain a JSON object"),
-        ('{"model": {"type": "none"}}', "tokenizer.json must be a tokenizer"),
+        ('{"model": {"type": "none"}}', "tokenizer.json cannot be read"),
         (None, "tokenizer.json must exist"),
     ],
 )

@@ -545,7 +545,7 @@ def test_a_model_that_lacks_what_the_rows_need(plain, tmp_path):
     tokenizer = open_tokenizer(plain, template=template)
     data = tokenizer_helpers.read_rows_of(tokenizer, tmp_path, *raw)
     assert trained(plain, data.train[0])[1] == ["two<|im_end|>", "the end<|im_end|>"]
-    with pytest.raises(ValueError, match="must have a tokenizer that can be read"):
+    with pytest.raises(ValueError, match="the tokenizer of .* cannot be read"):
         read_raw(tmp_path, tmp_path, {"text": "a"})
     settings = json.loads((plain / "tokenizer_config.json").read_text())
     assert "chat_template" not in settings
