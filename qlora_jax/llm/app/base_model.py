@@ -1,6 +1,7 @@
 """Finds and reads models, adapters, and the adapters of training runs."""
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 import re
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
@@ -26,6 +28,7 @@ from ..models.jax_engine import LAYERS, JaxEngine
 from ..models.source import ModelSource, open_source
 from ..models.torch_decoder import TorchEngine, open_torch_engine
 from ..models.torch_sharding import Contract
+from ..reading import reading
 from ..train.checkpoints import Checkpoints
 from ..train.outputs import NATIVE_ADAPTER
 from ..train.target_modules import ALL_LINEAR, find_target_paths
@@ -325,7 +328,9 @@ def _open_engine(path: pathlib.Path, name: EngineName) -> Engine:
         )
     if name == "jax" or not is_folder:  # a .gguf file has no config.json
         return JaxEngine(path, files.config)
-    if name == "auto" and is_known(ql.io.read_config_json(path)):
+    with reading(path / "config.json"):
+        has_decoder = is_known(ql.io.read_config_json(path))
+    if name == "auto" and has_decoder:
         return JaxEngine(path, files.config)
     engine = open_torch_engine(path)
     log(
@@ -432,6 +437,22 @@ def _engine_of_runs(adapters: str | Sequence[str] | None) -> EngineName:
     return run_configs[0].model.engine if run_configs else "auto"
 
 
+def hash_files(path: pathlib.Path) -> str:
+    """Returns a hash of the sizes of a model's files and of samples of their bytes."""
+    hasher = hashlib.sha256()
+    num_samples, sample_bytes = 64, 1 << 14
+    names = ["config.json", *sorted(p.name for p in path.glob("*.safetensors"))]
+    for file in [path / name for name in names] if path.is_dir() else [path]:
+        size = file.stat().st_size
+        hasher.update(f"{file.name} {size}\n".encode())
+        last = max(0, size - sample_bytes)
+        with file.open("rb") as opened:
+            for offset in np.linspace(0, last, num_samples, dtype=np.int64):
+                opened.seek(int(offset))
+                hasher.update(opened.read(sample_bytes))
+    return hasher.hexdigest()[:16]
+
+
 def open_run(
     run: str,
     step: int | None = None,
@@ -468,6 +489,14 @@ def open_run(
     with quiet_orbax(), Checkpoints(folder / STATE, read_only=True) as checkpoints:
         step = checkpoints.latest if step is None else step
         lora = checkpoints.restore_lora(lora, step)
+        with reading(state := folder / STATE / str(step)):
+            trained_hash = checkpoints.metadata(step)["settings"]["model's files"]
+    # Another base is only used if it is named.
+    if base_model is None and trained_hash != hash_files(model.path):
+        raise ValueError(
+            f"`model` must be given for {state}, which was not trained on the files "
+            f"in {model.path}."
+        )
     peft = None
     if target_packing_of(lora) is None:
         source_names = {"base_model": model.name, "revision": model.revision}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import hashlib
 import importlib
 import itertools
 import json
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -29,6 +27,7 @@ from ..train.objectives import OBJECTIVES, find_objective
 from ..train.outputs import plural
 from .base_model import (
     BaseModel,
+    hash_files,
     init_shapes,
     lora_config_for,
     open_model,
@@ -496,13 +495,13 @@ def _make_stamp(
         stamp.pop(name, None)
     if objective.name == TrainingConfig.objective:
         del stamp["objective"]
-    stamp["model's files"] = _hash_files(model.path)
+    stamp["model's files"] = hash_files(model.path)
     if model.engine.name != "jax":
         # The option may change, such as from auto to torch, but not the actual engine.
         # Stamps of version 0.2 lack the engine, which was always "jax".
         stamp["engine"] = model.engine.name
     if teacher is not None:
-        stamp["teacher's files"] = _hash_files(teacher.path)
+        stamp["teacher's files"] = hash_files(teacher.path)
     if data.mix:
         stamp["rows and weights"] = data.mix
     stamp["data"] = data.hash
@@ -537,19 +536,3 @@ def _describe_value(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return repr(value)
-
-
-def _hash_files(path: pathlib.Path) -> str:
-    """Returns a hash of the sizes of a model's files and of samples of their bytes."""
-    hasher = hashlib.sha256()
-    num_samples, sample_bytes = 64, 1 << 14
-    names = ["config.json", *sorted(p.name for p in path.glob("*.safetensors"))]
-    for file in [path / name for name in names] if path.is_dir() else [path]:
-        size = file.stat().st_size
-        hasher.update(f"{file.name} {size}\n".encode())
-        last = max(0, size - sample_bytes)
-        with file.open("rb") as opened:
-            for offset in np.linspace(0, last, num_samples, dtype=np.int64):
-                opened.seek(int(offset))
-                hasher.update(opened.read(sample_bytes))
-    return hasher.hexdigest()[:16]

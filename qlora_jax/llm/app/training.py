@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 import qlora_jax as ql
 
 from ..data.batching import Batch
+from ..reading import reading
 from ..train.callbacks import (
     Best,
     CheckFinite,
@@ -236,7 +237,8 @@ def _find_resumed_step(
                 f"states and {METRICS}."
             )
         return None
-    saved_stamps = [x.metadata(step)["settings"] for x in checkpoints]
+    with reading(f"{runs[0].folder / STATE / str(step)}"):
+        saved_stamps = [{**x.metadata(step)["settings"]} for x in checkpoints]
     with all_or_none():
         for run, saved_stamp in zip(runs, saved_stamps, strict=True):
             check_stamp(saved_stamp, run.stamp, run.config.output.out)
@@ -304,15 +306,16 @@ class Trainer:
             # A sweep that was killed while it saved its first states has some of them.
             self.checkpoints.remove_after(-1)
             return state
-        state, metadata = self.checkpoints.restore(state, resume_after)
-        batches.set_state(metadata["position"])
+        with reading(self.run.folder / STATE / str(resume_after)):
+            state, metadata = self.checkpoints.restore(state, resume_after)
+            batches.set_state(metadata["position"])
+            best = Best(**metadata.get("best", {}))
         self.checkpoints.remove_after(resume_after)  # the run writes them again
-        best = metadata.get("best", {})
-        if self.best is not None and best:
-            if best["step"] in (None, *self.checkpoints.steps):
-                self.best = Best(**best)
+        if self.best is not None:
+            if best.step in (None, *self.checkpoints.steps):
+                self.best = best
             else:
-                log(f"The best state, of step {best['step']:,}, no longer exists.")
+                log(f"The best state, of step {best.step:,}, no longer exists.")
         return state
 
     def make_callbacks(

@@ -18,7 +18,6 @@ from jaxtyping import PyTree
 from .arrays import check_same_arrays, copy_to_save, leaves_by_name, mesh_of
 from .step import State, unwrap_key, wrap_key
 
-_UNFINISHED = ".orbax-checkpoint-tmp*"
 _CHECKSUMS = "checksums.txt"  # in the format of `sha256sum`, plus a hash of the lines
 # Files without a checksum. Orbax writes the first two while the checksums are computed,
 # or later. They contain no arrays.
@@ -78,6 +77,7 @@ class Checkpoints:
     def _open(self) -> None:
         import orbax.checkpoint as ocp
 
+        self._unfinished = f"{ocp.utils.TMP_DIR_SUFFIX}*"  # ends the temporary names
         self._remove_unfinished()
         policy: Any = SimpleNamespace(should_preserve=self._should_preserve)
         # The processes of a run wait for each other at barriers, which Orbax finds by
@@ -192,6 +192,7 @@ class Checkpoints:
         target = expected if is_sharded else _empty_arrays(expected)
         state_args = self._args.StandardRestore(target)
         items = self._restore(step, about=self._args.JsonRestore(), state=state_args)
+        self._check_step(step, items["state"])
         leaves = [items["state"][name] for name in expected]
         if not is_sharded:
             shardings = [leaf.sharding for leaf in expected.values()]
@@ -218,6 +219,7 @@ class Checkpoints:
         # and dropped.
         target = self._args.StandardRestore(_empty_arrays(saved))
         arrays = self._restore(step, state=target)["state"]
+        self._check_step(step, arrays)
         return jax.tree.structure(like).unflatten([arrays[name] for name in expected])
 
     def remove_after(self, step: int) -> list[int]:
@@ -264,7 +266,7 @@ class Checkpoints:
     def _add_checksums(self) -> None:
         # Orbax calls this in its thread, after the data is written and before the
         # rename that makes the checkpoint visible.
-        [folder] = self._folder.glob(f"{self._last_saved}{_UNFINISHED}")
+        [folder] = self._folder.glob(f"{self._last_saved}{self._unfinished}")
         _write_checksums(folder)
 
     def _find_intact(self, step: int | None) -> int:
@@ -301,6 +303,13 @@ class Checkpoints:
     def _read_shapes(self, step: int) -> dict[str, Any]:
         return dict(self._manager.item_metadata(step)["state"] or {})
 
+    def _check_step(self, step: int, arrays: Mapping[str, Any]) -> None:
+        if (saved := int(arrays["step"])) != step:
+            raise ValueError(
+                f"{self._folder} must have the state of step {step} in the folder of "
+                f"this name. Got that of step {saved}."
+            )
+
     def _restore(self, step: int, **items: object) -> Mapping[str, Any]:
         return self._manager.restore(step, args=self._args.Composite(**items))
 
@@ -335,7 +344,7 @@ class Checkpoints:
             return
         # After an error, a thread may still be writing files for a moment.
         for _ in range(20):
-            unfinished = [*self._folder.glob(f"*{_UNFINISHED}")]
+            unfinished = [*self._folder.glob(f"*{self._unfinished}")]
             for path in unfinished:
                 shutil.rmtree(path, ignore_errors=True)
             if not unfinished:
