@@ -3,12 +3,13 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, TypeVar
 
 from ..files import CheckpointError, Path, member, read_json, refuse
+from .matching import first_matches, is_plain, key_regex, layer_regex
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -37,6 +38,7 @@ _UNSUPPORTED: dict[str, Any] = {
     **dict.fromkeys(("ensure_weight_tying", "fan_in_fan_out"), False),
     **dict.fromkeys(("lora_bias", "use_qalora"), False),
 }
+_MAX_PATTERNS = 100_000  # characters of regular expressions
 _BIASES = ("none", "all", "lora_only")
 # With other initializations, such as PiSSA, PEFT changes the base weights.
 _INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -145,7 +147,11 @@ class PeftConfig:
         Args:
             module: The module's name in the model, or the name of a parameter.
         """
-        return _first_match(self.rank_pattern, module, self.r)
+        return self.ranks_of([module])[module]
+
+    def ranks_of(self, modules: Collection[str]) -> dict[str, int]:
+        """Returns the ranks of several modules, as `rank_of` does."""
+        return first_matches("rank_pattern", self.rank_pattern, modules, self.r)
 
     def scaling_of(self, module: str) -> float:
         """Returns the scaling of a module's adapter: alpha / r, or alpha / sqrt(r).
@@ -153,9 +159,14 @@ class PeftConfig:
         Args:
             module: The module's name in the model, or the name of a parameter.
         """
-        alpha = _first_match(self.alpha_pattern, module, self.lora_alpha)
-        rank = self.rank_of(module)
-        return float(alpha / math.sqrt(rank) if self.use_rslora else alpha / rank)
+        return self.scalings_of([module])[module]
+
+    def scalings_of(self, modules: Collection[str]) -> dict[str, float]:
+        """Returns the scalings of several modules, as `scaling_of` does."""
+        patterns, ranks = self.alpha_pattern, self.ranks_of(modules)
+        alphas = first_matches("alpha_pattern", patterns, modules, self.lora_alpha)
+        divisors = {m: math.sqrt(r) if self.use_rslora else r for m, r in ranks.items()}
+        return {m: float(alpha / divisors[m]) for m, alpha in alphas.items()}
 
     @classmethod
     def read(cls, folder: Path) -> "PeftConfig":
@@ -208,74 +219,6 @@ class PeftConfig:
         if isinstance(tokens := raw["trainable_token_indices"], Mapping):
             raw["trainable_token_indices"] = {m: [*rows] for m, rows in tokens.items()}
         return dict(sorted(raw.items()))
-
-
-# These functions match names as PEFT does.
-
-
-def is_targeted(
-    module: str,
-    targets: str | tuple[str, ...],
-    layers: tuple[int, ...] | None = None,
-    layer_prefixes: tuple[str, ...] = (),
-) -> bool:
-    """Returns whether PEFT's `target_modules` match a module.
-
-    A string is a regular expression for full names. A tuple holds full names, or their
-    ends after a dot; ends match in `layers` only (None for all).
-    """
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    if module in targets:
-        return True
-    if not any(module.endswith(f".{target}") for target in targets):
-        return False
-    return layers is None or _layer_of(module, layer_prefixes) in layers
-
-
-def _layer_of(module: str, layer_prefixes: tuple[str, ...]) -> int | None:
-    # The first prefix that matches decides, as in PEFT.
-    for pattern in map(_layer_regex, layer_prefixes or ("",)):
-        if match := re.match(pattern, module):
-            # A prefix with "|" may match without the group of the number.
-            return int(match["layer"]) if match["layer"] else None
-    return None
-
-
-def _layer_regex(prefix: str) -> str:
-    # Without a prefix, the first number between dots is the layer's.
-    start = rf"(?:^|.*?\.){prefix}" if prefix else r".*?\.[^.]*"
-    return rf"{start}\.(?P<layer>\d+)\."
-
-
-def _key_regex(key: str) -> str:
-    # A key matches the end of a name after a dot, and may be a regular expression.
-    return rf"(.*\.)?({key})$"
-
-
-def matches_key(key: str, module: str) -> bool:
-    """Returns whether a key of `rank_pattern` or `alpha_pattern` matches a module."""
-    return re.match(_key_regex(key), module) is not None
-
-
-def _first_match(patterns: Mapping[str, N], module: str, default: N) -> N:
-    values = (value for key, value in patterns.items() if matches_key(key, module))
-    return next(values, default)
-
-
-def is_saved(parameter: str, modules_to_save: Iterable[str]) -> bool:
-    """Returns whether one of PEFT's `modules_to_save` holds a parameter."""
-    # PEFT compares ends without a dot: "norm" also saves "input_layernorm".
-    parts = parameter.split(".")[:-1]
-    modules = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(module.endswith((*modules_to_save,)) for module in modules)
-
-
-def is_excluded_as_saved(module: str, modules_to_save: Iterable[str]) -> bool:
-    """Returns whether PEFT adds no adapter to a module because it is saved."""
-    # Unlike `is_saved`, this compares only whole parts of names, between dots.
-    escaped = map(re.escape, modules_to_save)
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in escaped)
 
 
 # These functions find settings from the ranks and scalings of modules.
@@ -427,13 +370,19 @@ def _problems_of(config: PeftConfig) -> list[str]:
             "`layers_to_transform` and `layers_pattern` must be left out if "
             "`target_modules` is a regular expression."
         ]
-    regexes = [("layers_pattern", _layer_regex(x)) for x in config.layer_prefixes]
+    regexes = [("layers_pattern", layer_regex(x)) for x in config.layer_prefixes]
     for name in ("rank_pattern", "alpha_pattern"):
-        regexes += [(name, _key_regex(key)) for key in getattr(config, name)]
+        keys = (key for key in getattr(config, name) if not is_plain(key))
+        regexes += [(name, key_regex(key)) for key in keys]
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)
         if isinstance(value, str) and value.lower() != "all-linear":
             regexes.append((name, value))
+    if (size := sum(len(pattern) for _, pattern in regexes)) > _MAX_PATTERNS:
+        return [
+            f"regular expressions must have at most {_MAX_PATTERNS} characters in all. "
+            f"Got {size} in {sorted({name for name, _ in regexes})}."
+        ]
     for name, pattern in regexes:
         try:
             re.compile(pattern)

@@ -23,13 +23,17 @@ from .config import (
     PREFIX,
     PeftConfig,
     alpha_of,
-    is_excluded_as_saved,
-    is_saved,
-    is_targeted,
     last_part,
-    matches_key,
     module_of,
     split_common,
+)
+from .matching import (
+    ends_of,
+    is_excluded_as_saved,
+    layers_of,
+    match_keys,
+    saved_as,
+    targeted,
 )
 from .modules import (
     EMBEDDING,
@@ -93,11 +97,14 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterLayout:
     adapted = _adapted_modules(config, model, problems)
     parameters = _adapted_parameters(config, model, adapted, problems)
     # Then find the tensors that the file contains in full.
-    saved = []
+    saved, modules_to_save = [], {*config.modules_to_save}
+    saved_modules: set[str] = set()
     for name in model.positions:
         module, _, kind = name.rpartition(".")
         has_bias = config.bias == "all" or config.bias != "none" and module in adapted
-        if not (kind == "bias" and has_bias or is_saved(name, config.modules_to_save)):
+        matched = saved_as(name, modules_to_save)
+        saved_modules |= {*matched}
+        if not (kind == "bias" and has_bias or matched):
             continue
         saved.append(name)
         if model.is_tied and last_part(module) == EMBEDDING:
@@ -109,26 +116,30 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterLayout:
     optional = [n for n in model.positions if f".{n}".endswith(ends) and n not in saved]
     rows = _trained_rows(config, model, adapted, problems)
     # Last, report patterns that match nothing, which are probably misspelled.
-    pattern_keys = [_pattern_key(config, module) for module in adapted]
+    pattern_keys = _pattern_keys(config, adapted)
     for module in config.modules_to_save:
-        if not any(is_saved(name, [module]) for name in model.positions):
+        if module not in saved_modules:
             problems.append(f"`modules_to_save`: {module!r} matches no module.")
+    names = [*pattern_keys.values(), *parameters]
     for setting in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, setting):
-            if not any(matches_key(key, name) for name in (*pattern_keys, *parameters)):
+        for key, matches in match_keys(
+            setting, getattr(config, setting), names
+        ).items():
+            if not matches:
                 problems.append(f"`{setting}`: {key!r} matches no adapted module.")
     refuse("this adapter does not fit the model", problems)
     wrapped = adapted | {module_of(name) for name in parameters}
     in_parameters = {path for name in parameters for path in model.parameters[name]}
+    ranks, scalings = config.ranks_of(names), config.scalings_of(names)
     return AdapterLayout(
         model=model,
         modules=[
-            _module_adapter(config, model, module, module in adapted)
+            _module_adapter(config, model, module, pattern_keys, ranks, scalings)
             for module, position in model.modules.items()
             if position.path not in in_parameters
         ],
         parameters=[
-            _parameter_adapter(config, model, name, module)
+            _parameter_adapter(model, name, module, ranks[name], scalings[name])
             for name, module in parameters.items()
         ],
         rows=rows,
@@ -145,17 +156,22 @@ def _possible_keys(name: str, wrapped: Collection[str]) -> tuple[str, ...]:
 
 
 def _module_adapter(
-    config: PeftConfig, model: NamedBase, module: str, is_adapted: bool
+    config: PeftConfig,
+    model: NamedBase,
+    module: str,
+    pattern_keys: Mapping[str, str],
+    ranks: Mapping[str, int],
+    scalings: Mapping[str, float],
 ) -> ModuleAdapter:
     kind = DoRA if config.use_dora else LoRA
     position, shape = model.modules[module], model.tensor_shape(f"{module}.weight")
     is_table = module in model.tables
-    pattern_key = _pattern_key(config, module)
+    pattern_key = pattern_keys.get(module)
     return ModuleAdapter(
         label=f"{position.path} ({module})",
-        keys=array_keys(kind, module, is_table) if is_adapted else {},
-        rank=config.rank_of(pattern_key) if is_adapted else 0,
-        scaling=config.scaling_of(pattern_key) if is_adapted else 0.0,
+        keys=array_keys(kind, module, is_table) if pattern_key else {},
+        rank=ranks[pattern_key] if pattern_key else 0,
+        scaling=scalings[pattern_key] if pattern_key else 0.0,
         position=position,
         kind=kind,
         # A table is [V, D] in PEFT, where V is K.
@@ -165,24 +181,25 @@ def _module_adapter(
     )
 
 
-def _pattern_key(config: PeftConfig, module: str) -> str:
-    """Returns the name of an adapted module that PEFT compares with patterns.
+def _pattern_keys(config: PeftConfig, adapted: Iterable[str]) -> dict[str, str]:
+    """Returns the name of each adapted module that PEFT compares with patterns.
 
     This is the name of its weight if it is adapted as a parameter.
     """
-    weight = f"{module}.weight"
-    return weight if is_targeted(weight, config.target_parameters) else module
+    weights = {module: f"{module}.weight" for module in adapted}
+    parameters = targeted(weights.values(), config.target_parameters)
+    return {m: weight if weight in parameters else m for m, weight in weights.items()}
 
 
 def _parameter_adapter(
-    config: PeftConfig, model: NamedBase, name: str, module: str
+    model: NamedBase, name: str, module: str, rank: int, scaling: float
 ) -> ParameterAdapter:
     kernels = model.parameters[name]
     return ParameterAdapter(
         label=name,
         keys=array_keys(LoRA, module),
-        rank=config.rank_of(name),
-        scaling=config.scaling_of(name),
+        rank=rank,
+        scaling=scaling,
         kernels=kernels,
         kernel_shapes=[model.named_leaves[path].tensor_shape for path in kernels],
         is_swapped=name in model.swapped,
@@ -193,11 +210,8 @@ def _adapted_modules(
     config: PeftConfig, model: NamedBase, problems: list[str]
 ) -> set[str]:
     """Returns the adapted modules; adds the targets that do not fit to `problems`."""
-    targets = config.target_modules
-
-    def is_chosen(module: str, layers: tuple[int, ...] | None) -> bool:
-        return is_targeted(module, targets, layers, config.layer_prefixes)
-
+    targets, prefixes = config.target_modules, config.layer_prefixes
+    modules_to_save = {*config.modules_to_save}
     # 1. Find the modules that the settings choose and exclude.
     modules = {module_of(n) for n in model.positions if n.endswith(".weight")}
     if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -205,14 +219,13 @@ def _adapted_modules(
         linear = {m for m in model.modules if not model.window(m)} - model.tables
         chosen = {m for m in linear if last_part(m) != HEAD}
     else:
-        chosen = {m for m in modules if is_chosen(m, config.layers)}
+        chosen = targeted(
+            modules, targets, layers=config.layers, layer_prefixes=prefixes
+        )
     # Weights of linear layers may be adapted as parameters; see `_named_like_experts`.
-    chosen |= {
-        m
-        for m in _linear_modules(model)
-        if is_targeted(f"{m}.weight", config.target_parameters)
-    }
-    excluded = {m for m in modules if is_targeted(m, config.exclude_modules)}
+    weights = [f"{module}.weight" for module in _linear_modules(model)]
+    chosen |= {module_of(x) for x in targeted(weights, config.target_parameters)}
+    excluded = targeted(modules, config.exclude_modules, "exclude_modules")
     # 2. Report settings that PEFT or this library does not support, or match nothing.
     convolutions = {m for m in chosen & {*model.modules} if model.window(m)}
     if convolutions and config.use_dora:
@@ -233,21 +246,24 @@ def _adapted_modules(
             problems.append(f"`{setting}`: {pattern!r} matches no module.")
     # 3. Leave out the modules that get no adapter.
     chosen -= excluded
-    chosen -= {m for m in modules if is_excluded_as_saved(m, config.modules_to_save)}
+    chosen -= {m for m in modules if is_excluded_as_saved(m, modules_to_save)}
     if norms := sorted(chosen - set(model.modules)):
         problems.append(f"adapters of norms are not supported: {norms}.")
-    for layer in config.layers or ():
-        if not any(is_chosen(m, (layer,)) for m in modules):
-            problems.append(f"`layers_to_transform`: no module in layer {layer}.")
+    if config.layers and modules.isdisjoint(targets):  # full names are in any layer
+        numbers = {*layers_of(targeted(modules, targets), prefixes).values()}
+        problems += [
+            f"`layers_to_transform`: no module in layer {layer}."
+            for layer in config.layers
+            if layer not in numbers
+        ]
     chosen &= set(model.modules)
     # In transformers, the kernels of experts are one parameter, and not modules. If
     # `target_parameters` names it, a name such as "gate_proj" in `target_modules` means
     # other modules: those of a shared expert, or of layers without experts.
     in_parameters = {
         path
-        for name, kernels in model.parameters.items()
-        if is_targeted(name, config.target_parameters)
-        for path in kernels
+        for name in targeted(model.parameters, config.target_parameters)
+        for path in model.parameters[name]
     }
     experts = {m for m in chosen if model.modules[m].path in in_parameters}
     other_names = {last_part(m) for m in chosen - experts}
@@ -262,12 +278,14 @@ def _adapted_parameters(
     weights = [f"{module}.weight" for module in _linear_modules(model)]
     by_module: dict[str, list[str]] = {}
     adapted_paths = {model.modules[module].path for module in adapted}
+    targeted_parameters = targeted(model.parameters, targets)
+    modules_to_save = {*config.modules_to_save}
     for name, kernels in model.parameters.items():
-        if not is_targeted(name, targets):
+        if name not in targeted_parameters:
             continue
         by_module.setdefault(module_of(name), []).append(name)
         is_twice = not adapted_paths.isdisjoint(kernels)
-        if is_twice or is_excluded_as_saved(name, config.modules_to_save):
+        if is_twice or is_excluded_as_saved(name, modules_to_save):
             problems.append(f"`target_parameters`: {name} is adapted or saved twice.")
     for target in _unmatched(targets, (), [*model.parameters, *weights]):
         problems.append(
@@ -300,7 +318,7 @@ def _trained_rows(
     """Returns the trained rows of each embedding; adds mismatches to `problems`."""
     rows_by_module = {}
     for target, rows in config.trained_tokens.items():
-        modules = [m for m in model.tables if is_targeted(m, (target,))]
+        modules = sorted(targeted(model.tables, (target,)))
         subject = f"`trainable_token_indices`: {target!r}"
         if len(modules) != 1:
             problems.append(f"{subject} must match one embedding. Got {modules}.")
@@ -309,7 +327,7 @@ def _trained_rows(
         num_rows, _ = model.tensor_shape(f"{module}.weight")
         if max(rows) >= num_rows:
             problems.append(f"{subject} has {num_rows} rows. Got row {max(rows)}.")
-        is_replaced = is_excluded_as_saved(module, config.modules_to_save)
+        is_replaced = is_excluded_as_saved(module, {*config.modules_to_save})
         if module in adapted or is_replaced or module in rows_by_module:
             problems.append(f"{subject} is also adapted or saved in another way.")
         rows_by_module[module] = rows
@@ -323,7 +341,8 @@ def _unmatched(
     # For a regular expression, `matched` has the names that it matches.
     if isinstance(patterns, str):
         return [] if matched or not patterns else [patterns]
-    return [p for p in patterns if not any(is_targeted(name, (p,)) for name in names)]
+    ends = {end for name in names for end in ends_of(name)}
+    return [pattern for pattern in patterns if pattern not in ends]
 
 
 def peft_config(

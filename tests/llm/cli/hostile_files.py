@@ -192,3 +192,22 @@ ENDLESS_TEMPLATES = {
     "{% endfor %}{% endfor %}",
     "comment": "{#" + "x" * 10**6 + "#}",
 }
+
+
+_ENDLESS = "(([a-z_.0-9])+)+!"
+_NAMES = [f"name_{i}" for i in range(100_000)]
+# Settings of adapters, by the setting that an error names. Matching takes years, or
+# time that is quadratic in the length of a list.
+ENDLESS_ADAPTERS = {
+    "target_modules": {"target_modules": _ENDLESS, "layers_to_transform": None},
+    "exclude_modules": {"exclude_modules": _ENDLESS},
+    "rank_pattern": {"rank_pattern": {_ENDLESS: 1}},
+    "alpha_pattern": {"alpha_pattern": {_ENDLESS: 1}},
+    "layers_pattern": {"layers_pattern": _ENDLESS},
+    "layers_to_transform": {"layers_to_transform": [*range(100_000)]},
+    "target_modules: 'name_7'": {"target_modules": _NAMES, "layers_to_transform": None},
+    "exclude_modules: 'name_7'": {"exclude_modules": _NAMES},
+    "modules_to_save: 'name_7'": {"modules_to_save": _NAMES},
+    "rank_pattern: 'name_7'": {"rank_pattern": dict.fromkeys(_NAMES, 1)},
+    "rank_pattern: many": {"rank_pattern": {f"{x}.*": 1 for x in _NAMES}},
+}

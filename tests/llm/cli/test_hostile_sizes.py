@@ -9,11 +9,18 @@ import tracemalloc
 import numpy as np
 import pytest
 import tokenizers
-from commands import run_python
-from hostile_files import ENDLESS_TEMPLATES, commands_on, make_model
+from commands import run, run_python
+from hostile_files import (
+    ENDLESS_ADAPTERS,
+    ENDLESS_TEMPLATES,
+    commands_on,
+    make_adapter,
+    make_model,
+)
 from tokenizer_helpers import read_rows_of, save_tokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
+from qlora_jax.io.peft import matching
 from qlora_jax.llm.data import bounded_jinja, open_tokenizer
 from qlora_jax.llm.data.model_files import ModelError
 
@@ -183,6 +190,25 @@ def test_long_preferences_are_those_that_were_read_whole(tmp_path, rows):
     size = len(row.uncut.ids)
     assert size >= 32
     np.testing.assert_array_equal(row.uncut.ids, expected.uncut.ids[:size])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.mark.parametrize("name", ENDLESS_ADAPTERS)
+def test_settings_of_an_adapter_are_matched_in_little_time(
+    model, tmp_path, capsys, monkeypatch, name
+):
+    monkeypatch.setattr(matching, "MAX_SECONDS", 1)
+    adapter = make_adapter(tmp_path / "adapter", **ENDLESS_ADAPTERS[name])
+    arguments = [*commands_on(model, tmp_path)["generate"], "--adapter", adapter]
+    start = time.process_time()
+    status, _, errors = run(capsys, *arguments)
+    assert time.process_time() - start < 2
+    setting, _, value = name.partition(": ")
+    assert status == 1 and setting in errors and value.removeprefix("many") in errors
 
 
 LIMITED = """
