@@ -224,8 +224,8 @@ def test_a_registered_class_may_write_its_product_in_any_way(cls, x):
 
 
 class Halved(PlainWithoutBias):
-    def param(self, name, *args):
-        return super().param(name, *args) / 2
+    def param(self, name, init_fn, *args, **kwargs):
+        return super().param(name, init_fn, *args, **kwargs) / 2
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, cast, Literal
 
 import jax
 import numpy as np
@@ -167,8 +167,9 @@ class CheckFinite(Callback):
             advice[0] = (
                 "other rows or weights, as a smaller `learning_rate` cannot help"
             )
-            if training.wrong_leaf >= 0:
-                name = [*leaves_by_name(training.state.lora)][training.wrong_leaf]
+            index = cast(int, training.wrong_leaf)  # `ForMembers` selects one of a list
+            if index >= 0:
+                name = [*leaves_by_name(training.state.lora)][index]
                 problem += (
                     f", and the first gradient that is not finite is that of {name}"
                 )

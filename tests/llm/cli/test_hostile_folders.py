@@ -34,7 +34,8 @@ MODEL_FILES += ["special_tokens_map.json", "tokenizer_config.json"]
 def models(tmp_path_factory):
     """A folder with a harmless model, an adapter, and a run with two states."""
     folder = tmp_path_factory.mktemp("models")
-    make_model(folder / "model"), make_adapter(folder / "adapter")
+    make_model(folder / "model")
+    make_adapter(folder / "adapter")
     arguments = commands_on(folder / "model", folder)["train"]
     assert main([*map(str, arguments), "--steps=2", "--save-every=1"]) == 0
     return folder
@@ -109,7 +110,8 @@ def test_links_out_of_an_adapters_folder_are_refused(name, folder, tmp_path, cap
 @pytest.mark.slow
 def test_links_in_the_cache_of_the_hub_lead_to_its_blobs(folder, tmp_path, capsys):
     cache = tmp_path / "models--org--model"
-    (cache / "snapshots").mkdir(parents=True), (cache / "blobs").mkdir()
+    (cache / "snapshots").mkdir(parents=True)
+    (cache / "blobs").mkdir()
     snapshot = shutil.move(folder / "model", cache / "snapshots" / "0123abc")
     for index, file in enumerate([*snapshot.iterdir()]):
         file.rename(cache / "blobs" / str(index))
