@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
