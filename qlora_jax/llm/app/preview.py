@@ -1,5 +1,6 @@
 """`qlora-jax train --preview`: shows rows with their target tokens."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ import numpy as np
 from ..data.batching import Batch
 from ..data.chat_tokenizer import Tokenizer
 from ..train.objectives import find_objective
-from .run import Run, make_batches
+from .run import Run, make_source
 
 # Strings before and after targets: green underlined text on terminals, or brackets.
 _COLORED, _BRACKETED = ("\033[4;32m", "\033[0m"), ("⟦", "⟧")
@@ -25,7 +26,7 @@ class Preview:
 
     Attributes:
         rows: For each sequence of the first rows of the batches: its `name`, its
-            `source` ("" if unknown), the numbers of its `tokens` and `targets`, and
+            `source`, the numbers of its `tokens` and `targets`, and
             `pieces`: pairs of a text and whether its tokens are targets.
 
     Example:
@@ -59,6 +60,7 @@ class Preview:
 class _Sequence:
     starts_row: bool  # whether it is the first sequence of a row
     suffix: str  # added to the row's name, such as ", chosen"
+    place: str  # as in `Row`
     ids: np.ndarray
     is_target: np.ndarray
 
@@ -66,14 +68,17 @@ class _Sequence:
 def preview(run: Run) -> Preview:
     """Returns the first `run.config.output.preview` rows of the batches of a run."""
     rows, num_rows = [], 0
-    for batch in make_batches(run.config.training, run.data, num_epochs=1):
-        for sequence in _split_batch(run, batch):
+    settings = dataclasses.replace(run.config.training, epochs=1.0)
+    source = make_source(settings, run.data.train, run.data.mix)
+    for index in range(len(source)):
+        places = [row.place for group in source.groups(index) for row in group]
+        for sequence in _split_batch(run, source[index], places):
             num_rows += sequence.starts_row
             if num_rows > (run.config.output.preview or 0):
                 return Preview(tuple(rows))
             row = {
                 "name": f"row {num_rows}{sequence.suffix}",
-                "source": _find_source(run, sequence.ids),
+                "source": sequence.place,
                 "tokens": len(sequence.ids),
                 "targets": int(sequence.is_target.sum()),
                 "pieces": _split_text(run.tokenizer, sequence.ids, sequence.is_target),
@@ -82,18 +87,11 @@ def preview(run: Run) -> Preview:
     return Preview(tuple(rows))
 
 
-def _find_source(run: Run, ids: np.ndarray) -> str:
-    if run.config.data.stream:
-        return ""  # the search would read the whole file again
-    for row in run.data.train:
-        for sequence in row.sequences:
-            if np.array_equal(sequence.ids, ids):
-                return sequence.place
-    return ""
-
-
-def _split_batch(run: Run, batch: Batch) -> Iterator[_Sequence]:
+def _split_batch(run: Run, batch: Batch, places: list[str]) -> Iterator[_Sequence]:
+    # `places` are those of the rows. Each row has two sequences if it has answers.
     is_packed, answers = run.config.training.packing, batch.answers
+    per_row = 1 if answers is None else 2
+    sequence_places = (place for place in places for _ in range(per_row))
     is_labelled = find_objective(run.config.training.objective).rows == "labelled"
     for index, segments in enumerate(batch.segment_ids):
         has_target = batch.weights[index] != 0
@@ -120,8 +118,8 @@ def _split_batch(run: Run, batch: Batch) -> Iterator[_Sequence]:
                     suffix += ", good answer" if is_good else ", bad answer"
                 else:
                     suffix += ", rejected" if is_second else ", chosen"
-            ids = batch.ids[index, is_in_segment]
-            yield _Sequence(starts_row, suffix, ids, is_target[is_in_segment])
+            ids, place = batch.ids[index, is_in_segment], next(sequence_places)
+            yield _Sequence(starts_row, suffix, place, ids, is_target[is_in_segment])
 
 
 def _split_text(

@@ -313,7 +313,7 @@ def _check_model_fits(
 
 
 def make_batches(
-    settings: TrainingConfig, data: Dataset, num_epochs: int | None = None
+    settings: TrainingConfig, data: Dataset
 ) -> "grain.DatasetIterator[Batch]":
     """Returns an iterator over the batches of a run, endless unless it has `epochs`."""
     return batches(
@@ -322,12 +322,12 @@ def make_batches(
         max_length=settings.max_length,
         seed=settings.row_seed,
         packing=settings.packing,
-        num_epochs=num_epochs or settings.epochs,
+        num_epochs=settings.epochs,
         mix=data.mix,
     )
 
 
-def _make_source(
+def make_source(
     settings: TrainingConfig, rows: Sequence[Row], mix: Sequence[tuple[int, float]] = ()
 ) -> BatchSource:
     """Returns the batches of a run by index, of which none is made yet."""
@@ -358,9 +358,9 @@ def _complete_settings(
     epochs = config.training.epochs or (1.0 if steps is None else None)
     # Both sources also raise if rows do not fit the batches.
     config = config.replace(epochs=epochs)
-    source = _make_source(config.training, data.train, data.mix)
+    source = make_source(config.training, data.train, data.mix)
     if data.valid:
-        _make_source(config.training, data.valid)
+        make_source(config.training, data.valid)
     batch_size = config.training.batch_size
     num_parts = config.num_row_parts
     # At least two rows, because KTO combines the rows of a batch.

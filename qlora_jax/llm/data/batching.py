@@ -311,11 +311,17 @@ class BatchSource:
         return sys.maxsize if self.count is None else -(-self.count // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
+        groups = self.groups(index)
+        return self.pack(groups) if self.packing else self.pad(sum(groups, []))
+
+    def groups(self, index: int) -> list[list[Row]]:
+        """Returns the rows of each pack of a batch. Without packing, each has one."""
         if self.packing:
             packs = self._indices(index, 1)
-            return self.pack([[self.rows[i] for i in pack] for pack in packs])
-        window, position = divmod(index, self.window_size)
-        return self.pad([self.rows[i] for i in self._window_batches(window)[position]])
+        else:
+            window, position = divmod(index, self.window_size)
+            packs = [[i] for i in self._window_batches(window)[position]]
+        return [[self.rows[i] for i in pack] for pack in packs]
 
     def _indices(self, first_batch: int, num_batches: int) -> list[Any]:
         # Returns the index of each row, or the indices of the rows of each pack.

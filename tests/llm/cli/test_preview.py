@@ -122,7 +122,7 @@ CASES = {
     "a stream": (
         {"text": "abc"},
         {"stream": True},
-        ["row 1: 4 tokens, 3 targets", "a⟦bc<|im_end|>⟧"],
+        ["row 1, d.jsonl:1: 4 tokens, 3 targets", "a⟦bc<|im_end|>⟧"],
     ),
 }
 
@@ -153,6 +153,18 @@ def test_as_many_rows_as_are_asked_for(folder, tmp_path, packing):
             == f"{texts[row['source']]}<|im_end|>"
         )
         assert row["tokens"] == row["targets"] + 1 == len(texts[row["source"]]) + 1
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True}, {"objective": "kto"}])
+def test_rows_that_are_equal_have_lines_of_their_own(folder, tmp_path, options):
+    rows = [{"prompt": "a", "completion": "b", "label": True}] * 4
+    if "objective" not in options:
+        rows = [{"prompt": "a", "completion": "b"}] * 4
+    shown = show(
+        folder, tmp_path, *rows, preview=9, batch_size=2, chat=False, **options
+    )
+    sources = [row["source"] for row in shown.rows if "another" not in row["name"]]
+    assert sorted(sources) == [f"{tmp_path}/d.jsonl:{i}" for i in (1, 2, 3, 4)]
 
 
 def test_a_character_of_several_tokens_is_not_cut(folder, tmp_path):

@@ -1,5 +1,6 @@
 """`qlora-jax train`: results, files, wrong settings, and interrupted runs."""
 
+import dataclasses
 import json
 import math
 import os
@@ -318,7 +319,8 @@ def test_rows_that_are_held_out_are_part_of_what_a_run_is(folder, data, tmp_path
     assert (len(run.data.train), len(run.data.valid)) == (30, 10)
     held_out = {row.place for row in run.data.valid}
     assert not held_out & {row.place for row in run.data.train}
-    batches = [*make_batches(run.config.training, run.data, num_epochs=1)]
+    one_epoch = dataclasses.replace(run.config.training, epochs=1)
+    batches = [*make_batches(one_epoch, run.data)]
     assert sum(batch.num_tokens for batch in batches) == sum(
         len(row.ids) for row in run.data.train
     )
