@@ -293,7 +293,8 @@ class Chat:
         ]:
             raise ValueError(
                 f"roles must be {', '.join(_ROLES)}, or others that the chat template "
-                f"names. Got {', '.join(unknown)}."
+                f"names. Got {', '.join(unknown)}. In the file, write user instead of "
+                "human, and assistant instead of bot or gpt."
             )
 
     def adapt_contents(self, messages: Messages, tools: Tools) -> Messages:

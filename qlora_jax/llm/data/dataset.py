@@ -459,8 +459,10 @@ def _cut_rows(
             "truncate, or to split, which is for rows of `text`.\n  " + listing(refused)
         )
     if not num_pieces:
+        limit = "a target among their first" if too_long == "truncate" else "at most"
         raise ValueError(
-            f"{name} must have rows of at most {max_length} tokens. Got none."
+            f"{name} must have rows with {limit} `max_length` = {max_length} tokens. "
+            f"None of the {num_rows:,} rows has; the longest has {longest:,} tokens."
         )
     if untrained:
         raise ValueError(

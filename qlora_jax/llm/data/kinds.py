@@ -1,6 +1,8 @@
 """Finds the kind of a row by its keys, and validates its fields."""
 
+import difflib
 import itertools
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +41,7 @@ LABELLED_KINDS = PAIR_KINDS | {
 # For each value of the argument `rows` of `read_dataset`: the kinds that it accepts.
 FORMS = {"texts": TEXT_KINDS, "pairs": PAIR_KINDS, "labelled": LABELLED_KINDS}
 # Fields that may be JSON in a string, since files such as CSV contain only strings.
-_JSON_FIELDS = ("input_ids", "labels", "label", "messages", "conversations", "tools")
+_JSON_FIELDS = ("input_ids", "labels", "messages", "conversations", "tools")
 # Keys with content that a model should see. A row is rejected if it has one of them and
 # rows of its kind do not use this key.
 _CONTENT_KEYS = {"tools", "functions", "system", "system_prompt", "history"}
@@ -53,7 +55,8 @@ _SHAREGPT_ROLES |= {x: x for x in ("user", "assistant", "system", "tool")}
 _TRAIN_KEYS = ("weight", "train", "training")
 # Values of `label` in KTO data, as strings in lower case: some files contain only
 # strings, and others only floats.
-_LABELS = {"true", "false", "1", "0", "1.0", "0.0"}
+_LABELS = {"true": True, "1": True, "1.0": True}
+_LABELS |= {"false": False, "0": False, "0.0": False}
 
 
 class Fields(NamedTuple):
@@ -97,7 +100,7 @@ def find_fields(
             unused = [x for x in row if row[x] and x not in row_keys.values()]
             _check_unused(kind, unused)
             if kinds is TEXT_KINDS and "label" not in row_keys.values():
-                _check_no_label(kind, row.get("label"))
+                _check_no_label(kind, row.get("label"), keys)
             return Fields(kind, values, unused)
         alternatives.append(" and ".join(f"`{row_keys[key]}`" for key in required))
     if [*row] == ["data"] and isinstance(row["data"], list):
@@ -105,10 +108,34 @@ def find_fields(
             "the row must be a single row. Got an object whose `data` is a list of "
             "rows. Write only the list, or one row per line."
         )
+    nulls = [f"`{key}` is null" for key, value in row.items() if value is None]
+    reason = f", where {' and '.join(nulls)}" if nulls else ""
     raise ValueError(
-        f"the row must have {', or '.join(alternatives)}. Got {[*row]!s:.200}. "
-        '`--keys \'{"prompt": "question", "completion": "answer"}\'` names other keys.'
+        f"the row must have {', or '.join(alternatives)}. Got {[*row]!s:.200}{reason}."
+        f"{'' if keys or nulls else _suggest_keys(row, kinds)}"
     )
+
+
+def _suggest_keys(row: Mapping[str, Any], kinds: Kinds) -> str:
+    """Returns a sentence with `--keys` for the kind that is closest to a row."""
+    # For each kind: how many of its keys are those of the row except for a typo,
+    # whether it is one of the two most common kinds, and the option.
+    options, known = [], {x for keys in kinds.values() for x in keys[0] + keys[1]}
+    for kind, (required, optional) in kinds.items():
+        names = (*(x for x in ("prompt",) if x in optional), *required)
+        names = names if len(names) <= len(row) else required
+        typos, columns = {}, [x for x in row if x not in known]
+        for name in (x for x in names if x not in row):
+            for close in difflib.get_close_matches(name, columns, 1):
+                typos[name] = columns.pop(columns.index(close))
+        missing = [x for x in names if x not in row and x not in typos]
+        if len(missing) <= len(columns):
+            score = len(names) - len(missing), kind in ("prompt/completion", "text")
+            options.append((*score, typos | dict(zip(missing, columns, strict=False))))
+    if not options:
+        return ""
+    *_, mapping = max(options, key=lambda option: option[:2])
+    return f" If these are other names, use `--keys '{json.dumps(mapping)}'`."
 
 
 def _check_no_pair(row: Mapping[str, Any], keys: Mapping[str, str]) -> None:
@@ -123,7 +150,13 @@ def _check_no_pair(row: Mapping[str, Any], keys: Mapping[str, str]) -> None:
         )
 
 
-def _check_no_label(kind: str, label: object) -> None:
+def _check_no_label(kind: str, label: object, keys: Mapping[str, str]) -> None:
+    if kind == "text" and label is not None and not keys:
+        raise ValueError(
+            'rows with a `text` and a `label` need `--keys \'{"prompt": "text", '
+            '"completion": "label"}\'` to learn the labels, or `--keys '
+            f'\'{{"text": "text"}}\'` to learn the texts. Got {label!r:.40}.'
+        )
     # Labels with other values, such as topics, are ignored.
     if kind not in ("text", "input_ids") and str(label).lower() in _LABELS:
         raise ValueError(
@@ -327,9 +360,10 @@ def split_preference(fields: Fields) -> list[tuple[str, bool, Fields]]:
     values = fields.values
     if fields.kind == "labelled answer":
         label = values["label"]
-        if not isinstance(label, int) or label not in (0, 1):
+        is_good = _LABELS.get(str(label).lower())
+        if is_good is None:
             raise ValueError(f"`label` must be true or false. Got {label!r:.40}.")
-        return [("completion", bool(label), fields._replace(kind="prompt/completion"))]
+        return [("completion", is_good, fields._replace(kind="prompt/completion"))]
     kind, prompt, chosen, rejected = _split_prompt(values)
     completions = (("chosen", True, chosen), ("rejected", False, rejected))
     return [

@@ -6,6 +6,7 @@ import gzip
 import importlib
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -110,9 +111,11 @@ def read_jsonl(file: IO[bytes]) -> RawRows:
             line = line.removeprefix(_BOM)
         if line.strip():
             try:
-                yield number, _object_or_error(ql.io.parse_json(line, "the row"))
-            except ValueError as error:
-                yield number, error
+                row = ql.io.parse_json(line.rstrip(), "the row")
+            except ValueError as error:  # whose line is always the first
+                yield number, ValueError(re.sub(r"line 1 (?=column)", "", str(error)))
+            else:
+                yield number, _object_or_error(row)
 
 
 def _read_json(file: BinaryIO) -> RawRows:

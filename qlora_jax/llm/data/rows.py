@@ -202,7 +202,7 @@ def _open_from_hub(name: str, notes: list[str]) -> dict[str, Source]:
     except ImportError as error:
         raise ImportError(
             f"`data` must be a file ({FILES}) or a folder. Got {describe_path(name)}. "
-            "To read it from the Hugging Face hub: pip install datasets"
+            "If it is a data set on the Hugging Face hub: pip install datasets"
         ) from error
     try:
         splits = datasets.load_dataset(*name.split(":"))

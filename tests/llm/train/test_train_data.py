@@ -419,8 +419,85 @@ def test_a_fault_that_recurs_is_listed_once(folder, tmp_path):
     _, first, second = str(raised.value).split("\n")
     assert "line 1: `prompt` and `completion` must both be text" in first
     assert first.endswith("... and 6 more rows like it, lines 3, 5, 7, 9, 11, ...")
-    assert "Got ['q']. `--keys " in second  # the option that maps keys
+    assert "Got ['q']. If these are other names, use `--keys " in second
     assert second.endswith("... and 6 more rows like it, lines 4, 6, 8, 10, 12, ...")
+
+
+@pytest.mark.parametrize(
+    "form, columns, keys",
+    [
+        ("texts", ["q", "a"], {"prompt": "q", "completion": "a"}),
+        ("texts", ["promt", "completion"], {"prompt": "promt"}),
+        (
+            "texts",
+            ["n", "compleTion", "prompts"],
+            {"prompt": "prompts", "completion": "compleTion"},
+        ),
+        ("texts", ["instruction", "reply"], {"output": "reply"}),
+        ("texts", ["mesages"], {"messages": "mesages"}),
+        ("texts", ["content"], {"text": "content"}),
+        (
+            "pairs",
+            ["q", "good", "bad"],
+            {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        ),
+        ("pairs", ["prompt", "choosen", "rejected"], {"chosen": "choosen"}),
+        ("pairs", ["prompt", "chosen"], None),
+        ("labelled", ["q", "a", "label"], {"prompt": "q", "completion": "a"}),
+    ],
+)
+def test_the_columns_of_a_row_are_suggested(folder, tmp_path, form, columns, keys):
+    row = dict.fromkeys(columns, "True")
+    with pytest.raises(ValueError, match="line 1: the row must have") as raised:
+        read_raw(folder, tmp_path, row, rows=form)
+    [*option] = re.findall(r"`--keys '(.*)'`", str(raised.value))
+    assert [json.loads(x) for x in option] == ([keys] if keys else [])
+
+
+@pytest.mark.parametrize("value", ["null", '"x"'])
+def test_a_null_is_not_called_a_missing_key(folder, tmp_path, value):
+    path = tmp_path / "d.jsonl"
+    path.write_text(f'{{"prompt": {value}, "completion": null}}')
+    with pytest.raises(ValueError, match="where .*`completion` is null") as raised:
+        read(folder, path)
+    assert ("`prompt` is null" in str(raised.value)) == (value == "null")
+    assert "--keys" not in str(raised.value)
+
+
+def test_an_error_in_json_has_one_line_number(folder, tmp_path):
+    path, good = tmp_path / "d.jsonl", '{"text": "a"}\n'
+    for bad, column in (('{"text": "b"\n', 13), ('{"text": "b",}\n', 14)):
+        path.write_text(3 * good + bad + good)
+        with pytest.raises(ValueError) as raised:
+            read(folder, path)
+        text = str(raised.value).replace(f"lines of {path}", "")
+        assert re.findall(r"line \d+|column \d+", text) == [
+            "line 4",
+            f"column {column}",
+        ]
+
+
+@pytest.mark.parametrize("role", ["human", "bot", "gpt"])
+def test_roles_of_other_formats_are_mapped_in_the_file(folder, tmp_path, role):
+    messages = [{"role": role, "content": "a"}, *MESSAGES]
+    expected = "user instead of human.* assistant instead of bot"
+    with pytest.raises(ValueError, match=f"Got '{role}' in .*{expected}"):
+        read_raw(folder, tmp_path, {"messages": messages})
+
+
+@pytest.mark.parametrize(
+    "true, false", [("True", "False"), ("1.0", "0.0"), ("TRUE", "0")]
+)
+def test_labels_are_as_pandas_writes_them(folder, tmp_path, true, false):
+    path = tmp_path / "d.csv"
+    path.write_text(f"prompt,completion,label\na,b,{true}\na,c,{false}\n")
+    assert [row.label for row in read(folder, path, rows="labelled").train] == [1, 0]
+    raw = [{"prompt": "a", "completion": "b", "label": x} for x in (1.0, 0.0, True, 0)]
+    data = read_raw(folder, tmp_path, *raw, rows="labelled")
+    assert [row.label for row in data.train] == [True, False, True, False]
+    for label in (0.5, 2.0, "yes", "", None):
+        with pytest.raises(ValueError, match="line 1: .*label"):
+            read_raw(folder, tmp_path, raw[0] | {"label": label}, rows="labelled")
 
 
 @pytest.mark.parametrize("change", ["append", "replace", "remove"])
@@ -486,8 +563,9 @@ def test_rows_that_are_too_long(plain, tmp_path):
     assert [row.place for row in data.train] == [f"{path}:1", f"{path}:2"]
     assert trained(plain, data.train[1]) == ("<s>zyyyy", ["yyyy"])
     assert "1 are dropped and 1 truncated" in data.notes[0]
-    with pytest.raises(ValueError, match="must have rows of at most 3 tokens"):
-        read(plain, path, max_length=3, too_long="drop")
+    for too_long in ("drop", "truncate"):
+        with pytest.raises(ValueError, match="`max_length` = 2 .* 3 rows .* 12 tokens"):
+            read(plain, path, max_length=2, too_long=too_long)
 
 
 def test_rows_without_a_token_to_train_on_are_named(tmp_path):
@@ -628,6 +706,9 @@ MARKED = {"prompt": "a", "completion": "b"}
 PAIR = {"chosen": "ab", "rejected": "ac"}
 HINT = "a `label` of true or false need an `--objective` for labelled answers: others "
 HINT += "would train on the bad answers too"
+TOPIC_HINT = (
+    'a `text` and a `label` need `--keys \'{"prompt": "text", "completion": "label"}\'`'
+)
 PAIR_HINT = "`chosen` and `rejected` need an `--objective` for preferences"
 
 
@@ -646,7 +727,9 @@ PAIR_HINT = "`chosen` and `rejected` need an `--objective` for preferences"
         # Keys that select an answer, or other kinds of labels, are not preferences.
         (PAIR, {"text": "chosen"}, None),
         (MARKED | {"label": "sports"}, {}, None),
-        ({"text": "a", "label": 1}, {}, None),
+        ({"text": "a", "label": 1}, {"text": "text"}, None),
+        ({"text": "a", "label": "x"}, {"prompt": "text", "completion": "label"}, None),
+        ({"text": "a", "label": "x"}, {}, TOPIC_HINT),
         (MARKED | {"chosen": "b"}, {}, None),
     ],
 )
