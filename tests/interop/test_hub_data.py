@@ -58,7 +58,7 @@ def test_an_error_of_the_hub_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     tokenizer = open_tokenizer(tmp_path)
     with pytest.raises(
-        ValueError, match="'user/name', which is missing: Connec.*: no net"
+        ValueError, match="Got 'user/name', which is missing. .* hub .*Connec.*: no net"
     ):
         read_dataset("user/name", tokenizer, vocab_size=4, max_length=9)
 

@@ -208,8 +208,9 @@ def _open_from_hub(name: str, notes: list[str]) -> dict[str, Source]:
         splits = datasets.load_dataset(*name.split(":"))
     except Exception as error:  # the hub, the network and the files raise many types
         raise ValueError(
-            f"`data` must be a file ({FILES}), a folder or the id of a hub data set. "
-            f"Got {describe_path(name)}: {type(error).__name__}: {error}"
+            f"`data` must be a file ({FILES}) or a folder. Got {describe_path(name)}. "
+            "It cannot be read from the Hugging Face hub either: "
+            f"{type(error).__name__}: {error}"
         ) from error
     return sources_of(name, splits, notes)
 

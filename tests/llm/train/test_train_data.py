@@ -454,6 +454,15 @@ def test_the_columns_of_a_row_are_suggested(folder, tmp_path, form, columns, key
     assert [json.loads(x) for x in option] == ([keys] if keys else [])
 
 
+@pytest.mark.parametrize("name", ["data/trian", "trian.jsnl", "trian"])
+def test_a_missing_path_is_named_before_the_hub(folder, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=f"Got '{name}', which is missing") as raised:
+        read(folder, name)
+    text = str(raised.value)
+    assert text.index("missing") < text.index("hub") < text.index("datasets")
+
+
 @pytest.mark.parametrize("value", ["null", '"x"'])
 def test_a_null_is_not_called_a_missing_key(folder, tmp_path, value):
     path = tmp_path / "d.jsonl"
