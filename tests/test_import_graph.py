@@ -19,7 +19,14 @@ LAYERS = [["_jax"], ["quant"], ["product"], ["adapters"], ["trees", "losses", "m
 LAYERS += [["linen", "optim", "io"], ["nnx"], ["__init__"], ["llm", "torch"]]
 # What the application and `torch` import from the library: public names, like any user.
 AS_USERS = {"qlora_jax"} | {f"qlora_jax.{x}" for x in ("io", "linen", "nnx", "optim")}
-LLM_LAYERS = [["lazy", "reading"], ["models", "gguf"], ["data"], ["train"], ["app"], ["cli"]]
+LLM_LAYERS = [
+    ["lazy", "reading", "printable"],
+    ["models", "gguf"],
+    ["data"],
+    ["train"],
+    ["app"],
+    ["cli"],
+]
 
 
 def numbered(layers: list[list[str]]) -> dict[str, int]:

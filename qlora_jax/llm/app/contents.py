@@ -12,6 +12,7 @@ import qlora_jax as ql
 
 from ..data.readers import describe_path
 from ..gguf.file import is_gguf, open_gguf
+from ..printable import printable
 from ..reading import reading
 from ..train.outputs import NATIVE_ADAPTER, plural, read_metrics
 from .base_model import MLX_ADAPTER
@@ -77,12 +78,14 @@ class Contents:
         object.__setattr__(self, "bytes", sum(leaf.bytes for leaf in self.leaves))
 
     def __str__(self):
-        lines = [self.kind, *(f"  {key}: {value}" for key, value in self.about.items())]
+        about = (printable(f"{key}: {value}") for key, value in self.about.items())
+        lines = [printable(self.kind), *(f"  {line}" for line in about)]
         rows = [("leaf", "shape", "format", "rank", "bytes")]
         for leaf in self.leaves:
             shape = "[" + ",".join(map(str, leaf.shape)) + "]"
             rank = "" if leaf.rank is None else str(leaf.rank)
-            rows.append((leaf.name, shape, leaf.format, rank, f"{leaf.bytes:,}"))
+            name, size = printable(leaf.name), f"{leaf.bytes:,}"
+            rows.append((name, shape, printable(leaf.format), rank, size))
         count = plural(len(self.leaves), "leaf", "leaves")
         lines += [*format_table(rows, "<<<>>"), f"{count}, {self.bytes:,} bytes"]
         return "\n".join(lines)

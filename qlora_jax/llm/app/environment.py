@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 from ..models.download import default_cache
+from ..printable import printable_lines
 
 _STALE_SECONDS = 600
 
@@ -70,8 +71,8 @@ def shorten_warnings() -> None:
         message: Warning | str, category: type[Warning], *place: Any, **line: Any
     ) -> str:
         if category is UserWarning:
-            return f"warning: {message}\n"
-        return format_with_place(message, category, *place, **line)
+            return printable_lines(f"warning: {message}\n")
+        return printable_lines(format_with_place(message, category, *place, **line))
 
     warnings.formatwarning = format_warning
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..data.batching import Batch
 from ..data.chat_tokenizer import Tokenizer
+from ..printable import printable, printable_lines
 from ..train.objectives import find_objective
 from .run import Run, make_source
 
@@ -45,14 +46,14 @@ class Preview:
         start, end = _COLORED if has_colors else _BRACKETED
         lines = []
         for row in self.rows:
-            title = ", ".join(filter(None, (row["name"], row["source"])))
+            title = printable(", ".join(filter(None, (row["name"], row["source"]))))
             s = "s" * (row["targets"] != 1)
             lines.append(f"{title}: {row['tokens']} tokens, {row['targets']} target{s}")
             pieces = (
-                f"{start}{text}{end}" if is_target else text
-                for text, is_target in row["pieces"]
+                (printable_lines(text), is_target) for text, is_target in row["pieces"]
             )
-            lines.append("".join(pieces).removesuffix("\n"))
+            texts = (f"{start}{x}{end}" if is_target else x for x, is_target in pieces)
+            lines.append("".join(texts).removesuffix("\n"))
         return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ..printable import printable_lines
 from ..train.loop import Callback, Training
 from .train_groups import DevicesConfig
 
@@ -55,7 +56,7 @@ def is_first() -> bool:
 def log(*lines: str) -> None:
     """Prints lines on stderr, in the first process only."""
     if is_first():
-        print(*lines, sep="\n", file=sys.stderr)
+        print(*map(printable_lines, lines), sep="\n", file=sys.stderr)
 
 
 def broadcast_text(text: str = "") -> str:

@@ -26,6 +26,7 @@ def _explain_missing_library() -> Iterator[None]:
 with _explain_missing_library():
     from .. import app
     from ..app import environment
+    from ..printable import printable_lines
     from .parser import parse
 
 # These errors are printed without a traceback, because their usual cause is the input,
@@ -54,7 +55,7 @@ def _run(arguments: Sequence[str], prepare: Callable[[], None]) -> int:
     prepare()
     try:
         if name == "generate" and not namespace.json:
-            function(config, _write)  # prints answers as they are generated
+            function(config, _write_answer)  # prints answers as they are generated
             return 0
         result = function(config)
         is_train = isinstance(config, app.TrainConfig)
@@ -63,7 +64,9 @@ def _run(arguments: Sequence[str], prepare: Callable[[], None]) -> int:
 
             if not is_first():
                 return 0  # the first process prints the result
-        text = str(result)
+        # A preview has escaped the text of its rows, and may add colors.
+        is_safe = isinstance(result, app.Preview)
+        text = str(result) if is_safe else printable_lines(result)
         if namespace.json:
             text = json.dumps(dataclasses.asdict(result), allow_nan=False)
     except KeyboardInterrupt:
@@ -77,10 +80,16 @@ def _run(arguments: Sequence[str], prepare: Callable[[], None]) -> int:
             raise
         reason = "the device is out of memory. " if is_device_full else ""
         reason = "no memory is left. " if isinstance(error, MemoryError) else reason
-        print(f"qlora-jax {name}: {reason}{error}", file=sys.stderr)
+        text = printable_lines(f"qlora-jax {name}: {reason}{error}")
+        print(text, file=sys.stderr)
         return 1
     _write(text + "\n")
     return int(getattr(result, "is_wrong", False))
+
+
+def _write_answer(text: str) -> None:
+    # Files and other programs get exactly what the model has written.
+    _write(printable_lines(text) if sys.stdout.isatty() else text)
 
 
 def _write(text: str) -> None:

@@ -16,6 +16,7 @@ from ..app.options import REQUIRED, Config, Option, describe_type, options_of
 from ..app.run_folder import is_run
 from ..app.train_config import TrainConfig
 from ..models.suggestions import did_you_mean
+from ..printable import printable_lines
 
 # The commands, which are functions in `qlora_jax.llm.app`, and their config classes.
 COMMANDS: dict[str, type[Config]] = {
@@ -59,7 +60,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the error, and exits."""
-        print(f"{self.prog}: {message}\nSee {self.prog} --help.", file=sys.stderr)
+        text = printable_lines(f"{self.prog}: {message}\nSee {self.prog} --help.")
+        print(text, file=sys.stderr)
         raise SystemExit(2)
 
 

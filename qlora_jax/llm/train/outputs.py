@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
+from ..printable import printable
 from ..reading import reading
 from .loop import Callback, Training
 
@@ -366,9 +367,10 @@ def model_card(
         "tags: [lora, qlora, qlora-jax]",
         "---",
         "",
-        f"# {title}",
+        f"# {printable(title)}",
         "",
-        f"A {kind} adapter of `{base_model}`, trained with qlora_jax {ql.__version__}.",
+        f"A {kind} adapter of `{printable(base_model)}`, trained with qlora_jax "
+        f"{ql.__version__}.",
         usage,
     ]
     for heading, rows in (("Results", results), ("Data", data), ("Settings", settings)):
@@ -376,8 +378,8 @@ def model_card(
         for key, value in rows.items():
             if value is not None:
                 cell = f"{value:.6g}" if isinstance(value, float) else str(value)
-                cell = cell.replace("|", "\\|").replace("\n", " ")
-                lines.append(f"| {key} | {cell} |")
+                cell = printable(cell.replace("|", "\\|").replace("\n", " "))
+                lines.append(f"| {printable(key)} | {cell} |")
     return "\n".join(lines) + "\n"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import qlora_jax as ql
 
 from ...models.config import DecoderConfig
+from ...printable import printable
 
 _INT4_PACKING: Any = ql.QLoRAConfig(fmt="int4_f16").packing
 INT4_FMTS: tuple[str, ...] = _INT4_PACKING.format.equivalents  # int4_f16 and q4_0
@@ -101,6 +102,10 @@ class Server:
         exactly. Returns the command and the request.
         """
         paths = {"base": base, "adapter": adapter}
+        if printable(base) != base:  # it would add lines to the README
+            raise ValueError(
+                f"`model` must have a path without control characters. Got {base!r}."
+            )
         rank = next((n for n in self.ranks if n >= rank), rank)
         command = self.command + (self.option if adapter else "")
         quoted = {name: self.quote(path) for name, path in paths.items() if path}
@@ -113,8 +118,9 @@ class Server:
             name=self.name,
             start=start,
             # The name of a local model is its path.
-            title=pathlib.PurePath(source).name + ", with an adapter," * bool(adapter),
-            pair=pair,
+            title=printable(pathlib.PurePath(source).name)
+            + ", with an adapter," * bool(adapter),
+            pair=printable(pair),
             version=ql.__version__,
         )
         for name, text in texts.items():
