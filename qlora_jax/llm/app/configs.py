@@ -24,10 +24,9 @@ AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
 PackedFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
 # For a `PackedFormat`, an adapter is merged into the weights in the model's files, and
 # the sum is packed. For the following formats, it is merged into the weights that
-# training used, which are decoded if they were packed.
+# training used, which are decoded if they were packed. Q4_0, a type of "gguf", is an
+# exception: it merges and packs as a `PackedFormat` does.
 _FORMATS_OF_TRAINED_BASE = ("merged", "gguf")
-# These types of "gguf" are exceptions: they merge and pack as a `PackedFormat` does.
-GGUF_4_BIT_TYPES = ("Q4_0", "Q4_K_M")
 # For a `PackedFormat`, these options describe the exported file. For a server and for
 # `_FORMATS_OF_TRAINED_BASE`, they describe how training packed the base.
 PACKING_OPTIONS = ("fmt", "block_size", "double_quant")
@@ -144,9 +143,9 @@ class ExportConfig(Config):
         dtype: For merged: dtype of the tensors. By default, the dtype of the run if
             training packed the model; otherwise each tensor keeps its own.
         gguf_type: For gguf: the type of the file, by default F16. Q4_0 copies weights
-            in int4_f16 or q4_0 with blocks of 32, and packs float weights. Q4_K_M packs
-            all weights, in the mixture of Q4_K and Q6_K of llama.cpp. For llama.cpp and
-            ollama: the type of their file, by default Q4_0 if it is exact.
+            in int4_f16 or q4_0 with blocks of 32, and packs float weights. For
+            llama.cpp and ollama: the type of their file, by default Q4_0 if it is
+            exact.
         tokenizer: For gguf: whether to include the tokenizer.
         data: If an adapter is merged: rows on which to compare the loss of the adapter
             beside its base with that of the file, in any form that score supports.
@@ -173,7 +172,7 @@ class ExportConfig(Config):
     block_size: int | None = None
     double_quant: bool | None = None
     dtype: Dtype | None = None
-    gguf_type: Literal["F16", "Q8_0", "Q4_0", "Q4_K_M"] | None = None
+    gguf_type: Literal["F16", "Q8_0", "Q4_0"] | None = None
     tokenizer: bool = True
     data: str | None = option(None, section="other")
     server: ServerName | None = option(None, name="for", aliases=("server",))
@@ -241,10 +240,10 @@ class ExportConfig(Config):
                 )
         options = [name for name in PACKING_OPTIONS if name in set_options]
         is_server = self.server is not None  # `options` describe the training then
-        if self.gguf_type in GGUF_4_BIT_TYPES and options and not is_server:
+        if self.gguf_type == "Q4_0" and options and not is_server:
             raise ValueError(
-                f"`{options[0]}` must be left out with `gguf_type` {self.gguf_type}, "
-                f"which sets the number format. Got {getattr(self, options[0])!r}."
+                f"`{options[0]}` must be left out with `gguf_type` Q4_0, which "
+                f"sets the number format. Got {getattr(self, options[0])!r}."
             )
         fmts = FMTS_BY_FORMAT.get(target, get_args(Fmt))
         if self.fmt is not None and self.fmt not in fmts:

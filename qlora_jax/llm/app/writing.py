@@ -22,7 +22,7 @@ from .base_model import (
     run_configs_of,
     training_load_options,
 )
-from .configs import GGUF_4_BIT_TYPES, PACKING_OPTIONS, AdapterFormat, ExportConfig
+from .configs import PACKING_OPTIONS, AdapterFormat, ExportConfig
 from .merge_aware import (
     check_dtype_holds,
     complete_export,
@@ -136,7 +136,7 @@ def _export(config: ExportConfig) -> Written:
     if export_format in get_args(AdapterFormat):
         _WRITERS[export_format](_Writer(config, model, {}, path))
         return Written(str(config.out), export_format, _count_bytes(path))
-    is_packed = export_format in FMTS_BY_FORMAT or config.gguf_type in GGUF_4_BIT_TYPES
+    is_packed = export_format in FMTS_BY_FORMAT or config.gguf_type == "Q4_0"
     # If the result is packed, the packing options describe it, and not the base.
     unset = dict.fromkeys(PACKING_OPTIONS) if is_packed else {}
     training_options = training_load_options(
@@ -233,7 +233,7 @@ def _export_for_server(config: ExportConfig) -> Written:
         raise ValueError(f"{server.name} cannot run {model.name}: {pair.why}")
     is_merge_aware = target_packing_of(model.lora) is not None
     pair = with_gguf_type(pair, config.gguf_type, is_merge_aware)
-    if config.gguf_type in GGUF_4_BIT_TYPES and not pair.exact:
+    if config.gguf_type == "Q4_0" and not pair.exact:
         # As for the format gguf, the weights in the model's files are packed.
         if pair.adapter == MERGED:
             _note_other_base(options, model.name)

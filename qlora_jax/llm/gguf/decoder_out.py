@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import pathlib
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,12 +21,10 @@ from ..models.decoder_names import decoder_names
 from ..models.source import ModelSource, open_source
 from .decoder_in import gguf_names, offset_of, row_order
 from .delta_rule_order import value_column_order
-from .k_quants import K_QUANTS, pack_k_quant
-from .q4_k_m import q4_k_m_format
 from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
 from .values_out import check_gguf_config, divisors_of, values_of
 
-FORMATS = ("F16", "Q8_0", "Q4_0", "Q4_K_M")
+FORMATS = ("F16", "Q8_0", "Q4_0")
 BLOCK = 32  # number of inputs in a block of Q4_0, Q8_0 and MXFP4
 # Formats in which packed kernels are written with their codes and scales.
 _PACKED = ("Q4_0", "MXFP4")
@@ -35,15 +32,6 @@ _Q4_0: Any = ql.QLoRAConfig(fmt="q4_0").packing
 _Q4_0_FORMATS = _Q4_0.format.equivalents  # formats with the codes and scales of Q4_0
 # The kernels that Q4_0 packs.
 _LAYER_KERNELS = r"layers(_\d+)?/(?!.*/(router|shared_expert_gate)/).*/kernel"
-# The bytes of a block that hold its scales and offsets in float16.
-_F16_BYTES = {
-    "Q8_0": slice(2),
-    "Q5_0": slice(2),
-    "Q5_1": slice(4),
-    "Q4_K": slice(4),
-    "Q5_K": slice(4),
-    "Q6_K": slice(-2, None),
-}
 
 Leaves = Mapping[str, Any]  # arrays and packed kernels, or adapters, by path
 
@@ -69,19 +57,15 @@ def save_gguf(
     - "Q4_0": Only the kernels of layers are written in this format. Packed kernels keep
       their codes and scales, and float kernels are packed by llama.cpp's rule. Each
       remaining tensor is F16 if this represents its values exactly, and F32 if not.
-    - "Q4_K_M": Each tensor has the format that `llama-quantize` chooses: most matrices
-      are Q4_K, and the head and some matrices are Q6_K. A tensor whose number of inputs
-      is not a multiple of 256 is Q5_0, Q5_1 or Q8_0, or F16 if it is not one of 32
-      either. The exception for mxfp4 holds here too.
 
     Args:
         path: The file.
         source: The folder or `.gguf` file that the model was loaded from, for the
             config, the context length and the tokenizer.
         base: The parameters of the `Decoder`. Except with Q4_0, packed kernels other
-            than mxfp4 experts are decoded. Q4_K_M packs them again, with a warning.
+            than mxfp4 experts are decoded.
         lora: Adapters to merge into the kernels; must be None or empty for Q4_0.
-        fmt: "F16", "Q8_0", "Q4_0" or "Q4_K_M".
+        fmt: "F16", "Q8_0" or "Q4_0".
         tokenizer: Whether to write the tokenizer too.
         progress: Whether to show a progress bar.
 
@@ -115,8 +99,6 @@ def save_gguf(
                 "be packed again."
             )
         leaves = _pack_q4_0(leaves)
-    elif fmt == "Q4_K_M":
-        _warn_about_packed(leaves, adapters)
     with _open_writer(path, architecture) as writer:
         # 2. The metadata, and the names and shapes of all tensors.
         _add_values(writer, config, model, fmt)
@@ -244,15 +226,12 @@ def _plan_tensors(
         is_small = len(shape) == 1 or is_convolution
         is_small = is_small or re.search("/router/|/shared_expert_gate/|/bias$", path)
         is_merged = path in adapters
-        leaf_fmt = "F32"
+        tensor_fmt = "F32"
         if not is_small:
-            leaf_fmt = _choose_format(path, leaf, shape, fmt, is_merged)
+            tensor_fmt = _choose_format(path, leaf, shape, fmt, is_merged)
         for index, hf_name in np.ndenumerate(hf_names):
             for part, columns in columns_of.items():
                 name = gguf_name_of[hf_name].replace("_gate_", part)
-                tensor_fmt = leaf_fmt
-                if leaf_fmt == "Q4_K_M":  # its tensors have different formats
-                    tensor_fmt = q4_k_m_format(name, shape[-1], config, architecture)
                 tensors.append(
                     _PlannedTensor(
                         name=name,
@@ -271,7 +250,8 @@ def _plan_tensors(
 def _choose_format(
     path: str, leaf: Any, shape: tuple[int, ...], fmt: str, is_merged: bool
 ) -> str:
-    if not is_merged and _is_mxfp4(path, leaf):
+    is_expert = ql.is_packed(leaf) and "/experts/" in path
+    if not is_merged and is_expert and (leaf.fmt, leaf.block_size) == ("mxfp4", BLOCK):
         return "MXFP4"
     if fmt == "Q8_0" and shape[-1] % BLOCK:
         return "F16"
@@ -280,27 +260,6 @@ def _choose_format(
     x = np.asarray(leaf).astype(np.float32)
     with np.errstate(over="ignore"):
         return "F16" if np.array_equal(x.astype(np.float16), x) else "F32"
-
-
-def _is_mxfp4(path: str, leaf: Any) -> bool:
-    """Whether a leaf is a stack of experts that can keep its codes and scales."""
-    is_expert = ql.is_packed(leaf) and "/experts/" in path
-    return is_expert and (leaf.fmt, leaf.block_size) == ("mxfp4", BLOCK)
-
-
-def _warn_about_packed(leaves: Leaves, adapters: Leaves) -> None:
-    """Warns if packed kernels are decoded and packed again."""
-    formats = {
-        x.fmt
-        for path, x in leaves.items()
-        if ql.is_packed(x) and (path in adapters or not _is_mxfp4(path, x))
-    }
-    if formats:
-        warnings.warn(
-            f"Q4_K_M packs kernels that are in {', '.join(sorted(formats))} again, so "
-            "they are rounded twice. If the float model exists, write that instead.",
-            stacklevel=3,
-        )
 
 
 def _read_tensor(tensor: _PlannedTensor, leaf: Any, lora: Any) -> np.ndarray:
@@ -354,15 +313,12 @@ def _encode(name: str, x: np.ndarray, fmt: str) -> np.ndarray:
         raise ValueError(f"{name} must be finite. Got NaN or infinity.")
     quantization_type = gguf.GGMLQuantizationType[fmt]
     with np.errstate(over="ignore", invalid="ignore"):  # infinity is rejected below
-        if fmt in K_QUANTS:
-            encoded = pack_k_quant(x, fmt)
-        else:
-            encoded = gguf.quantize(np.ascontiguousarray(x), quantization_type)
+        encoded = gguf.quantize(np.ascontiguousarray(x), quantization_type)
     # The floats that may have overflowed: all values, or the scales of blocks.
     stored_floats = encoded
-    if fmt in _F16_BYTES:
+    if fmt == "Q8_0":  # a block begins with its scale in float16
         _, block_bytes = gguf.GGML_QUANT_SIZES[quantization_type]
-        blocks = encoded.reshape(-1, block_bytes)[:, _F16_BYTES[fmt]]
+        blocks = encoded.reshape(-1, block_bytes)[:, :2]
         stored_floats = np.ascontiguousarray(blocks).view(np.float16)
     if not np.isfinite(stored_floats).all():
         largest = float(np.abs(x).max())

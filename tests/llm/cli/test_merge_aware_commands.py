@@ -143,7 +143,6 @@ def test_other_programs_cannot_take_it_for_a_lora(aware, capsys):
         (["--format=bitsandbytes", "--fmt=fp4"], "Got bitsandbytes, fmt=fp4."),
         (["--format=bitsandbytes", "--double-quant=false"], "double_quant=False."),
         (["--format=gguf"], "must hold nf4 in blocks of 64, with quantized scales"),
-        (["--format=gguf", "--gguf-type=Q4_K_M"], "Got gguf, gguf_type=Q4_K_M."),
         (["--format=gguf", "--gguf-type=F16"], "Got gguf, gguf_type=F16."),
         (["--format=merged", "--dtype=float16"], "Got float16 for float32."),
         (["--for=llama.cpp"], "it does not support nf4 in blocks of 64"),

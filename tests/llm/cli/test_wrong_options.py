@@ -49,6 +49,7 @@ BASE, ROWS = ["--model", "base"], ["--data", "rows.jsonl"]
 OUT = ["--out", "new"]
 TRAIN, SCORE = ["train", *BASE, *ROWS, *OUT], ["score", *BASE, *ROWS]
 GENERATE, EXPORT = ["generate", *BASE, "--prompt=p"], ["export", *BASE, *OUT]
+GGUF = [*EXPORT, "--format=gguf", "--gguf-type=Q4_0"]
 PACKED_PAIRS = ["--objective=dpo", "--packing", "--max_length=64", "--steps=2"]
 # Options whose path does not exist, and the command line, which ends with the path.
 MISSING = [
@@ -89,6 +90,9 @@ WRONG = [
     ([*TRAIN, "--double-quant=2"], "`double_quant` must be true or false. Got 2."),
     ([*TRAIN, "--learning-rate=x"], "`learning_rate` must be "),
     ([*EXPORT, "--for=x"], "`for` must be vllm, sglang, llama.cpp, ollama, mlx or "),
+    ([*EXPORT, "--gguf-type=Q4_K_M"], "must be F16, Q8_0 or Q4_0. Got Q4_K_M."),
+    ([*GGUF, "--fmt=nf4"], "`fmt` must be left out with `gguf_type` Q4_0"),
+    ([*GGUF, "--block-size=32"], "`block_size` must be left out with `gguf_type` Q4_0"),
     ([*EXPORT, "--format=x"], "`format` must be peft, peft-portable, gguf-lora, mlx"),
     ([*TRAIN, "--config=wrong.yaml"], "`fmt` must be nf4, fp4"),
     ([*TRAIN, "--config=twice.yaml"], "twice.yaml: Got 'rank' more than once."),

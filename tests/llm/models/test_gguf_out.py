@@ -457,13 +457,17 @@ def test_bad_arguments_are_refused(tmp_path, qwen3):
         )
 
     fewer = {k: v for k, v in params.items() if k != "norm"}
-    large = {**params, "embed_tokens": {"embedding": jnp.full((320, 32), 1e5)}}
+    large, huge = (
+        {**params, "embed_tokens": {"embedding": jnp.full((320, 32), x)}}
+        for x in (1e5, 1e8)
+    )
     unknown_lora = {"other": {"kernel": jnp.ones(1)}}
     for call, message in [
-        (lambda: save(params, fmt="Q4_1"), "`fmt` must be one of"),
+        (lambda: save(params, fmt="Q4_K_M"), "`fmt` must be one of"),
         (lambda: save(fewer), "another shape: .'norm/scale'"),
         (lambda: save(params, unknown_lora), "`lora` must have the paths of kernels"),
         (lambda: save(large), r"token_embd\.weight must fit F16"),
+        (lambda: save(huge, fmt="Q8_0"), r"token_embd\.weight must fit Q8_0"),
         (lambda: load(tmp_path / "none.gguf"), "must be a file"),
     ]:
         with pytest.raises(ValueError, match=message):
