@@ -179,8 +179,8 @@ class CachedModel:
             The logits, and the new cache.
 
         Raises:
-            ValueError: As `LanguageModel.hidden_states`; or, outside jit, if the cache
-                has no room for the tokens.
+            ValueError: As `LanguageModel.hidden_states`; or, outside jit, if `starts`
+                is negative or the cache has no room for the tokens.
         """
         variables = {name: unstack(tree) for name, tree in variables.items()}
         if num_tokens is None:
@@ -267,11 +267,13 @@ class CachedModel:
 
 
 def _check_room(cache: Cache, starts: Array, num_tokens: Array) -> None:
-    """Raises ValueError if it is known that a row has more tokens than positions."""
+    """Raises ValueError if it is known that tokens have no positions in the cache."""
     for count in (starts, num_tokens):
         is_array = isinstance(count, jax.Array)
         if is_array and (isinstance(count, Tracer) or not count.is_fully_addressable):
             return
+    if np.min(np.asarray(starts), initial=0) < 0:
+        raise ValueError(f"`starts` must not be negative. Got {np.min(starts)}.")
     length = max(x.length for x in cache.values())
     num_needed = np.max(np.asarray(starts) + np.asarray(num_tokens), initial=0)
     if length and num_needed > length:  # without attention, there are no positions

@@ -94,6 +94,7 @@ def test_caches_have_a_position_for_each_token(tmp_path):
     message = "Got 4 positions for 5 tokens"
     refusal(lambda: run(jnp.array([0, 2])), message)
     refusal(lambda: run(jnp.array([0, 3]), jnp.array([3, 2])), message)
+    refusal(lambda: run(jnp.array([-1, 0])), "`starts` must not be negative. Got -1.")
     refusal(lambda: model.init_cache(2, 0), "`length` must be at least 1. Got 0.")
 
 
