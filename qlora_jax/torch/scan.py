@@ -51,17 +51,26 @@ class LayerScan:
     # Set when the first layer is called: its input, and whether it returns a tuple.
     hidden: jax.Array = field(init=False)
     returns_tuple: bool = field(init=False)
+    # Set by `active`. A layer may have a `forward` that replaces that of its class.
+    forwards: list[Callable | None] = field(init=False)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Makes the layers record their calls while the context is active."""
+        self.forwards = [vars(layer).get("forward") for layer in self.layers]
         for index, layer in enumerate(self.layers):
             layer.forward = functools.partial(self.record, index)
         try:
             yield
         finally:
-            for layer in self.layers:
-                layer.__dict__.pop("forward", None)
+            for index in range(len(self.layers)):
+                self._restore_forward(index)
+
+    def _restore_forward(self, index: int) -> None:
+        layer, forward = self.layers[index], self.forwards[index]
+        vars(layer).pop("forward", None)
+        if forward is not None:
+            layer.forward = forward
 
     def record(self, index: int, /, *args: Any, **kwargs: Any) -> Any:
         """Records the call of a layer, in place of its `forward`.
@@ -106,7 +115,8 @@ class LayerScan:
             args = (as_tensor(hidden), *args)
         else:
             kwargs = {"hidden_states": as_tensor(hidden), **kwargs}
-        recorder = layer.__dict__.pop("forward")
+        recorder = layer.forward
+        self._restore_forward(index)
         try:
             prefix = self.run.stacked_name(index % self.run.period, "")
             return call_module(layer, leaves, args, kwargs, prefix)

@@ -85,8 +85,8 @@ class WrappedModule:
             ValueError: If `"params"` lacks names or has unknown ones; if an adapter
                 does not fit its kernel; if the module draws random numbers, but there
                 is no `dropout_key`; if there is a `dropout_key`, but the module is in
-                evaluation mode; or if the module changes its buffers or parameters, as
-                batch normalization does in training mode.
+                evaluation mode; if the module has backward hooks; or if it changes its
+                buffers or parameters, as batch normalization does in training mode.
 
         Example:
             >>> import jax, qlora_jax as ql, torch
@@ -100,6 +100,7 @@ class WrappedModule:
         """
         # 1. Check the names and the key, and convert arrays to tensors.
         leaves = self._checked_leaves(variables)
+        _refuse_backward_hooks(self.module)
         if dropout_key is not None and not any(self.training.values()):
             raise ValueError(
                 "`dropout_key` must be None for a module in evaluation mode. Call "
@@ -239,6 +240,20 @@ def wrap(
         return model
     modes = {name: m.training for name, m in module_of(model).named_modules()}
     return WrappedModule(module_of(model), modes, policy, backend)
+
+
+def _refuse_backward_hooks(module: torch.nn.Module) -> None:
+    owners = {**dict(module.named_modules()), **dict(module.named_parameters())}
+    hooked = [
+        name
+        for name, owner in owners.items()
+        if owner._backward_hooks or getattr(owner, "_backward_pre_hooks", None)
+    ]
+    if hooked:
+        raise ValueError(
+            "the module must not have backward hooks, which JAX would not call. Got "
+            f"backward hooks of {hooked}."
+        )
 
 
 def _to_tensor(value: Any) -> Any:
