@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -15,36 +16,19 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from torch.overrides import TorchFunctionMode
 from torchax.ops.mappings import j2t_dtype
+from torchax.tensor import TENSOR_CONSTRUCTORS
 from torchax.view import View
 
 import qlora_jax as ql
 
 from . import operators
 from .layers import ScanError
+from .tensors import Detached, as_array, as_tensor, beside_jax, is_jax, is_known
 
 operators.register()
 PyTree = Any
 Leaf = Any  # an array, a kernel, or an `AdaptedKernel`
 Backend = str | Sequence[str] | None
-
-
-def as_tensor(array: jax.Array) -> torch.Tensor:
-    """Returns a JAX array as a tensor, for code that runs in torchax's environment."""
-    return torchax.tensor.Tensor(array, torchax.default_env())
-
-
-def as_array(tensor: torch.Tensor) -> jax.Array:
-    """Returns the JAX array of a tensor of torchax."""
-    return torchax.default_env().t2j_iso(tensor)
-
-
-def _type_as(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return self.to(other.dtype)
-
-
-# torchax's own method changes the dtype of the tensor in place, and does not accept
-# views of other tensors.
-torchax.tensor.Tensor.type_as = _type_as  # type: ignore
 
 
 def tensor_of(leaf: Leaf) -> torch.Tensor:
@@ -79,15 +63,18 @@ def call_module(
     # parameter or a buffer, `functional_call` writes this tensor into `tensors`.
     tensors = {name: tensor_of(leaf) for name, leaf in leaves.items()}
     values = {name: _value_of(tensor) for name, tensor in tensors.items()}
-    # If a module has two names, `functional_call` does not restore its tensors.
+    # If a module has two names, `functional_call` does not restore its tensors. The
+    # module's code may also set attributes, such as `weight` with `weight_norm`.
     originals = [
-        (inner, dict(inner._parameters), dict(inner._buffers))
+        (inner, dict(vars(inner)), dict(inner._parameters), dict(inner._buffers))
         for inner in module.modules()
     ]
     try:
         output = torch.func.functional_call(module, tensors, args, kwargs)
     finally:
-        for inner, parameters, buffers in originals:
+        for inner, attributes, parameters, buffers in originals:
+            vars(inner).clear()
+            vars(inner).update(attributes)
             inner._parameters.update(parameters)
             inner._buffers.update(buffers)
     changed = [
@@ -241,7 +228,24 @@ class KernelFunctions(TorchFunctionMode):
         self, func: Callable, types: object, args: tuple = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = self._call(func, args, kwargs)
+        if func is torch.Tensor.new_tensor:
+            func, kwargs = torch.tensor, {"dtype": args[0].dtype, **kwargs}
+            args = args[1:]
+        is_constructor = func in TENSOR_CONSTRUCTORS and kwargs.get("device") is None
+        if is_constructor:
+            kwargs["device"] = "jax"
+        tensors = [x for x in _values(args, kwargs) if isinstance(x, torch.Tensor)]
+        if (tensors or is_constructor) and all(map(is_known, tensors)):
+            # The module's code may depend on these values, such as `zeros(n).tolist()`.
+            with jax.ensure_compile_time_eval():
+                result = self._call(func, args, kwargs)
+            for value in _values((result,), {}):
+                if isinstance(value, torchax.tensor.Tensor):
+                    value.is_known = True  # type: ignore
+        else:
+            if any(map(is_jax, tensors)):
+                args, kwargs = _beside_jax(func, args, kwargs)
+            result = self._call(func, args, kwargs)
         # torchax ignores `torch.no_grad`, so gradients are stopped here. As in PyTorch,
         # they are not stopped if a function such as `contiguous` returns its argument.
         if torch.is_grad_enabled() or any(result is value for value in args):
@@ -268,6 +272,8 @@ class KernelFunctions(TorchFunctionMode):
         if func in (F.batch_norm, F.instance_norm):
             _mark_statistics(func, args, kwargs)
         placeholders = [x for x in _values(args, kwargs) if isinstance(x, Placeholder)]
+        if func is torch.detach and not placeholders:
+            return next(iter(args)).detach()
         if not placeholders:
             return func(*args, **kwargs)
         for placeholder in placeholders:
@@ -394,9 +400,9 @@ class KernelFunctions(TorchFunctionMode):
         """Computes `input.T`, `input.mT` or `input.t()` of a matrix."""
         return input.transposed() if input.ndim == 2 else NotImplemented
 
-    def data(self, input: KernelTensor) -> torch.Tensor:
-        """Computes `input.data`, whose changes are changes of the weight."""
-        return self._decode(input)
+    def detach(self, input: KernelTensor) -> torch.Tensor:
+        """Computes `input.detach()`, whose changes are changes of the weight."""
+        return self._decode(input).detach()
 
     def refuse_change(self, input: torch.Tensor, *_: object) -> Any:
         """Raises ValueError for `input[...] = value` and `input.data = value`."""
@@ -435,11 +441,22 @@ class KernelFunctions(TorchFunctionMode):
 
 
 def _stop_gradient(value: Any) -> Any:
-    # Views of torchax refer to the tensor that they show, so they are not replaced.
+    if isinstance(value, View):
+        return value.create_sub_view(Detached())
     if isinstance(value, torchax.tensor.Tensor) and value.dtype.is_floating_point:
         array = jax.lax.stop_gradient(as_array(value))
         return type(value)(array, torchax.default_env())  # such as a `DecodedWeight`
     return value
+
+
+def _beside_jax(func: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Converts tensors that are not those of JAX, unless the function changes them."""
+    name = getattr(func, "__name__", "")
+    is_in_place = name.startswith(("__i", "__set")) or re.search("[^_]_$", name)
+    head = args[: bool(is_in_place)]
+    out = {"out": kwargs["out"]} if "out" in kwargs else {}
+    args, kwargs = jax.tree.map(beside_jax, (args[len(head) :], kwargs))
+    return (*head, *args), kwargs | out
 
 
 def _without_view(value: Any) -> Any:
@@ -487,7 +504,9 @@ RULES: dict[Callable, Callable[..., Any]] = {
     F.linear: KernelFunctions.linear,
     F.embedding: KernelFunctions.embedding,
     torch.addmm: KernelFunctions.addmm,
-    torch.Tensor.data.__get__: KernelFunctions.data,  # pyright: ignore
+    torch.detach: KernelFunctions.detach,
+    torch.Tensor.detach: KernelFunctions.detach,
+    torch.Tensor.data.__get__: KernelFunctions.detach,  # pyright: ignore
     torch.Tensor.data.__set__: KernelFunctions.refuse_change,  # pyright: ignore
     torch.Tensor.__setitem__: KernelFunctions.refuse_change,
     torch.Tensor.t: KernelFunctions.transpose_matrix,

@@ -1,6 +1,7 @@
 """Wrapped modules are pure functions, and do not change their modules."""
 
 import copy
+import types
 
 import jax
 import jax.numpy as jnp
@@ -607,9 +608,27 @@ def change_data_without_gradients(x, weight):
     return x @ weight
 
 
+def change_detached(x, weight):
+    weight.detach().add_(1)
+    return x @ weight
+
+
+def change_row_of_detached(x, weight):
+    torch.detach(weight)[0].add_(1)
+    return x @ weight
+
+
+def set_data_to_a_view(x, weight):
+    weight.data = weight.t()
+    return x @ weight
+
+
 @pytest.mark.parametrize(
     "compute",
     [
+        change_detached,
+        change_row_of_detached,
+        set_data_to_a_view,
         double,
         set_data,
         rectify,
@@ -790,3 +809,186 @@ def test_no_dropout_of_weights_that_a_module_reads_itself():
     variables, x = {"params": base, "lora": lora}, jnp.ones((2, 5, 64))
     key = jax.random.key(0)
     refusal(lambda: model.apply(variables, x, dropout_key=key), "dropout=0.1")
+
+
+def shift_detached(x):
+    y = 3 * x
+    y.detach()[0].add_(1)
+    return y * y
+
+
+def without_gradients(x):
+    with torch.no_grad():
+        row = x[0]
+    return row * x
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        shift_detached,
+        without_gradients,
+        lambda x: x * x.detach(),
+        lambda x: x * torch.detach(x),
+        lambda x: x * x[:1].detach(),
+        lambda x: x * x.data,
+        lambda x: x * x[:1].data,
+    ],
+)
+def test_detached_tensors_share_values_and_stop_gradients(function):
+    x = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+    tensor = torch.tensor(x, requires_grad=True)
+    expected = function(tensor)
+    expected.sum().backward()
+    model = ql.torch.wrap(Function(function))
+
+    def compute_sum(x):
+        output = model.apply({"params": {}}, x)
+        return output.sum(), output
+
+    gradient, output = jax.jit(jax.grad(compute_sum, has_aux=True))(x)
+    assert_close(output, expected.detach().numpy())
+    assert_close(gradient, tensor.grad.numpy())
+
+
+class Function(torch.nn.Module):
+    """A module without parameters that calls a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def fill_rows(x):
+    rows = torch.zeros(5, 4)
+    rows[:4] = x
+    return rows
+
+
+def add_to_zero(x):
+    total = torch.tensor(0.0)
+    total += x.sum()
+    return total
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x + torch.arange(4),
+        lambda x: x + torch.zeros(4),
+        lambda x: x * torch.ones(4, 4),
+        lambda x: x + torch.full((4,), 2.0),
+        lambda x: x @ torch.eye(4),
+        lambda x: x + torch.linspace(0, 1, 4),
+        lambda x: x + torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        lambda x: x + torch.as_tensor([1.0, 2.0, 3.0, 4.0]),
+        lambda x: x + torch.tensor(2.0),
+        lambda x: x.masked_fill(torch.tril(torch.ones(4, 4)) == 0, -1.0),
+        lambda x: torch.cat([x, torch.zeros(1, 4)]),
+        lambda x: x[torch.tensor([1, 0])],
+        lambda x: x + x.new_tensor([1.0, 2.0, 3.0, 4.0]),
+        lambda x: x + torch.from_numpy(np.arange(4, dtype=np.float32)),
+        lambda x: x + torch.ones(4, device="cpu"),
+        fill_rows,
+        add_to_zero,
+        # Python reads the values of these tensors.
+        lambda x: x * torch.linspace(0, 1, 3)[1].item(),
+        lambda x: x * torch.arange(3).tolist()[2],
+        lambda x: sum(x * int(i) for i in torch.arange(3)),
+        lambda x: 2 * x if torch.arange(3).max() > 1 else x,
+        lambda x: x[torch.tensor([True, False, True, False])],
+        # A number does not change the dtype.
+        lambda x: x.bfloat16() * torch.tensor(2.0) * torch.linspace(0, 1, 3)[1],
+    ],
+)
+def test_tensors_that_the_module_makes_without_a_device(function):
+    x = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    expected = function(torch.tensor(x))
+    apply = jax.jit(ql.torch.wrap(Function(function)).apply)
+    output = apply({"params": {}}, x)
+    assert str(output.dtype) == str(expected.dtype).removeprefix("torch.")
+    assert_close(output, expected.float().numpy())
+
+
+class Double(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrized(layer):
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Double())
+
+
+def patched(layer):
+    layer.forward = types.MethodType(
+        lambda self, x: 2 * torch.nn.functional.linear(x, self.weight), layer
+    )
+
+
+CHANGES = {
+    "parametrize": parametrized,
+    "weight_norm": torch.nn.utils.parametrizations.weight_norm,
+    "old weight_norm": torch.nn.utils.weight_norm,
+    "spectral_norm": torch.nn.utils.parametrizations.spectral_norm,
+    "forward hook": lambda layer: layer.register_forward_hook(
+        lambda layer, args, output: output + layer.bias
+    ),
+    "forward pre-hook": lambda layer: layer.register_forward_pre_hook(
+        lambda layer, args: (2 * args[0],)
+    ),
+    "patched forward": patched,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("layers", ["all", "first", "last"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_layers_with_hooks_and_parametrizations(name, layers):
+    """Their values are right, or stacked layers are refused by name."""
+    module = Layers(lambda x, layer, index: layer(x)).eval()
+    chosen = {"all": slice(None), "first": slice(1), "last": slice(2, None)}[layers]
+    for layer in module.layers[chosen]:
+        CHANGES[name](layer)
+    module.eval()
+    x = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    model, params = ql.torch.wrap(module), ql.torch.params(module)
+    targets = [n for n in params if params[n].ndim > 1 and params[n].shape[1] > 1]
+    config = ql.QLoRAConfig(rank=4, targets="|".join(targets), contract="nk")
+    base, _ = ql.torch.init(jax.random.key(0), model, params, config)
+    for tree in (params, base):
+        attributes = [dict(vars(inner)) for inner in module.modules()]
+        output = jax.jit(model.apply)({"params": tree}, x)
+        try:
+            stacked = ql.torch.stack(module, tree)
+            stacked_output = model.apply({"params": stacked}, x)
+        except ValueError as error:
+            assert "'layers' cannot be scanned" in str(error)
+            stacked_output = output
+        for inner, before in zip(module.modules(), attributes, strict=True):
+            assert all(vars(inner)[key] is value for key, value in before.items())
+        weights = jax.tree.map(np.array, ql.dequantize(tree))
+        with torch.no_grad():
+            for tensor_name, tensor in ql.torch.arrays.named_tensors(module).items():
+                tensor.copy_(torch.tensor(weights[tensor_name]))
+            expected = module(torch.tensor(x)).numpy()
+        assert_close(output, expected)
+        assert_close(stacked_output, expected)
+
+
+@pytest.mark.parametrize("owner", ["layers.1", "layers.1.weight"])
+def test_backward_hooks_are_refused(owner):
+    module = Layers(lambda x, layer, index: layer(x))
+    if owner.endswith("weight"):
+        module.layers[1].weight.register_hook(lambda gradient: 2 * gradient)
+    else:
+        module.layers[1].register_full_backward_hook(lambda *_: None)
+    params, model = ql.torch.params(module), ql.torch.wrap(module)
+    for tree in (params, ql.torch.stack(module, params)):
+        refusal(
+            lambda tree=tree: model.apply({"params": tree}, jnp.ones((2, 64))),
+            "backward hooks",
+            owner,
+        )
