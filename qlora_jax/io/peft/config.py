@@ -150,7 +150,11 @@ class PeftConfig:
         return self.ranks_of([module])[module]
 
     def ranks_of(self, modules: Collection[str]) -> dict[str, int]:
-        """Returns the ranks of several modules, as `rank_of` does."""
+        """Returns the ranks of several modules, as `rank_of` does.
+
+        Args:
+            modules: Names, as in `rank_of`.
+        """
         return first_matches("rank_pattern", self.rank_pattern, modules, self.r)
 
     def scaling_of(self, module: str) -> float:
@@ -162,7 +166,11 @@ class PeftConfig:
         return self.scalings_of([module])[module]
 
     def scalings_of(self, modules: Collection[str]) -> dict[str, float]:
-        """Returns the scalings of several modules, as `scaling_of` does."""
+        """Returns the scalings of several modules, as `scaling_of` does.
+
+        Args:
+            modules: Names, as in `scaling_of`.
+        """
         patterns, ranks = self.alpha_pattern, self.ranks_of(modules)
         alphas = first_matches("alpha_pattern", patterns, modules, self.lora_alpha)
         divisors = {m: math.sqrt(r) if self.use_rslora else r for m, r in ranks.items()}
