@@ -96,9 +96,7 @@ def test_a_vision_tower_is_adapted_only_by_name(trained):
         )
         model = base_model.open_model(config.model.path, engine="torch")
         packing = base_model.packing_config_for(config.model, model, "nf4")
-        adapters = base_model.lora_config_for(
-            config.adapter, model, packing, config.model.scales
-        )
+        adapters = base_model.lora_config_for(config.adapter, model, packing)
         base, lora = base_model.init_shapes(model.base, adapters)
         adapted = {x.split(".")[-2] for x in lora if "vision_tower" in x}
         assert adapted == expected
