@@ -54,8 +54,10 @@ PAGE = """# PyTorch models that were tested
 This page is the result of a sweep over the {kinds} types of causal language models in
 transformers. For each type, the sweep ran a tiny model with random weights in
 `ql.torch` and in PyTorch, and compared three results: the logits of float weights, the
-loss on packed weights with adapters, and the gradients of A and B of these adapters. A
-type passed if rounding explains all differences. {passed} types passed.
+loss on packed weights with adapters, and the gradients of A and B of these adapters.
+The weights are spread four times as widely as transformers initializes them, so that
+functions such as softplus also get large inputs. A type passed if rounding explains all
+differences. {passed} types passed.
 
 The reference for the loss and the gradients is PEFT, with the same adapters on the
 decoded weights. The weights of products and lookups are its `target_modules`, and all

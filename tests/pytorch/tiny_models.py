@@ -166,6 +166,8 @@ def tiny_model(kind):
     model = make_model(kind, config).float()
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.ndim > 1:  # noise, because some weights are zero, as in routers
-                weight.mul_(2).add_(0.02 * torch.randn_like(weight))
+            # Four times the usual spread reaches the regions where functions such as
+            # softplus would overflow. The noise is for weights that are zero.
+            if weight.ndim > 1:
+                weight.mul_(4).add_(0.02 * torch.randn_like(weight))
     return model.eval()
