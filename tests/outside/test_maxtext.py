@@ -4,6 +4,7 @@ The configs are small and the weights random. MaxText's `DenseGeneral` and exper
 their kernels themselves. MaxText has its own scan over layers and two own bridges.
 """
 
+import dataclasses
 import os
 import warnings
 
@@ -38,7 +39,7 @@ DENSE += [f"mlp/{name}/kernel" for name in ("wi_0", "wi_1", "wo")]
 # docs/coming_from/maxtext.md defines the contracted axes of kernels inside a bridge.
 names = {"ql": ql}
 exec(code_blocks("maxtext", "py")[1].split("base, lora")[0], names)
-CONFIG = names["config"]
+CONFIG = dataclasses.replace(names["config"], rank=4, alpha=8)
 
 
 def make_config(**settings):
