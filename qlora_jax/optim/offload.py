@@ -159,12 +159,18 @@ def _check_parameters_are_separate(
         together = tx.update(grads, state, small)
         separate = _update_one_by_one(tx, grads, state, small, None, {})
         together, separate = jax.device_get((together, separate))
-        if not all(jax.tree.leaves(jax.tree.map(np.array_equal, together, separate))):
+        if not all(jax.tree.leaves(jax.tree.map(_is_close, together, separate))):
             raise ValueError(
                 "`tx` must update each parameter separately. Got one that mixes them, "
                 "such as clipping by global norm. Put that part in front of `offload`: "
                 "optax.chain(optax.clip_by_global_norm(1.0), ql.optim.offload(tx))."
             )
+
+
+def _is_close(x: Any, y: Any) -> bool:
+    # XLA may round the two differently. Keys cannot be compared, but what they draw is.
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return is_key or np.allclose(np.float32(x), np.float32(y), rtol=0.01)
 
 
 def _is_on_host(x: Array) -> bool:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchax
+from tolerances import assert_close
 from torchax.decompositions import DECOMPOSITIONS
 from torchax.ops.ops_registry import all_aten_ops
 
@@ -117,6 +118,10 @@ def results_in_jax(function, arrays):
     return [np.asarray(x) for x in compute(*map(jnp.array, arrays))]
 
 
+# Functions such as `lgamma` are computed by other formulas, which round more often.
+ROUNDING = 840 * np.finfo(np.float32).eps
+
+
 def assert_equal_to_pytorch(function, *arrays):
     got = results_in_jax(function, arrays)
     wants = [results_in_pytorch(function, arrays, torch.float32)]
@@ -125,7 +130,9 @@ def assert_equal_to_pytorch(function, *arrays):
         assert result.shape == pair[0].shape
         is_close = np.isnan(pair[0])
         for want in pair:
-            is_close |= np.isclose(result, want, rtol=1e-4, atol=1e-5)
+            with np.errstate(invalid="ignore"):
+                is_within = abs(result - want) <= ROUNDING * np.maximum(abs(want), 0.1)
+            is_close |= is_within | (result == want)
         if not is_close.all():
             points = [x[~is_close] for x in arrays if x.shape == result.shape]
             pytest.fail(
@@ -283,5 +290,5 @@ def test_dtypes_and_second_derivatives():
     assert tangent.dtype == jnp.bfloat16
     second = jax.grad(jax.grad(lambda x: softplus.apply({"params": {}}, x)))
     sigmoid = 1 / (1 + math.exp(-1))
-    np.testing.assert_allclose(second(1.0), sigmoid * (1 - sigmoid), rtol=1e-5)
+    assert_close(second(1.0), sigmoid * (1 - sigmoid))
     assert second(100.0) == 0
