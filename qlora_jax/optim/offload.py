@@ -59,6 +59,8 @@ def offload(
         on_host = paths_where(lambda x: isinstance(x, Array) and _is_on_host(x), params)
         if on_host:
             raise ValueError(f"`params` must be in device memory. Got {on_host}.")
+        if not jax.tree.leaves(params):  # as in `optax.tree.map_params`
+            return tx.init(params)
         _check_parameters_are_separate(tx, params)
         return _init_one_by_one(tx, params)
 
@@ -70,6 +72,8 @@ def offload(
         skip: bool | Array | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, Tree]:
+        if not jax.tree.leaves(updates):
+            return tx.update(updates, state, params, **extra_args)
         return _update_one_by_one(tx, updates, state, params, skip, extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -151,20 +155,23 @@ def _check_parameters_are_separate(
     tx: optax.GradientTransformationExtraArgs, params: Tree
 ) -> None:
     """Raises ValueError if one update of the whole tree has another result."""
-    # One weight of each parameter suffices, with gradients large enough to be clipped.
+    # One weight of each parameter suffices, with gradients that are large enough to be
+    # clipped, and with zeros, to which noise may be added.
     with jax.ensure_compile_time_eval():
         small = jax.tree.map(lambda x: jnp.ones((1,) * x.ndim, x.dtype), params)
-        grads = jax.tree.map(lambda x: x * 1e4, small)
         state = tx.init(small)
-        together = tx.update(grads, state, small)
-        separate = _update_one_by_one(tx, grads, state, small, None, {})
-        together, separate = jax.device_get((together, separate))
-        if not all(jax.tree.leaves(jax.tree.map(_is_close, together, separate))):
-            raise ValueError(
-                "`tx` must update each parameter separately. Got one that mixes them, "
-                "such as clipping by global norm. Put that part in front of `offload`: "
-                "optax.chain(optax.clip_by_global_norm(1.0), ql.optim.offload(tx))."
-            )
+        for size in (1e4, 0.0):
+            grads = jax.tree.map(lambda x, size=size: x * size, small)
+            together = tx.update(grads, state, small)
+            separate = _update_one_by_one(tx, grads, state, small, None, {})
+            together, separate = jax.device_get((together, separate))
+            if not all(jax.tree.leaves(jax.tree.map(_is_close, together, separate))):
+                raise ValueError(
+                    "`tx` must update each parameter separately. Got one that mixes "
+                    "them, such as clipping by global norm. Put that part in front of "
+                    "`offload`: "
+                    "optax.chain(optax.clip_by_global_norm(1.0), ql.optim.offload(tx))."
+                )
 
 
 def _is_close(x: Any, y: Any) -> bool:

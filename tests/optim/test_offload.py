@@ -153,6 +153,13 @@ def test_an_nnx_optimizer():
     assert is_paged(nnx.state(optimizer, nnx.OptState))
 
 
+def test_optax_finds_the_state_of_parameters():
+    """`optax.tree.map_params` passes a placeholder without arrays to `init`."""
+    lora, off = make_lora(), ql.optim.offload(ADAMW)
+    ndims = optax.tree.map_params(off, lambda x: x.ndim, off.init(lora))
+    assert jax.tree.leaves(ndims[0].mu) == [x.ndim for x in jax.tree.leaves(lora)]
+
+
 def test_init_under_transformations():
     lora, off = make_lora(), ql.optim.offload(ADAMW)
     want = ADAMW.init(lora)
