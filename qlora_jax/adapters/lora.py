@@ -290,8 +290,8 @@ def lora_product(
     Both products are computed in the dtype of `x` with float32 sums. With `offsets`,
     the rows of x are sorted by expert, and the result has the dtype of `x`.
     """
-    lora = constrained(lora, kernel, x)
     if offsets is not None:
+        lora = constrained(lora, kernel, x)
         # Experts may have different scalings, so B is scaled instead of the product.
         b = scaled(lora.b.astype(jnp.float32), lora)
         a, b = cast(lora.a, x.dtype), cast(b, x.dtype)
@@ -299,7 +299,9 @@ def lora_product(
         h = ragged_float_product(x, a, *arguments, role="k")  # [M, r]
         h = checkpoint_name(h, CHECKPOINT_NAME)
         return ragged_float_product(h, b, *arguments, role="n")
+    # Cast first, so that a mesh moves arrays in the dtype of x.
     lora = replace_arrays(lora, lambda _, w: cast(w, x.dtype))
+    lora = constrained(lora, kernel, x)
     h = float_product(x, lora.a, precision).astype(x.dtype)
     h = checkpoint_name(h, CHECKPOINT_NAME)  # [*batch, ..., r]
     return scaled(float_product(h, lora.b, precision), lora)
