@@ -1,9 +1,6 @@
 """A tiny random model of text and images: Gemma 3 with its vision tower."""
 
-import json
-
 import numpy as np
-import PIL.Image
 import torch
 import transformers
 from torch_helpers import SIZES
@@ -99,32 +96,3 @@ def save_image_model(folder):
     model = image_model(*ids, vocab_size=inner.get_vocab_size(), **special)
     model.save_pretrained(folder)
     return processor
-
-
-def write_image_rows(folder):
-    """Writes rows with no, one or two images. Returns their file and the rows."""
-    generator = np.random.default_rng(0)
-    for name, size in {"a.png": (20, 30), "b.png": (24, 16), "c.png": (9, 9)}.items():
-        pixels = generator.integers(0, 256, (*size, 3), np.uint8)
-        PIL.Image.fromarray(pixels).save(folder / name)
-
-    def image(name):
-        return {"type": "image", "path": name}
-
-    def text(words):
-        return {"type": "text", "text": words}
-
-    contents = [
-        ([text("See "), image("a.png"), text(" this?")], "yes"),
-        ([image("b.png"), image("c.png"), text("Alike?")], "no, not at all"),
-        ("How are you?", "fine"),
-        ([{"type": "image", "url": str(folder / "c.png")}], "a small one"),
-    ]
-    rows = []
-    for question, answer in contents:
-        messages = [{"role": "user", "content": question}]
-        messages += [{"role": "assistant", "content": answer}]
-        rows.append({"messages": messages})
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path, rows

@@ -1,4 +1,4 @@
-"""The command line trains and scores a model of text and images.
+"""The command line trains and scores a model of text and images on texts.
 
 The losses equal those of transformers and PEFT.
 """
@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from image_models import save_image_model, write_image_rows
+from image_models import save_image_model
 from tolerances import assert_close
 from torch_helpers import init, with_decoded_weights
 
@@ -20,15 +20,16 @@ from qlora_jax.llm import app
 from qlora_jax.llm.app import base_model
 from qlora_jax.llm.cli.main import main
 
+ROWS = [("See this?", "yes"), ("Alike?", "no, not at all"), ("How are you?", "fine")]
 LAYERS = r".*language_model\.layers\..*_proj\.weight"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Returns a folder with a model, rows and a run, the processor, and the rows."""
+    """Returns a folder with a model, rows and a run, and the model's processor."""
     folder = tmp_path_factory.mktemp("images")
     processor = save_image_model(folder / "model")
-    _, rows = write_image_rows(folder)
+    (folder / "rows.jsonl").write_text("".join(map(to_line, ROWS)))
     settings = {"steps": 3, "batch_size": 4, "max_length": 64, "dtype": "float32"}
     settings |= {"learning_rate": 1e-2, "lora_r": 4, "engine": "torch"}
     command = ["train", "--model", str(folder / "model"), "--out", str(folder / "run")]
@@ -36,21 +37,28 @@ def trained(tmp_path_factory):
     for name, value in settings.items():
         command += [f"--{name}", str(value)]
     assert main(command) == 0
-    return folder, processor, rows
+    return folder, processor
 
 
-def torch_loss(model, folder, processor, rows):
+def to_messages(row, question_type=str):
+    question, answer = row
+    content = question_type(question)
+    messages = [{"role": "user", "content": content}]
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def to_line(row, question_type=str):
+    return json.dumps({"messages": to_messages(row, question_type)}) + "\n"
+
+
+def torch_loss(model, processor):
     """Returns the mean loss of the tokens of all answers."""
     losses = []
-    for row in rows:
-        question, answer = row["messages"]
-        for part in question["content"]:
-            if isinstance(part, dict) and "path" in part:
-                part["path"] = str(folder / part["path"])
+    for row in ROWS:
         inputs = processor.apply_chat_template(
-            row["messages"], tokenize=True, return_dict=True, return_tensors="pt"
+            to_messages(row), tokenize=True, return_dict=True, return_tensors="pt"
         )
-        count = len(processor.tokenizer.encode(answer["content"] + "<|im_end|>"))
+        count = len(processor.tokenizer.encode(row[1] + "<|im_end|>"))
         ids = inputs["input_ids"][0]
         with torch.no_grad():
             logits = model(**inputs, use_cache=False).logits[0]
@@ -64,16 +72,16 @@ def torch_loss(model, folder, processor, rows):
 
 
 def test_score_of_a_trained_adapter_equals_the_loss_in_peft(trained):
-    folder, processor, rows = trained
+    folder, processor = trained
     path = folder / "model"
     module = transformers.AutoModelForImageTextToText.from_pretrained(path).eval()
     _, base, _ = init(module, LAYERS)
     with_decoded_weights(module, base)
-    before = torch_loss(module, folder, processor, rows)
+    before = torch_loss(module, processor)
     with warnings.catch_warnings():  # PEFT asks transformers for a deprecated name
         warnings.simplefilter("ignore")
         model = peft.PeftModel.from_pretrained(module, folder / "run" / "adapter")
-    expected = torch_loss(model.eval(), folder, processor, rows)
+    expected = torch_loss(model.eval(), processor)
     assert expected < before - 0.01
     config = app.ScoreConfig(
         run=str(folder / "run"), data=str(folder / "rows.jsonl"), batch_tokens=64
@@ -86,7 +94,7 @@ def test_score_of_a_trained_adapter_equals_the_loss_in_peft(trained):
 
 
 def test_a_vision_tower_is_adapted_only_by_name(trained):
-    folder, *_ = trained
+    folder, _ = trained
     settings = {"model": str(folder / "model"), "engine": "torch"}
     settings |= {"data": str(folder / "rows.jsonl"), "out": str(folder / "run2")}
     names = {"all-linear": set(), "q_proj,fc1": {"fc1", "q_proj"}}
@@ -105,10 +113,12 @@ def test_a_vision_tower_is_adapted_only_by_name(trained):
         assert any(ql.is_packed(packed[x]) for x in packed if "language_model" in x)
 
 
-def test_our_decoder_names_the_engine_that_reads_images(trained, capsys):
-    folder, *_ = trained
-    command = ["train", "--model", str(folder / "model"), "--engine", "jax"]
-    command += ["--data", str(folder / "rows.jsonl"), "--out", str(folder / "run3")]
+@pytest.mark.parametrize("engine", ["jax", "torch"])
+def test_rows_with_images_are_rejected(trained, tmp_path, capsys, engine):
+    folder, _ = trained
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(to_line(ROWS[0], lambda x: [{"type": "image", "path": x}]))
+    command = ["train", "--model", str(folder / "model"), "--engine", engine]
+    command += ["--data", str(rows), "--out", str(tmp_path / "run")]
     assert main(command) == 1
-    error = capsys.readouterr().err
-    assert "must be text. Got an image" in error and "`engine` torch" in error
+    assert "`messages[0]` must have parts with text" in capsys.readouterr().err

@@ -16,7 +16,6 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
-from ..data.images import ImageProcessor
 from ..data.readers import describe_path
 from ..gguf.decoder_in import read_gguf_lora
 from ..gguf.file import is_gguf
@@ -125,12 +124,6 @@ class BaseModel:
         """
         contract = self.engine.contract.items()
         return {pattern: roles for pattern, roles in contract if pattern in patterns}
-
-    @property
-    def images(self) -> ImageProcessor | None:
-        """The processor of images; None if the model reads only text."""
-        token = self.engine.image_token_id
-        return None if token is None else ImageProcessor(self.path, token)
 
     @property
     def is_local(self) -> bool:

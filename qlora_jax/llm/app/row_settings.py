@@ -36,7 +36,6 @@ def read_rows_like_run(
         keys=settings.keys or None,
         train_on=settings.train_on,
         chat=settings.chat,
-        images=model.images,
     )
 
 

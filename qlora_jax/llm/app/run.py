@@ -152,7 +152,6 @@ def _read_data(config: TrainConfig, tokenizer: Tokenizer, model: BaseModel) -> D
         too_long=config.data.too_long,
         chat=config.data.chat,
         rows=find_objective(config.training.objective).rows,
-        images=model.images,
     )
     if config.evaluation.keep_best and not data.valid:
         raise ValueError(

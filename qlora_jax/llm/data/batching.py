@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .encode import IGNORED, Row
-from .images import ImageProcessor
 from .ordering import MAX_WIDTHS, Order, choose_widths, round_up
 from .rows import StreamedRows
 
@@ -45,9 +44,6 @@ class Batch(NamedTuple):
             labelled completion and the same prompt with the completion of another row.
             The two are next to each other in a row if batches are packed, and otherwise
             in consecutive rows.
-        pixel_values: Only for rows with images, otherwise None. The images of each row,
-            float32 `[B, images, channels, H, W]`. Rows with fewer images have blank
-            ones at the end, whose tokens are in the padding.
 
     Example:
         >>> from qlora_jax.llm.data import eval_batches
@@ -64,7 +60,6 @@ class Batch(NamedTuple):
     targets: np.ndarray
     weights: np.ndarray
     answers: np.ndarray | None = None
-    pixel_values: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -214,16 +209,6 @@ class BatchSource:
         self.is_labelled = self.is_preference and rows[0].rejected is None
         if packing and self.is_labelled:
             raise ValueError("`packing` must be false for answers with a label.")
-        # All rows of a batch have the same number of images. Some of these are blank,
-        # and have tokens too. Streamed rows have no images.
-        rows_in_memory = [] if isinstance(rows, StreamedRows) else rows
-        images = [row.images for row in rows_in_memory if row.images is not None]
-        self.num_images = max((len(x.paths) for x in images), default=0)
-        if self.num_images:
-            if packing:
-                raise ValueError("`packing` must be false for rows with images.")
-            self.processor = images[0].processor
-            lengths = np.array([self._length(row) for row in rows])
         orders = self._choose_orders(lengths, mix, num_epochs)
         if packing:
             self._choose_shape_of_packs(orders)
@@ -300,13 +285,6 @@ class BatchSource:
             for width in self.widths
         }
 
-    def _length(self, row: Row) -> int:
-        # The number of tokens of a row, with those of the blank images that it gets.
-        if not self.num_images:
-            return len(row.ids)
-        num_blank = self.num_images - (len(row.images.paths) if row.images else 0)
-        return len(row.ids) + num_blank * self.processor.tokens_per_image
-
     def __len__(self) -> int:
         return sys.maxsize if self.count is None else -(-self.count // self.batch_size)
 
@@ -358,13 +336,10 @@ class BatchSource:
             pairs = (row.sequences for row in rows)
         groups = [[sequence] for pair in pairs for sequence in pair]
         size = self.batch_size * len(groups) // len(rows)  # a pair fills two rows
-        longest = max(self._length(row) for [row] in groups)
+        longest = max(len(row.ids) for [row] in groups)
         width = int(self.widths[np.searchsorted(self.widths, longest)])
         num_targets = self.max_targets[width]
-        batch = collate(groups, size, width, num_targets, int(self.is_preference))
-        if not self.num_images:
-            return batch
-        return add_images(batch, rows, self.num_images, self.processor)
+        return collate(groups, size, width, num_targets, int(self.is_preference))
 
     def _mismatch(self, row: Row, previous: Row) -> Row:
         previous = previous.uncut or previous
@@ -411,26 +386,3 @@ def collate(
         positions[i, start:] = np.arange(width - start)
     arrays = ids, segments, positions, select, targets, weights
     return Batch(*arrays, answers if num_sequences else None)
-
-
-def add_images(
-    batch: Batch, rows: Sequence[Row], count: int, processor: ImageProcessor
-) -> Batch:
-    """Returns a batch with the pixels of its images.
-
-    Models take images in the order of their tokens in all rows. Each row of the batch
-    therefore has `count` images. Blank images fill up the images of `rows`, and the
-    rows that are padding. The tokens of blank images are in the padding at the end of
-    a row, which must have room for them, so that no other token sees them.
-    """
-    num_rows, width = batch.ids.shape
-    ids = batch.ids.copy()
-    pixels = np.zeros((num_rows, count, *processor.shape), np.float32)
-    for index in range(num_rows):
-        images = rows[index].images if index < len(rows) else None
-        num_images = 0 if images is None else len(images.paths)
-        if images is not None:
-            pixels[index, :num_images] = images.load()
-        num_blank_tokens = (count - num_images) * processor.tokens_per_image
-        ids[index, width - num_blank_tokens :] = processor.token_id
-    return batch._replace(ids=ids, pixel_values=pixels)

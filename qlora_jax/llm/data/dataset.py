@@ -11,7 +11,6 @@ import numpy as np
 
 from .chat_tokenizer import Tokenizer
 from .encode import Encoded, Encoder, Example, Row
-from .images import ImageProcessor
 from .kinds import TrainOn
 from .rows import (
     JsonLines,
@@ -76,7 +75,6 @@ def read_dataset(
     stream: bool = False,
     validation_split: float | None = None,
     seed: int = 0,
-    images: ImageProcessor | None = None,
 ) -> Dataset:
     """Returns the rows of a data set as tokens, by split, with examples and notes.
 
@@ -110,8 +108,6 @@ def read_dataset(
             is drawn at random from every `1 / validation_split` rows. Must be None for
             data that have validation rows.
         seed: The seed that selects the validation rows.
-        images: The processor of the model's images. Without one, rows with images are
-            rejected.
 
     Raises:
         ValueError: If a file cannot be read, or if rows are wrong, too long or without
@@ -145,7 +141,6 @@ def read_dataset(
         chat=chat,
         splits_text=too_long == "split",
         rows=rows,
-        images=images,
     )
     if stream and rows != "texts":
         raise ValueError("`stream` must be false for preferences. Got true.")
@@ -283,8 +278,6 @@ class _Reader:
     ) -> None:
         # `file` is None unless the training rows stay in their file.
         row, example, straddles, *_ = piece
-        if file is not None and row.images is not None:
-            raise ValueError("`stream` must be false for rows with images. Got true.")
         self.num_straddling += straddles
         self.examples[split] += [example] if example else []
         if split != "test":
@@ -306,8 +299,6 @@ class _Reader:
             self.hasher.update(np.int64(len(ids)).tobytes())
             for x in (ids, labels):
                 self.hasher.update(np.asarray(x, np.int32).tobytes())
-            if sequence.images is not None:
-                self.hasher.update(sequence.images.hash.encode())
             if sequence.label is not None:
                 start = np.int64(sequence.start).tobytes()
                 self.hasher.update(bytes([sequence.label]) + start)
@@ -335,7 +326,6 @@ def read_rows(
     keys: Mapping[str, str] | None = None,
     train_on: TrainOn = "completions",
     chat: bool = True,
-    images: ImageProcessor | None = None,
 ) -> list[Row]:
     """Returns the rows of one file.
 
@@ -349,7 +339,6 @@ def read_rows(
         keys: As in `read_dataset`, and so are the arguments below.
         train_on: The target tokens.
         chat: Whether to turn prompts and completions into messages.
-        images: The processor of the model's images.
 
     Raises:
         ValueError: If lines are wrong, which the message lists, or if an argument is.
@@ -371,7 +360,6 @@ def read_rows(
         keys=keys,
         chat=chat,
         ends_text=False,
-        images=images,
     )
     source = open_file(path)
     rows = _encode_rows(source, encoder, itertools.repeat("train"), None)
@@ -408,8 +396,6 @@ def cut_row(encoded: Encoded, max_length: int, too_long: str) -> list[Encoded]:
     ids, labels, place, *_ = row = encoded.row
     is_refused = too_long == "refuse"
     is_refused |= too_long == "split" and encoded.kind != "text"
-    # Without some of the tokens of an image, the model could not read it.
-    is_refused |= too_long == "truncate" and row.images is not None
     if row.longest <= max_length or is_refused:
         return [encoded]
     if too_long == "split":

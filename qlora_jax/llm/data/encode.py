@@ -1,7 +1,6 @@
 """Turns raw rows into tokens and labels."""
 
 import itertools
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
@@ -9,7 +8,6 @@ import numpy as np
 
 from . import kinds
 from .chat_tokenizer import AnswerSpans, MessageGroups, Tokenizer, encode_with_offsets
-from .images import ImageProcessor, Images, find_image, take_images
 from .kinds import TrainOn
 from .model_files import ModelError
 from .omissions import check_nothing_omitted
@@ -30,7 +28,6 @@ class Row(NamedTuple):
         label: For preferences: whether the completion is a good one; otherwise None.
         rejected: For pairs: the row of the rejected completion. The other fields are
             those of the chosen one.
-        images: The images in the text, or None.
         uncut: For a preference that `truncated` has cut: the row before the cut.
             Otherwise None.
 
@@ -46,7 +43,6 @@ class Row(NamedTuple):
     start: int = 0
     label: bool | None = None
     rejected: "Row | None" = None
-    images: Images | None = None
     uncut: "Row | None" = None
 
     @property
@@ -140,7 +136,6 @@ class Encoder:
         ends_text: bool = True,
         splits_text: bool = False,
         rows: str = "texts",
-        images: ImageProcessor | None = None,
     ):
         """Checks and stores the settings.
 
@@ -154,7 +149,7 @@ class Encoder:
         self.tokenizer, self.vocab_size, self.train_on = tokenizer, vocab_size, train_on
         self.makes_messages, self.ends_text = chat, ends_text
         self.splits_text = splits_text
-        self.image_processor, self.is_preference = images, rows != "texts"
+        self.is_preference = rows != "texts"
         if rows not in kinds.FORMS:
             raise ValueError(
                 f"`rows` must be one of {', '.join(kinds.FORMS)}. Got {rows!r}."
@@ -202,13 +197,6 @@ class Encoder:
             encoded = self._encode_preference(fields, place, with_example, max_length)
         else:
             encoded = self._encode_answers(fields, place, with_example, max_length)
-        if self.image_processor is not None:
-            for row in encoded.row.sequences:
-                if row.images is None and self.image_processor.token_id in row.ids:
-                    raise ValueError(
-                        "a row without images must not have tokens of images. Got the "
-                        f"token {self.image_processor.token_id}."
-                    )
         return encoded._replace(kind=fields.kind)
 
     def _encode_ids(self, fields: kinds.Fields, place: str) -> Row:
@@ -264,17 +252,8 @@ class Encoder:
     def _encode_answers(self, fields, place, with_example, max_length) -> Encoded:
         # The text is tokenized as a whole, because tokenizing its parts separately can
         # give different tokens. Answers are found in it by their characters.
-        located, paths = self._locate_answers(fields, place)
-        images, processor_ids = None, None
-        if paths and self.image_processor is not None:
-            located, images, processor_ids = self.image_processor.expand(located, paths)
-            max_length = None
+        located = self._locate_answers(fields)
         tokens = self._tokenize(located.text, located.is_rendered, max_length)
-        if processor_ids not in (None, tokens.ids):
-            raise ModelError(
-                "the tokenizer must compute the same tokens as the processor of "
-                f"transformers. Got others for the text {located.text!r:.200}."
-            )
         is_answer, last_answer, straddles = self._find_answer_tokens(tokens, located)
         ids = [*tokens.ids]
         # Without a chat template, nothing ends the answer.
@@ -286,44 +265,27 @@ class Encoder:
                 ids, is_answer = [*ids, eos], np.append(is_answer, True)
         ids = self._check_ids(f"the ids of its {fields.kind}", ids)
         is_target = is_answer | (self.train_on == "all")
-        if images is not None and self.image_processor is not None:
-            is_target &= ids != self.image_processor.token_id  # read, not predicted
         labels = np.where(is_target, ids, IGNORED).astype(np.int32)
-        # Examples are for generating answers, which needs prompts without images.
-        has_example = with_example and located.answers and images is None
-        has_example = has_example and not tokens.is_cut
+        has_example = with_example and located.answers and not tokens.is_cut
         example = self._make_example(located, last_answer) if has_example else None
         start = 0
         if self.is_preference:
             start = int(is_answer.argmax()) if is_answer.any() else len(ids)
-        row = Row(ids, labels, place, start, images=images)
+        row = Row(ids, labels, place, start)
         return Encoded(row, example, straddles, is_cut=tokens.is_cut)
 
-    def _locate_answers(
-        self, fields: kinds.Fields, place: str
-    ) -> tuple[AnswerSpans, list[pathlib.Path]]:
-        # Returns the text with its answers, and the files of its images. Rows of the
-        # kind "text" come from `kinds.split_preference` here, and stay texts.
+    def _locate_answers(self, fields: kinds.Fields) -> AnswerSpans:
+        # Returns the text with its answers. Rows of the kind "text" come from
+        # `kinds.split_preference` here, and stay texts.
         is_chat = self.makes_messages and self.tokenizer.has_template
         groups = kinds.find_messages(fields, is_chat and fields.kind != "text")
         self.system_messages.add(kinds.find_system_message(groups))
         if isinstance(groups, tuple):
             prompt, completion = groups
             text = prompt + completion
-            return AnswerSpans(text, [(len(prompt), len(text))], False), []
+            return AnswerSpans(text, [(len(prompt), len(text))], False)
         tools = groups.pop("tools")
-        image = find_image(groups)
-        if image is not None and self.image_processor is None:
-            raise ValueError(
-                f"`{image}` must be text. Got an image, which needs a model of text "
-                "and images that runs in PyTorch's code (`engine` torch)."
-            )
-        if image is not None and self.is_preference:
-            raise ValueError(f"`{image}` must be text in preferences. Got an image.")
-        # Relative paths start from the folder of the row's file.
-        folder = pathlib.Path(place.rpartition(":")[0]).parent
-        groups, paths = take_images(groups, folder)
-        return self._render(groups, tools), paths
+        return self._render(groups, tools)
 
     def _render(self, groups: MessageGroups, tools: list[Any] | None) -> AnswerSpans:
         chat = self.tokenizer.chat

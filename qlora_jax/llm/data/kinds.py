@@ -47,6 +47,8 @@ _JSON_FIELDS = ("input_ids", "labels", "messages", "conversations", "tools")
 _CONTENT_KEYS = {"tools", "functions", "system", "system_prompt", "history"}
 _CONTENT_KEYS |= {"documents", "image", "images", "video", "videos", "audio", "audios"}
 _CONTENT_KEYS |= {"chat_template_kwargs"}
+# The types of parts of messages that are not text.
+_MEDIA = {"image", "image_url", "audio", "input_audio", "video", "video_url"}
 # The roles of ShareGPT's conversations.
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 _SHAREGPT_ROLES |= {x: x for x in ("user", "assistant", "system", "tool")}
@@ -290,7 +292,7 @@ def _check_message(name: str, message: Any) -> None:
     if not isinstance(content, str | list | None):
         raise ValueError(f"`{name}` must have text as content. Got {content!r:.40}.")
     for part in content if isinstance(content, list) else ():
-        if not isinstance(part, dict) or _is_placeholder(part):
+        if not isinstance(part, dict) or part.get("type") in _MEDIA:
             raise ValueError(f"`{name}` must have parts with text. Got {part!r:.40}.")
     if not isinstance(calls, list) or not all(map(_is_tool_call, calls)):
         raise ValueError(
@@ -322,12 +324,6 @@ def take_train_keys(name: str, message: dict[str, Any]) -> tuple[dict[str, Any],
     return message, 0 not in values
 
 
-def _is_placeholder(part: dict[str, Any]) -> bool:
-    # Data sets mark the position of an image or a sound by a part without content.
-    has_value = any(part[key] for key in part if key != "type")
-    return part.get("type") != "text" and not has_value
-
-
 def _is_tool_call(call: object) -> bool:
     # Some data sets write the name and the arguments into the call itself.
     return isinstance(call, dict) and isinstance(call.get("function", {}), dict)
@@ -335,7 +331,7 @@ def _is_tool_call(call: object) -> bool:
 
 def _is_empty(content: str | list | None) -> bool:
     parts = content if isinstance(content, list) else [content]
-    # A part without text, such as an image, is content.
+    # A part without text, such as one with reasoning, is content.
     values = [x.get("text", x) if isinstance(x, dict) else x for x in parts]
     return not any(x.strip() if isinstance(x, str) else x for x in values)
 

@@ -333,7 +333,6 @@ class TorchDecoder:
         return_hidden: bool = False,
         rngs: Mapping[str, Array] | None = None,
         mutable: bool = False,
-        pixel_values: Float[Array, "B I C H W"] | None = None,
     ) -> Any:
         """Returns the hidden states `[B, P, D]` from which targets are predicted.
 
@@ -357,9 +356,6 @@ class TorchDecoder:
         options: dict[str, Any] = {}
         if self.has_packed_rows:
             options["position_ids"] = positions
-        if pixel_values is not None:  # to [B * I, C, H, W]
-            shape = pixel_values.shape
-            options["pixel_values"] = jnp.reshape(pixel_values, (-1, *shape[2:]))
         hidden = self.language_model.hidden_states(
             variables, tokens, dropout_key=key, **options
         )

@@ -372,7 +372,7 @@ def test_parts_are_joined_where_a_template_reads_texts(tmp_path, template):
     assert trained_texts_of(tokenizer, tmp_path, talk) == trained_texts_of(
         tokenizer, tmp_path, TALK
     )
-    talk[0]["content"].append({"type": "audio", "url": "a.wav"})
+    talk[0]["content"].append({"type": "thinking", "thinking": "one"})
     with pytest.raises(ValueError, match="line 1: the chat template reads contents"):
         read(tokenizer, tmp_path, talk)
 
@@ -383,13 +383,13 @@ def test_parts_are_kept_where_a_template_reads_them(tmp_path):
     text = "<|im_start|>user\non|e?|<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
     [row] = read(tokenizer, tmp_path, talk).train
     assert tokenizer.decode(row.ids, skip_special_tokens=False) == text
-    talk[0]["content"].append({"type": "audio", "url": "a.wav"})
+    talk[0]["content"].append({"type": "thinking", "thinking": "one"})
     with pytest.raises(ValueError, match=r"write all of `messages\[0\].content\[2\]`"):
         read(tokenizer, tmp_path, talk)
-    talk[0]["content"][2].pop("url")  # a placeholder without a sound
-    message = r"`messages\[0\]` must have parts with text"
-    with pytest.raises(ValueError, match=message):
-        read(tokenizer, tmp_path, talk)
+    for sound in ({"type": "audio", "url": "a.wav"}, {"type": "audio"}):
+        talk[0]["content"][2] = sound
+        with pytest.raises(ValueError, match=r"messages\[0\].*parts with text"):
+            read(tokenizer, tmp_path, talk)
 
 
 def test_a_template_is_the_models_own(tmp_path):

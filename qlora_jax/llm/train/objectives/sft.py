@@ -103,9 +103,6 @@ def hidden_states(model, lora, base, batch, dropout_key, mutable=False) -> tuple
 
     The result is a tuple. With `mutable`, a dict of the changed variables follows.
     """
-    images = {}
-    if batch.pixel_values is not None:  # only models in PyTorch's code read images
-        images["pixel_values"] = batch.pixel_values
     result = model.apply(
         {"params": base, "lora": lora},
         batch.ids,
@@ -115,7 +112,6 @@ def hidden_states(model, lora, base, batch, dropout_key, mutable=False) -> tuple
         return_hidden=True,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         mutable=mutable,
-        **images,
     )
     return result if mutable else (result,)
 
