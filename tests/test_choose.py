@@ -5,10 +5,11 @@ import re
 
 import jax.numpy as jnp
 import pytest
+from stored import draw_peft
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.pairing import MERGED
+from qlora_jax.llm.app.pairing import MERGED, open_pair
 from qlora_jax.llm.app.servers import SERVERS
 from qlora_jax.llm.cli.parser import parse
 from qlora_jax.llm.models.tiny import save_tiny
@@ -36,6 +37,14 @@ def model(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("base"), torch_dtype="bfloat16")
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    shapes = {"model.layers.0.mlp.down_proj": (64, 128)}
+    draw_peft(folder, shapes, target_modules=[*shapes])
+    return str(folder)
+
+
 def describe(pair: app.Pair) -> str:
     """Returns the cell of the table for a server's base and adapter."""
     if pair.exact:
@@ -43,13 +52,17 @@ def describe(pair: app.Pair) -> str:
     return "merged" if pair.adapter == MERGED else "rounded"
 
 
-def test_formats_by_server(model):
+def test_formats_by_server(model, adapter):
     rows = table("A format, by server")
     assert len(rows) == 10
     for option, bits, *cells in rows:
-        arguments = ["pairs", "--model", model, "--fmt", *in_code(option)[0].split()]
-        _, config, _ = parse(arguments)
-        assert cells == [describe(pair) for pair in app.pairs(config).servers], option
+        source = ["--model", model, "--adapter", adapter, "--out=x"]
+        arguments = [*source, "--fmt", *in_code(option)[0].split()]
+        descriptions = []
+        for server in SERVERS:
+            _, config, _ = parse(["export", "--for", server, *arguments])
+            descriptions.append(describe(open_pair(config)[2]))
+        assert cells == descriptions, option
         if config.fmt != "none":
             settings = {"fmt": config.fmt, "block_size": config.block_size}
             packed = ql.quantize(jnp.ones((1024, 512)), **settings)

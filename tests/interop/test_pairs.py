@@ -1,4 +1,4 @@
-"""Each cell of the table of `qlora-jax pairs`, in the server's own program.
+"""Each pair of files of `qlora-jax export --for`, in the server's own program.
 
 The cells are those of `SERVERS`: each server that runs on a CPU here, with each number
 format that it has a base for, on configs whose options change the logits. Where a cell
@@ -6,7 +6,6 @@ is called exact, the server must compute our logits.
 """
 
 import random
-import re
 
 import jax
 import llama
@@ -22,8 +21,6 @@ from stored import export
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.llm import app
-from qlora_jax.llm.app.pairing import NOT_RUN
 from qlora_jax.llm.app.servers import SERVERS
 from qlora_jax.llm.models import tiny
 from qlora_jax.llm.models.checkpoint import load
@@ -177,13 +174,11 @@ def test_what_is_called_exact_has_our_logits(models, tmp_path, server, fmt, case
     packing = {} if fmt is None else {"fmt": fmt}
     if fmt in ("int4_f16", "q4_0"):
         packing["block_size"] = 32
-    table = app.pairs(app.PairsConfig(str(model), str(adapter), **packing))
-    (row,) = (pair for pair in table.servers if pair.server == server)
-    if row.base == NOT_RUN:
-        with pytest.raises(ValueError, match=re.escape(row.why)):
-            export(model, None, out, adapter, server=server, **packing)
+    try:
+        row = export(model, None, out, adapter, server=server, **packing).pair
+    except ValueError:  # llama.cpp does not compute all options of a config
+        assert server == "llama.cpp"
         return
-    assert export(model, None, out, adapter, server=server, **packing).pair == row
     is_of_mlx = (server, fmt) == ("mlx", None)
     if not (row.exact or is_of_mlx):
         return

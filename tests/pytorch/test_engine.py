@@ -149,11 +149,6 @@ def test_files_for_other_programs_are_refused(folder, tmp_path, capsys):
     assert not pathlib.Path(out).exists()
 
 
-def test_pairs_are_refused(folder, capsys):
-    assert main(["pairs", "--run", str(folder / "run")]) == 1
-    assert "models that run in PyTorch's code. Got gpt_neox." in capsys.readouterr().err
-
-
 def test_without_torchax_the_extra_is_named(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "qlora_jax.torch", None)
     monkeypatch.delattr(ql, "torch")

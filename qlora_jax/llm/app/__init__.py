@@ -8,8 +8,6 @@ from .configs import (
     ExportConfig,
     GenerateConfig,
     InspectConfig,
-    ModelsConfig,
-    PairsConfig,
     ScoreConfig,
 )
 from .train_config import TrainConfig
@@ -28,8 +26,7 @@ if TYPE_CHECKING:
     from .checking import Checked, check
     from .contents import Contents, Leaf, inspect
     from .generating import Answer, Generated, generate
-    from .listing import ModelFamily, Models, models
-    from .pairing import Pair, Pairs, pairs
+    from .pairing import Pair
     from .preview import Preview
     from .repacking import FileLosses, Repacked
     from .run_results import SweepResult, TrainResult
@@ -53,14 +50,9 @@ __all__ = [
     "InspectConfig",
     "Leaf",
     "ModelConfig",
-    "ModelFamily",
-    "Models",
-    "ModelsConfig",
     "OptimizerConfig",
     "OutputConfig",
     "Pair",
-    "Pairs",
-    "PairsConfig",
     "Preview",
     "Repacked",
     "Score",
@@ -75,8 +67,6 @@ __all__ = [
     "export",
     "generate",
     "inspect",
-    "models",
-    "pairs",
     "score",
     "train",
 ]
@@ -89,7 +79,6 @@ __getattr__ = make_getattr(
         "checking",
         "contents",
         "generating",
-        "listing",
         "pairing",
         "preview",
         "repacking",

@@ -36,7 +36,6 @@ from .configs import (
     EngineName,
     ExportConfig,
     GenerateConfig,
-    PairsConfig,
     ScoreConfig,
 )
 from .merge_aware import pack_as_trained, target_packing_of, target_settings
@@ -98,7 +97,7 @@ class BaseModel:
         """
         if isinstance(self.engine, TorchEngine):
             raise ValueError(
-                "`model` must be of a type that `qlora-jax models` lists, because this "
+                "`model` must be of a type that docs/models.md lists, because this "
                 "command does not support models that run in PyTorch's code. Got "
                 f"{self.engine.model_type}."
             )
@@ -497,12 +496,12 @@ def open_run(
     return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
 
 
-def open_model_for(config: PairsConfig | ExportConfig) -> tuple[BaseModel, int | None]:
+def open_model_for(config: ExportConfig) -> tuple[BaseModel, int | None]:
     """Returns a config's model with its adapter, and the step of a run's state."""
     if config.run is None:
         engine = _engine_of_runs(config.adapter)
         return open_model(str(config.model), config.adapter, engine=engine), None
-    return open_run(config.run, getattr(config, "step", None), config.model)
+    return open_run(config.run, config.step, config.model)
 
 
 def packing_config_for(
@@ -522,7 +521,7 @@ def init_shapes(base: PyTree, config: ql.QLoRAConfig) -> tuple[PyTree, PyTree]:
 
 
 def training_load_options(
-    config: PairsConfig | ExportConfig | ScoreConfig | GenerateConfig, model: BaseModel
+    config: ExportConfig | ScoreConfig | GenerateConfig, model: BaseModel
 ) -> LoadOptions:
     """Returns options to read a model with the weights its adapter was trained on.
 
@@ -533,13 +532,10 @@ def training_load_options(
     run_configs = run_configs_of(config.adapter, config.run)
     uses_run = bool(run_configs) and not _packs_differently(config, run_configs[0])
     settings: Any = run_configs[0].model if uses_run else config
-    # `PairsConfig` has only some of these options.
-    fmt, block_size, double_quant = (
-        getattr(settings, name, None) for name in PACKING_OPTIONS
-    )
+    fmt, block_size, double_quant = (getattr(settings, x) for x in PACKING_OPTIONS)
     if fmt is None and model.stored_fmt is None:
         for name in PACKING_OPTIONS[1:]:  # all but `fmt`
-            if (value := getattr(settings, name, None)) is not None:
+            if (value := getattr(settings, name)) is not None:
                 raise ValueError(
                     f"`fmt` must be given with `{name}`: the format in which training "
                     f"packed the model. Got `{name}` {value}."

@@ -41,7 +41,7 @@ _FORMATS_OF_OPTIONS = {
 }
 
 
-def _check_source(config: "ScoreConfig | PairsConfig | GenerateConfig") -> None:
+def _check_source(config: "ScoreConfig | GenerateConfig") -> None:
     if config.model is None and config.run is None:
         raise ValueError("`model` must be given if `run` is not. Got None.")
     if None not in (config.adapter, config.run):
@@ -151,7 +151,7 @@ class ExportConfig(Config):
             beside its base with that of the file, in any form that score supports.
             They are read with the settings of the adapter's run, if there is one.
         server: Target server, instead of `--format`. Selects formats that the server
-            supports (see the command pairs), and writes the command that starts it.
+            supports, and prints the command that starts it.
         push_to_hub: Repository on the Hugging Face hub to push the result to, such as
             user/name. If it does not exist, a private repository is created.
 
@@ -250,36 +250,6 @@ class ExportConfig(Config):
             raise ValueError(
                 f"`fmt` must be {' or '.join(fmts)} for {target}. Got {self.fmt!r}."
             )
-
-
-@dataclass(frozen=True)
-class PairsConfig(Config):
-    """Lists the formats for each server, and whether they keep the weights exactly.
-
-    Attributes:
-        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file.
-            Required without `run`, whose model is the default.
-        adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
-            library. If it is in a run's folder, `fmt` defaults to that of the run.
-        run: Folder of a training run, finished or not. Its newest adapter is used.
-        fmt: The number format in which training packed a float model.
-        block_size: With `fmt`: weights per scale.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> app.PairsConfig(model="folder", adapter="adapter").fmt is None
-        True
-    """
-
-    usage = "(--model MODEL | --run RUN)"
-    model: str | None = None
-    adapter: str | None = None
-    run: str | None = None
-    fmt: Fmt | None = None
-    block_size: int | None = None
-
-    def __post_init__(self):
-        _check_source(self)
 
 
 @dataclass(frozen=True)
@@ -382,17 +352,6 @@ class GenerateConfig(Config):
             )
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError(f"`prompt` must have text. Got {self.prompt!r}.")
-
-
-@dataclass(frozen=True)
-class ModelsConfig(Config):
-    """Lists the supported families of models and the options of their configs.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> app.ModelsConfig()
-        ModelsConfig()
-    """
 
 
 @dataclass(frozen=True)

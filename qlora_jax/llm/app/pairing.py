@@ -1,4 +1,4 @@
-"""`qlora-jax pairs`: formats in which servers load a base and an adapter correctly."""
+"""Chooses the files that a server of `export --for` gets."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,15 +6,19 @@ from typing import Any
 
 import qlora_jax as ql
 
-from .base_model import BaseModel, LoadOptions, open_model_for, training_load_options
-from .configs import ExportConfig, PairsConfig
-from .contents import format_table
+from .base_model import (
+    BaseModel,
+    LoadOptions,
+    open_model_for,
+    training_load_options,
+)
+from .configs import ExportConfig
 from .merge_aware import Q4_0_BLOCK_SIZE, describe_packing, fits_q4_0, target_packing_of
 from .servers import INT4_FMTS, SERVERS, Server
 
-# Stand for formats of `export`: the base is not exported, the adapter is merged into
-# the base, or the server cannot run the model.
-AS_IS, MERGED, NOT_RUN = "as it is", "added to the base", "none"
+# Stand for formats of `export`: the base is not exported, or the adapter is merged into
+# the base.
+AS_IS, MERGED = "as it is", "added to the base"
 
 
 @dataclass(frozen=True)
@@ -45,103 +49,38 @@ class Pair:
         return f"base {self.base}, adapter {self.adapter}, {exact}: {self.why}"
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """The result of `pairs`.
+def open_pair(config: ExportConfig) -> tuple[BaseModel, LoadOptions, Pair]:
+    """Returns a model with its adapter, how training read it, and what a server gets.
 
-    Attributes:
-        packed: How the base was packed in training.
-        servers: The formats for each server.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> print(app.Pairs("nf4 in blocks of 64", ()).packed)
-        nf4 in blocks of 64
+    The adapter is read, unless it replaces weights, which needs the base's weights.
+    Raises ValueError if the server cannot run the model.
     """
-
-    packed: str
-    servers: tuple[Pair, ...]
-
-    def __str__(self):
-        rows = [("server", "base", "adapter", "exact", "why")]
-        for pair in self.servers:
-            exact = "yes" if pair.exact else "no"
-            rows.append((pair.server, pair.base, pair.adapter, exact, pair.why))
-        return "\n".join([f"base: {self.packed}", *format_table(rows, "<<<<<")])
-
-
-def pairs(config: PairsConfig) -> Pairs:
-    """Returns the formats for each server, and whether they keep the weights exactly.
-
-    Reads no weights. Assumes that the adapter was trained on the weights as they are
-    stored, unless `fmt` or the settings of the adapter's run name another format.
-
-    Args:
-        config: The model and the adapter.
-
-    Raises:
-        ValueError: If the model or the adapter cannot be read, or if they do not fit
-            each other.
-
-    Example:
-        >>> import tempfile
-        >>> from qlora_jax.llm import app
-        >>> from qlora_jax.llm.models.tiny import save_tiny
-        >>> model = save_tiny(tempfile.mkdtemp())
-        >>> table = app.pairs(app.PairsConfig(model, fmt="int4_f16", block_size=32))
-        >>> {x.server: (x.base, x.exact) for x in table.servers}["llama.cpp"]
-        ('gguf', True)
-    """
-    model, options = open_pair(config)
-    fmt, block_size = _find_base_packing(model, options)
-    packed = "float" if fmt is None else f"{fmt} in blocks of {block_size}"
-    if (target := target_packing_of(model.lora)) is not None:
-        packed += (
-            f", with adapters that are merged and packed in {describe_packing(target)}"
-        )
-    rows = (pair_for(server, model, options) for server in SERVERS.values())
-    return Pairs(packed, tuple(rows))
-
-
-def open_pair(config: PairsConfig | ExportConfig) -> tuple[BaseModel, LoadOptions]:
-    """Returns a model with its adapter, and the options that training read it with.
-
-    An adapter that replaces weights is not read yet, since it needs the base's weights.
-    """
-    model, _ = open_model_for(config)
+    server, (model, _) = SERVERS[str(config.server)], open_model_for(config)
+    model.check_for_torch("for", server.name, ())
     options = training_load_options(config, model)
-    return model if model.replaces_weights else model.read_adapter(), options
+    if not model.replaces_weights:
+        model = model.read_adapter()
+    if server.loads_gguf:
+        # Imported late, because gguf takes long to import and few commands need it.
+        from ..gguf.decoder_out import check_gguf_source
+
+        check_gguf_source(model.files, tokenizer=config.tokenizer)
+    pair = _find_pair(server, model, options)
+    is_merge_aware = target_packing_of(model.lora) is not None
+    return model, options, _with_gguf_type(pair, config.gguf_type, is_merge_aware)
 
 
-def _find_base_packing(
-    model: BaseModel, options: LoadOptions
-) -> tuple[str, int] | tuple[None, None]:
-    """Returns the format and block size of the base in training; None for floats."""
-    packing = options.get("packing_config") or model.stored_packing
-    return (None, None) if packing is None else (packing.fmt, packing.block_size)
-
-
-def pair_for(
-    server: Server, model: BaseModel, options: LoadOptions, *, tokenizer: bool = True
-) -> Pair:
+def _find_pair(server: Server, model: BaseModel, options: LoadOptions) -> Pair:
     """Returns the formats in which a server loads a model and its adapter.
 
     `options` are those with which training read the model. The adapter is merged if the
     server cannot load it, or cannot load the number format of the base. Otherwise, the
     base stays as it is if the server loads its files exactly, and is exported if not.
-    If `tokenizer` is false, a GGUF file need not contain the tokenizer.
     """
-    fmt, block_size = _find_base_packing(model, options)
-    if server.loads_gguf:
-        # Imported late, because gguf takes long to import and few commands need it.
-        from ..gguf.decoder_out import check_gguf_source
-
-        try:
-            check_gguf_source(model.files, tokenizer=tokenizer)
-        except ValueError as error:
-            return Pair(server.name, NOT_RUN, NOT_RUN, False, str(error))
     if (target := target_packing_of(model.lora)) is not None:
         return _pair_merged(server, model, target)
+    packing = options.get("packing_config") or model.stored_packing
+    fmt, block_size = (packing.fmt, packing.block_size) if packing else (None, None)
     problem = _find_adapter_problem(server, model, fmt)
     # The format of the base, or None if the server does not support its number format.
     base = server.floats if fmt is None else server.bases.get(fmt)
@@ -161,21 +100,14 @@ def pair_for(
     return Pair(server.name, base, server.adapter, difference is None, why)
 
 
-def with_gguf_type(pair: Pair, gguf_type: str | None, is_merge_aware: bool) -> Pair:
+def _with_gguf_type(pair: Pair, gguf_type: str | None, is_merge_aware: bool) -> Pair:
     """Returns what a pair becomes if its GGUF file has the type `gguf_type`.
 
     A type that rounds the weights makes the pair inexact. None, which stands for Q4_0
     if the pair is exact and otherwise for F16, changes nothing. Raises ValueError if a
     file of this type cannot be written for the pair.
     """
-    if gguf_type is None:
-        return pair
-    if pair.base == AS_IS:
-        raise ValueError(
-            f"`gguf_type` must be left out if {pair.server} loads the model's file as "
-            f"it is. Got {gguf_type}."
-        )
-    if pair.exact and gguf_type == "Q4_0":
+    if gguf_type is None or (pair.exact and gguf_type == "Q4_0"):
         return pair
     if is_merge_aware:
         raise ValueError(
@@ -200,7 +132,7 @@ def _pair_merged(server: Server, model: BaseModel, packing: Any) -> Pair:
         return Pair(server.name, base, MERGED, difference is None, why)
     problem = problem or f"it does not support {describe_packing(packing)}"
     if server.loads_gguf:  # would round the decoded weights to float16
-        return Pair(server.name, NOT_RUN, NOT_RUN, False, problem)
+        raise ValueError(f"{server.name} cannot run {model.name}: {problem}.")
     why = f"{problem}, but the decoded weights are the same"
     return Pair(server.name, server.floats, MERGED, True, why)
 
@@ -233,22 +165,12 @@ def _find_4_bit_problem(server: Server, model: BaseModel) -> str | None:
 
 def _loads_exactly(server: Server, model: BaseModel, fmt: str | None) -> bool:
     """Returns whether a server loads a model's files exactly, without an export."""
-    method = model.quantization.get("quant_method", "float")
-    if method not in server.reads:
+    if model.quantization.get("quant_method", "float") not in server.reads:
         return False
-    config_json = _read_config_json(model)
-    if server.needs_older_keys and ql.io.older_config_keys(config_json):
-        return False
-    # Servers keep the float16 scales in MLX and GGUF files. They round those in other
-    # files to the dtype of the model.
-    keeps_scales = fmt not in INT4_FMTS or method in ("mlx", "gguf")
+    # Servers round float16 scales to the dtype of the model.
+    config_json = ql.io.read_config_json(model.path)
     dtype = config_json.get("dtype", config_json.get("torch_dtype"))
-    return keeps_scales or dtype == "float16"
-
-
-def _read_config_json(model: BaseModel) -> dict[str, object]:
-    """Returns the `config.json` of a model; empty for a GGUF file."""
-    return ql.io.read_config_json(model.path) if model.path.is_dir() else {}
+    return fmt not in INT4_FMTS or dtype == "float16"
 
 
 def _find_difference(
@@ -264,4 +186,5 @@ def _find_difference(
         return "it rounds scales to bfloat16, because Gemma overflows in float16"
     if server.find_difference is None:
         return None
-    return server.find_difference(_read_config_json(model), model.decoder, fmt)
+    config_json = ql.io.read_config_json(model.path)
+    return server.find_difference(config_json, model.decoder, fmt)

@@ -31,7 +31,7 @@ from .merge_aware import (
     pack_as_trained,
     target_packing_of,
 )
-from .pairing import AS_IS, MERGED, NOT_RUN, Pair, open_pair, pair_for, with_gguf_type
+from .pairing import AS_IS, MERGED, Pair, open_pair
 from .processes import log
 from .pushing import check_base, push
 from .repacking import FileLosses, Repacked, repack
@@ -51,7 +51,8 @@ class Written:
         cost: What packing changed, if an adapter was merged into 4 bits afterwards.
         losses: The losses of the adapter and of the file, if there are data.
         pair: For a server: what was written, and whether it is exact.
-        start: For a server: the command that starts it in `out`, and a request.
+        start: For a server: the command that starts it in `out`, and in the next line a
+            request, if it has an API.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -73,7 +74,7 @@ class Written:
             written = f"{written}; {self.pair}"
         lines = [written, *(str(x) for x in (self.cost, self.losses) if x)]
         if self.start is not None:
-            lines.append(f"In {self.out}:\n\n{self.start}")
+            lines.append(f"To start the server in {self.out}:\n\n{self.start}")
         return "\n".join(lines)
 
 
@@ -226,13 +227,7 @@ def _export_for_server(config: ExportConfig) -> Written:
     server, out = SERVERS[str(config.server)], pathlib.Path(str(config.out))
     if out.exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
-    model, options = open_pair(config)
-    model.check_for_torch("for", server.name, ())
-    pair = pair_for(server, model, options, tokenizer=config.tokenizer)
-    if pair.base == NOT_RUN:
-        raise ValueError(f"{server.name} cannot run {model.name}: {pair.why}")
-    is_merge_aware = target_packing_of(model.lora) is not None
-    pair = with_gguf_type(pair, config.gguf_type, is_merge_aware)
+    model, options, pair = open_pair(config)
     if config.gguf_type == "Q4_0" and not pair.exact:
         # As for the format gguf, the weights in the model's files are packed.
         if pair.adapter == MERGED:
@@ -243,17 +238,14 @@ def _export_for_server(config: ExportConfig) -> Written:
         paths, cost = _write_pair(config, model, options, pair, folder)
         ranks = (x.rank for x in ql.leaves_by_path(model.lora).values())
         stored = model.quantization.get("quant_method")
-        start = server.write(
+        start = server.describe_start(
             paths["base"],
             paths.get("adapter"),
-            folder,
             base_format=str(stored) if pair.base == AS_IS else pair.base,
             rank=max(ranks, default=0),
             # Servers without an API need no example of a request.
             is_chat=bool(server.port) and open_tokenizer(model.path).has_template,
             system=find_system_message(config),
-            source=model.name,
-            pair=str(pair),
         )
     size = _count_bytes(out)
     name = f"for {server.name}"
@@ -272,10 +264,9 @@ def _write_pair(
     A base that is not exported has the path or the name of the model. The second result
     is what packing changed, if a 4-bit file has the adapter merged.
     """
-    name = str(model.path) if model.path.is_file() else model.name
     # Servers get quoted paths, in which a shell does not expand "~".
-    path = pathlib.Path(name).expanduser()
-    paths = {"base": str(path.absolute()) if path.exists() else name}
+    path = pathlib.Path(model.name).expanduser()
+    paths = {"base": str(path.absolute()) if path.exists() else model.name}
 
     def write_part(
         file: str, model: BaseModel, options: LoadOptions, export_format: Any

@@ -25,8 +25,6 @@ COMMANDS: dict[str, type[Config]] = {
     "export": configs.ExportConfig,
     "generate": configs.GenerateConfig,
     "inspect": configs.InspectConfig,
-    "pairs": configs.PairsConfig,
-    "models": configs.ModelsConfig,
     "check": configs.CheckConfig,
 }
 CACHE_HELP = """\
@@ -45,13 +43,11 @@ qlora-jax export --model base --format bitsandbytes --out base-4bit
 qlora-jax export --model base --adapter adapter --format gguf --out model.gguf
 qlora-jax export --run run
 qlora-jax export --run run --for vllm --out served
-qlora-jax pairs --model base --adapter adapter
 qlora-jax generate --model HuggingFaceTB/SmolLM2-135M-Instruct
 qlora-jax generate --model base --adapter adapter --prompt Hello --temperature 0.7
 qlora-jax generate --model base --prompts prompts.jsonl --out answers.jsonl
 qlora-jax inspect adapter
 qlora-jax inspect base-4bit --json
-qlora-jax models
 qlora-jax check --out report.json"""
 
 

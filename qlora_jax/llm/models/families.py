@@ -454,8 +454,8 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
         near = difflib.get_close_matches(str(model_type), FAMILIES)
         relatives = f" Its nearest relatives are {near}." if near else ""
         raise ValueError(
-            f"`model_type` must be one of {tuple(FAMILIES)}, as in the table that "
-            f"`qlora-jax models` prints and docs/models.md has. Got {model_type!r}."
+            f"`model_type` must be one of {tuple(FAMILIES)}, as in the table of "
+            f"docs/models.md. Got {model_type!r}."
             f"{relatives}"
         )
     family = FAMILIES[model_type]

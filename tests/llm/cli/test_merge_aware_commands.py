@@ -15,6 +15,7 @@ from tolerances import rounding
 import qlora_jax as ql
 from qlora_jax.llm import app
 from qlora_jax.llm.app.configs import TargetFmt
+from qlora_jax.llm.app.pairing import MERGED, open_pair
 from qlora_jax.llm.app.servers import FMTS_BY_FORMAT
 from qlora_jax.llm.models.tiny import save_tiny
 
@@ -166,20 +167,17 @@ def test_layers_without_an_adapter_are_not_rounded(folder, aware, capsys):
 
 
 def test_servers_get_one_model(aware, tmp_path, capsys):
-    status, table, _ = run(capsys, "pairs", "--run", aware)
-    forms = {x["server"]: (x["base"], x["exact"]) for x in table["servers"]}
-    assert status == 0 and forms == {
-        "vllm": ("bitsandbytes", True),
-        "sglang": ("bitsandbytes", True),
-        "transformers": ("bitsandbytes", True),
-        "mlx": ("merged", True),
-        "llama.cpp": ("none", False),
-        "ollama": ("none", False),
-    }
+    for server, base in {"transformers": "bitsandbytes", "mlx": "merged"}.items():
+        config = app.ExportConfig(None, None, "x", run=str(aware), server=server)
+        pair = open_pair(config)[2]
+        assert (pair.base, pair.adapter, pair.exact) == (base, MERGED, True)
     out = tmp_path / "served"
-    assert run(capsys, "export", "--run", aware, "--for=vllm", "--out", out)[0] == 0
-    assert {x.name for x in out.iterdir()} == {"README.md", "model"}
-    assert "vllm serve ./model\n" in (out / "README.md").read_text()
+    command = ["export", "--run", aware, "--out", out]
+    status, _, err = run(capsys, *command, "--for=ollama")
+    assert status == 1 and "ollama cannot run" in err and not out.exists()
+    status, written, _ = run(capsys, *command, "--for=vllm")
+    assert status == 0 and {x.name for x in out.iterdir()} == {"model"}
+    assert written["start"].startswith("vllm serve ./model\n")
 
 
 def test_it_answers_as_its_file(aware, capsys):

@@ -1,13 +1,11 @@
 """A toy server, which only needs a record to be listed and exported for.
 
-The first part of this file shows what a new file in qlora_jax/llm/app/servers contains.
+The first part of this file shows what a new record in `servers.py` contains.
 """
 
 from stored import draw_peft, export
 
-from qlora_jax.llm import app
-from qlora_jax.llm.app.servers import SERVERS
-from qlora_jax.llm.app.servers.server import AWQ, Server
+from qlora_jax.llm.app.servers import AWQ, SERVERS, Server
 from qlora_jax.llm.models.tiny import save_tiny
 
 
@@ -25,7 +23,6 @@ TOY = Server(
     option=" --rank {rank} --adapter {adapter}",
     ranks=(3, 5),
     flags={"awq": " --awq"},
-    files={"toy.cfg": "{base} and {adapter}"},
     port=1,
     adapter_fields={"with": "{adapter}"},
 )
@@ -38,18 +35,14 @@ def test_a_record_is_a_server(tmp_path, monkeypatch):
     model, adapter = save_tiny(tmp_path / "model"), tmp_path / "adapter"
     draw_peft(adapter, MODULES, target_modules=[*MODULES])
     packing = {"fmt": "int4_f16", "block_size": 32}
-    *_, pair = app.pairs(app.PairsConfig(model, str(adapter), **packing)).servers
-    assert (pair.server, pair.base, pair.adapter) == ("toy", "awq", "peft-portable")
-    assert not pair.exact and pair.why == "it has a window of 8"
     out = tmp_path / "served"
     written = export(model, None, out, adapter, server="toy", **packing)
-    assert written.pair == pair
-    readme = (out / "README.md").read_text()
-    assert "    toy ./base --awq --rank 5 --adapter ./adapter\n" in readme
-    assert '"with": "./adapter"' in readme and "http://localhost:1/v1/" in readme
-    assert (out / "toy.cfg").read_text() == "./base and ./adapter"
-    names = sorted(path.name for path in out.iterdir())
-    assert names == ["README.md", "adapter", "base", "toy.cfg"]
+    pair, lines = written.pair, written.start.splitlines()
+    assert (pair.server, pair.base, pair.adapter) == ("toy", "awq", "peft-portable")
+    assert not pair.exact and pair.why == "it has a window of 8"
+    assert lines[0] == "toy ./base --awq --rank 5 --adapter ./adapter"
+    assert '"with": "./adapter"' in lines[1] and "http://localhost:1/v1/" in lines[1]
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "base"]
 
 
 def test_what_a_server_does_not_load_is_merged(tmp_path, monkeypatch):
@@ -57,6 +50,6 @@ def test_what_a_server_does_not_load_is_merged(tmp_path, monkeypatch):
     model, adapter = save_tiny(tmp_path / "model"), tmp_path / "adapter"
     draw_peft(adapter, MODULES, target_modules=[*MODULES])
     settings = {"fmt": "nf4", "block_size": 64}
-    *_, pair = app.pairs(app.PairsConfig(model, str(adapter), **settings)).servers
+    pair = export(model, None, tmp_path / "x", adapter, server="toy", **settings).pair
     assert (pair.base, pair.adapter) == ("merged", "added to the base")
     assert pair.why.startswith("it does not support nf4 in blocks of 64")

