@@ -146,7 +146,6 @@ def _read_data(config: TrainConfig, tokenizer: Tokenizer, model: BaseModel) -> D
         max_length=config.training.max_length,
         keys=config.data.keys or None,
         train_on=config.data.train_on,
-        stream=config.data.stream,
         validation_split=config.data.validation_split,
         seed=config.training.row_seed,
         too_long=config.data.too_long,

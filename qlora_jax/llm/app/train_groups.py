@@ -167,10 +167,10 @@ class DataConfig(Config):
     """The rows of a run, and how they are read.
 
     Attributes:
-        path: A file of rows (.jsonl, .json, .csv, .txt, optionally with .gz, or
-            .parquet), a folder with such files named train and optionally valid and
-            test, or the id of a data set on the hub. Write several with weights, as
-            "a.jsonl=0.7,b.jsonl=0.3" or {a.jsonl: 0.7, b.jsonl: 0.3}.
+        path: A file of rows (.jsonl, .json, .csv, .txt or .parquet), a folder with such
+            files named train and optionally valid and test, or the id of a data set on
+            the hub. Write several with weights, as "a.jsonl=0.7,b.jsonl=0.3" or
+            {a.jsonl: 0.7, b.jsonl: 0.3}.
         train_on: Which tokens of rows with prompts or messages are targets:
             completions, last (only the assistant's last message) or all. With all,
             prompts are targets too; with orpo, only in its cross entropy, as in TRL.
@@ -180,8 +180,6 @@ class DataConfig(Config):
         template: File with a chat template that replaces the model's.
         date: Today's date for templates that contain it, such as 2026-11-26; by default
             the day on which the run starts.
-        stream: Whether to leave training rows in their .jsonl files and tokenize them
-            when they are needed, for data that do not fit in memory.
         validation_split: Share of the training rows to validate on, such as 0.05. The
             data must have no validation rows then. `data_seed` selects the rows.
         too_long: What to do with rows of more than `max_length` tokens: refuse, drop,
@@ -201,7 +199,6 @@ class DataConfig(Config):
     chat: bool = True
     template: str | None = option(None, may_change=True)
     date: str | None = option(None, may_change=True, limit=DATE)
-    stream: bool = option(False, may_change=True)
     validation_split: float | None = None
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse"
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from .encode import IGNORED, Row
 from .ordering import MAX_WIDTHS, Order, choose_widths, round_up
-from .rows import StreamedRows
 
 if TYPE_CHECKING:
     import grain
@@ -160,8 +159,6 @@ def eval_batches(
 def _sizes(rows: Sequence[Row], packing: bool) -> np.ndarray:
     # Returns two numbers for each row: its length, and its number of targets. If the
     # row is a pair, the latter is that of the sequence with more targets.
-    if isinstance(rows, StreamedRows):
-        return rows.sizes
     # With packing, both sequences of a pair are in the same row.
     join = sum if packing else max
     lengths = [join(len(x.ids) for x in row.sequences) for row in rows]

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -13,9 +13,7 @@ from .chat_tokenizer import Tokenizer
 from .encode import Encoded, Encoder, Example, Row
 from .kinds import TrainOn
 from .rows import (
-    JsonLines,
     Source,
-    StreamedRows,
     convert_rows,
     find_sources,
     find_weights,
@@ -48,7 +46,7 @@ class Dataset(NamedTuple):
         'messages'
     """
 
-    train: Sequence[Row]
+    train: list[Row]
     valid: list[Row]
     test: list[Row]
     valid_examples: list[Example]
@@ -72,20 +70,18 @@ def read_dataset(
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse",
     chat: bool = True,
     rows: Literal["texts", "pairs", "labelled"] = "texts",
-    stream: bool = False,
     validation_split: float | None = None,
     seed: int = 0,
 ) -> Dataset:
     """Returns the rows of a data set as tokens, by split, with examples and notes.
 
     Args:
-        path: A .jsonl, .json, .csv or .txt file (each optionally with .gz), a .parquet
-            file, a folder, or the id of a data set on the hub, "user/name" or
-            "user/name:subset". A folder has such a file named train, and optionally
-            files named valid (or validation, val, dev, eval) and test. A .txt file is
-            one text, which is split into rows of `max_length` tokens. To mix several of
-            these, pass their weights, as in "a.jsonl=0.7,b.jsonl=0.3" or
-            `{"a.jsonl": 0.7, ...}`.
+        path: A .jsonl, .json, .csv, .txt or .parquet file, a folder, or the id of a
+            data set on the hub, "user/name" or "user/name:subset". A folder has such a
+            file named train, and optionally files named valid (or validation, val, dev,
+            eval) and test. A .txt file is one text, which is split into rows of
+            `max_length` tokens. To mix several of these, pass their weights, as in
+            "a.jsonl=0.7,b.jsonl=0.3" or `{"a.jsonl": 0.7, ...}`.
         tokenizer: The tokenizer of the model.
         vocab_size: All ids must be below this number.
         max_length: The largest number of tokens of a row.
@@ -102,8 +98,6 @@ def read_dataset(
         rows: The form of the rows. "texts": tokens, texts, messages, or prompts with
             completions. "pairs": chosen and rejected answers. "labelled": answers with
             a label, or pairs. Each pair becomes two labelled answers.
-        stream: Whether training rows stay in their files, which must be .jsonl. They
-            are read once to check and measure them, and again whenever needed.
         validation_split: The share of the training rows to use for validation. One row
             is drawn at random from every `1 / validation_split` rows. Must be None for
             data that have validation rows.
@@ -142,8 +136,6 @@ def read_dataset(
         splits_text=too_long == "split",
         rows=rows,
     )
-    if stream and rows != "texts":
-        raise ValueError("`stream` must be false for preferences. Got true.")
     reader = _Reader(
         encoder,
         max_length,
@@ -152,8 +144,6 @@ def read_dataset(
         draw_splits(validation_split, seed),
         separates_pairs=rows == "labelled",
     )
-    if stream:
-        reader.rows["train"] = StreamedRows()
     weights = find_weights(path)
     counts = [reader.read(name) for name in weights]
     if validation_split is not None and not reader.rows["valid"]:
@@ -248,35 +238,19 @@ class _Reader:
     def _read_split(self, split: str, source: Source) -> str:
         # Reads the rows of a split, and returns their kind.
         too_long = "split" if source.is_text else self.too_long
-        file, encoder, max_length = None, self.encoder, self.max_length
-        limit = None if source.is_text else max_length
-
-        def encode_pieces(raw, place):
-            # This function must not refer to `self`. Streamed rows refer to their file,
-            # and the file refers to this function. A reference from here to `self`,
-            # which has the rows, would close a cycle, and the temporary files would
-            # outlive the data set.
-            encoded = encoder.encode(raw, None, place, False, limit)
-            return cut_row(encoded, max_length, too_long)
-
-        if split == "train" and isinstance(self.rows[split], StreamedRows):
-            file = JsonLines(source.name, encode_pieces)
-            source = file.source
+        limit = None if source.is_text else self.max_length
         splits = self.train_splits if split == "train" else itertools.repeat(split)
-        rows, kind = _encode_rows(source, encoder, splits, limit), ""
-        cut_rows = _cut_rows(source.name, rows, max_length, too_long, self.notes)
+        rows, kind = _encode_rows(source, self.encoder, splits, limit), ""
+        cut_rows = _cut_rows(source.name, rows, self.max_length, too_long, self.notes)
         for row_split, pieces in cut_rows:
             # Each piece of a long text becomes a row. The first piece gets the split
             # that was drawn for the text, and each later piece takes the next one.
             for index, piece in enumerate(pieces):
-                self._add(piece, next(splits) if index else row_split, file, index)
+                self._add(piece, next(splits) if index else row_split)
                 kind = piece.kind  # the same for all rows
         return kind
 
-    def _add(
-        self, piece: Encoded, split: str, file: JsonLines | None, piece_index: int
-    ) -> None:
-        # `file` is None unless the training rows stay in their file.
+    def _add(self, piece: Encoded, split: str) -> None:
         row, example, straddles, *_ = piece
         self.num_straddling += straddles
         self.examples[split] += [example] if example else []
@@ -285,9 +259,7 @@ class _Reader:
         if split == "train":
             self.num_targets += sum(x.num_trained for x in row.sequences)
             self.num_tokens += sum(len(x.ids) for x in row.sequences)
-        if file is not None and split == "train":
-            self.rows[split].add(file, piece_index, row)
-        elif self.separates_pairs:
+        if self.separates_pairs:
             self.rows[split] += [x._replace(rejected=None) for x in row.sequences]
         else:
             self.rows[split].append(row)

@@ -1,60 +1,38 @@
 """Reads the raw rows of a file. The suffix of the file selects the reader."""
 
-import contextlib
 import csv
-import gzip
 import importlib
-import os
 import pathlib
 import re
-import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import qlora_jax as ql
 
 MAX_BYTES = 64 << 20  # of a line, or of a file with one text
 _BOM = b"\xef\xbb\xbf"  # Windows programs write it at the start of UTF-8 files
-_DAMAGE = (ValueError, OSError, EOFError, zlib.error)  # raised by damaged files
 # Yields the number of each row, and the row as it is in the file, or an error.
 RawRows = Iterator[tuple[int, Any]]
 
 
-class FileName(NamedTuple):
-    """The parts of the name of a file."""
-
-    stem: str
-    suffix: str  # in lower case and without ".gz", such as ".jsonl"
-    is_zipped: bool  # whether ".gz" follows
+def is_readable(path: pathlib.Path) -> bool:
+    """Returns whether there is a reader for files of this name."""
+    return path.suffix.lower() in READERS
 
 
-def parse_file_name(path: pathlib.Path) -> FileName | None:
-    """Returns the parts of the name of a file, or None if no reader supports it."""
-    is_zipped = path.name.lower().endswith(".gz")
-    stem, suffix = os.path.splitext(path.name[:-3] if is_zipped else path.name)
-    suffix = suffix.lower()
-    # Parquet files are compressed already, and are not read from start to end.
-    is_supported = suffix in READERS and not (is_zipped and suffix == ".parquet")
-    return FileName(stem, suffix, is_zipped) if is_supported else None
-
-
-def open_rows(path: pathlib.Path, name: FileName) -> tuple[str, RawRows]:
+def open_rows(path: pathlib.Path) -> tuple[str, RawRows]:
     """Returns the unit of row numbers ("line" from 1, "row" from 0) and the rows."""
-    unit, read = READERS[name.suffix]
-    if name.suffix == ".json" and _has_row_per_line(path, name.is_zipped):
+    suffix = path.suffix.lower()
+    unit, read = READERS[suffix]
+    if suffix == ".json" and _has_row_per_line(path):
         unit, read = READERS[".jsonl"]
-    return unit, read_file(path, name, read)
+    return unit, _read_file(path, read)
 
 
-def _open(path: pathlib.Path, is_zipped: bool) -> IO[bytes]:
-    return gzip.open(path) if is_zipped else path.open("rb")  # type: ignore
-
-
-def _has_row_per_line(path: pathlib.Path, is_zipped: bool) -> bool:
+def _has_row_per_line(path: pathlib.Path) -> bool:
     # Many .json files are JSON lines: their first line is an object by itself.
-    with _open(path, is_zipped) as file, contextlib.suppress(*_DAMAGE):
-        return isinstance(next(read_jsonl(file), (0, None))[1], dict)
-    return False
+    with path.open("rb") as file:
+        return isinstance(next(_read_jsonl(file), (0, None))[1], dict)
 
 
 def describe_path(path: str | pathlib.Path) -> str:
@@ -62,43 +40,23 @@ def describe_path(path: str | pathlib.Path) -> str:
     return f"{str(path)!r}{'' if pathlib.Path(path).exists() else ', which is missing'}"
 
 
-def read_file(
-    path: pathlib.Path, name: FileName, read: Callable[[BinaryIO], RawRows]
-) -> RawRows:
-    """Yields the rows from `read`, and rejects empty, damaged and changing files."""
+def _read_file(path: pathlib.Path, read: Callable[[BinaryIO], RawRows]) -> RawRows:
     is_empty = True
-    with _open(path, name.is_zipped) as file:
-        stamp_before = file_stamp(file.fileno())
+    with path.open("rb") as file:
         try:
-            for row in read(file):  # type: ignore
+            for row in read(file):
                 is_empty = False
                 yield row
-        except _DAMAGE as error:
-            # Errors with an `errno` come from the operating system, such as a failing
-            # disk. They do not mean that the file is damaged.
-            if getattr(error, "errno", None):
+        except (ValueError, OSError) as error:
+            if getattr(error, "errno", None):  # from the disk, and not from the reader
                 raise
-            suffix = name.suffix + ".gz" * name.is_zipped
-            raise ValueError(f"{path} must be a {suffix} file. {error}") from error
-        stamp_after = file_stamp(file.fileno())
-    # The path may name another file by now.
-    if not stamp_before == stamp_after == (path.exists() and file_stamp(path)):
-        raise ValueError(f"{path} must not change while it is read, but it has.")
+            raise ValueError(f"{path} must be a {path.suffix} file. {error}") from error
     if is_empty:
         raise ValueError(f"{path} must have rows. Got none.")
 
 
-def file_stamp(file: pathlib.Path | int) -> tuple[int, ...]:
-    """Returns numbers that differ after a file has changed or was replaced.
-
-    The file is given by its path or its descriptor.
-    """
-    stat = os.stat(file)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
-
-
-def read_jsonl(file: IO[bytes]) -> RawRows:
-    """Yields the row of each line that is not blank."""
+def _read_jsonl(file: BinaryIO) -> RawRows:
+    # Yields the row of each line that is not blank.
     # The limit keeps a file without line breaks from filling the memory.
     lines = iter(lambda: file.readline(MAX_BYTES + 1), b"")
     for number, line in enumerate(lines, 1):
@@ -206,10 +164,10 @@ def _read_text(file: BinaryIO) -> RawRows:
 
 # For each suffix, the unit of row numbers and the reader.
 READERS: dict[str, tuple[str, Callable[[BinaryIO], RawRows]]] = {
-    ".jsonl": ("line", read_jsonl),
+    ".jsonl": ("line", _read_jsonl),
     ".json": ("row", _read_json),
     ".csv": ("line", _read_csv),
     ".parquet": ("row", _read_parquet),
     ".txt": ("line", _read_text),
 }
-FILES = ".jsonl, .json, .csv or .txt, optionally with .gz, or .parquet"
+FILES = ".jsonl, .json, .csv, .txt or .parquet"

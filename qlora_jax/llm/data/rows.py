@@ -5,22 +5,14 @@ import math
 import os
 import pathlib
 import re
-import shutil
-import tempfile
-import weakref
-from array import array
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from . import readers
 from .model_files import ModelError
-from .readers import FILES, RawRows, describe_path, parse_file_name
-
-if TYPE_CHECKING:
-    from .encode import Encoded, Row
+from .readers import FILES, RawRows, describe_path, is_readable
 
 _MAX_LISTED, _MAX_CHARACTERS = 10, 500  # problems in a list, and characters of each
 _MAX_NUMBERS = 5  # the numbers that are listed of rows with the same problem
@@ -125,16 +117,14 @@ def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source
     if path.is_dir():
         files = sorted(x for x in path.iterdir() if not x.name.startswith("."))
         # What has the name of a file of rows and is none, is an error.
-        files = [file for file in files if file.is_file() or parse_file_name(file)]
-        parsed = {file.name: parse_file_name(file) for file in files}
-        # Only files that a reader supports.
-        stems = {name: parts.stem for name, parts in parsed.items() if parts}
-        splits = _assign_splits(stems, str(path), "file", parsed, notes)
+        names = [file.name for file in files if file.is_file() or is_readable(file)]
+        stems = {file.name: file.stem for file in files if is_readable(file)}
+        splits = _assign_splits(stems, str(path), "file", names, notes)
         # A split may be in a format that no reader supports, as in valid.tsv.
         absent_stems = [stem for x in SPLITS if x not in splits for stem in SPLITS[x]]
         unread = [
             name
-            for name in parsed
+            for name in names
             if name not in stems and name.partition(".")[0] in absent_stems
         ]
         if unread:
@@ -142,7 +132,7 @@ def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source
                 f"{path}: ignored, since files must be {FILES}: {', '.join(unread)}"
             )
         return {split: open_file(path / name) for split, name in splits.items()}
-    if path.exists() or parse_file_name(path) or not _HUB_ID.fullmatch(str(path)):
+    if path.exists() or is_readable(path) or not _HUB_ID.fullmatch(str(path)):
         alternatives = ", a folder with a file named train, or the id of a data set"
         return {"train": open_file(path, alternatives=alternatives)}
     return _open_from_hub(str(path), notes)
@@ -188,12 +178,11 @@ def open_file(
     `alternatives` lists what this setting accepts instead of a file.
     """
     path = pathlib.Path(path)
-    name = parse_file_name(path) if path.is_file() else None
-    if name is None:
+    if not (path.is_file() and is_readable(path)):
         expected = f"a file ({FILES}){alternatives}"
         raise ValueError(f"`{option}` must be {expected}. Got {describe_path(path)}.")
-    unit, rows = readers.open_rows(path, name)
-    return Source(str(path), unit, rows, name.suffix == ".txt")
+    unit, rows = readers.open_rows(path)
+    return Source(str(path), unit, rows, path.suffix.lower() == ".txt")
 
 
 def _open_from_hub(name: str, notes: list[str]) -> dict[str, Source]:
@@ -229,92 +218,3 @@ def sources_of(
         split: Source(f"{name}/{hub_split}", "row", rows(hub_split))
         for split, hub_split in hub_splits.items()
     }
-
-
-class JsonLines:
-    """A .jsonl or .jsonl.gz file whose rows can be read again in any order."""
-
-    def __init__(
-        self, name: str, encode_pieces: Callable[[Any, str], Sequence["Encoded"]]
-    ):
-        """Opens a file.
-
-        `encode_pieces` takes a raw row and its `Row.place`. It cuts a long text
-        into several pieces.
-        """
-        self.path, self.encode_pieces = pathlib.Path(name), encode_pieces
-        parts = parse_file_name(self.path)
-        if parts is None or parts.suffix != ".jsonl":
-            raise ValueError(
-                "`stream` must be false for files other than .jsonl and .jsonl.gz, "
-                f"whose rows cannot be read in any order. Got {name}."
-            )
-        read = self._unzip_and_read if parts.is_zipped else self._read
-        self.source = Source(name, "line", readers.read_file(self.path, parts, read))
-        # For the latest row of `source`: the byte at which to read it again, and the
-        # number of its line.
-        self.offset = self.line_number = 0
-
-    def _unzip_and_read(self, file: BinaryIO) -> RawRows:
-        # gzip cannot seek without decompressing from the start, so later reads use a
-        # temporary copy, which is deleted together with this object.
-        descriptor, name = tempfile.mkstemp()
-        self.path = pathlib.Path(name)
-        weakref.finalize(self, self.path.unlink, missing_ok=True)
-        with open(descriptor, "w+b") as copy:
-            shutil.copyfileobj(file, copy, 1 << 20)
-            copy.seek(0)
-            yield from self._read(copy)
-
-    def _read(self, file: BinaryIO) -> RawRows:
-        self._stamp = readers.file_stamp(file.fileno())
-        for number, row in readers.read_jsonl(file):
-            self.line_number = number
-            yield number, row
-            # Until the caller asks for the next row, `offset` is that of the row above.
-            # The next row starts here, possibly after blank lines.
-            self.offset = file.tell()
-
-    def read_row(self, offset: int) -> Any:
-        """Returns the raw row of the line that begins at a byte."""
-        with self.path.open("rb") as file:
-            if readers.file_stamp(file.fileno()) != self._stamp:
-                raise ValueError(
-                    f"{self.path} must not change during a run, but it has."
-                )
-            file.seek(offset)
-            return next(readers.read_jsonl(file))[1]
-
-
-class StreamedRows(Sequence["Row"]):
-    """Rows that stay in their files. Only their positions and sizes are in memory."""
-
-    def __init__(self):
-        self._files: list[JsonLines] = []
-        # Six for each row: its file and piece (indices), the offset and the number of
-        # its line, and how many tokens and targets it has.
-        self._numbers = array("q")
-
-    def add(self, file: JsonLines, piece_index: int, row: "Row") -> None:
-        """Adds a row: one of the pieces of the row that `file` has read last."""
-        if not self._files or self._files[-1] is not file:  # its first row
-            self._files.append(file)
-        position = len(self._files) - 1, piece_index, file.offset, file.line_number
-        self._numbers.extend((*position, len(row.ids), row.num_trained))
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """The numbers of tokens and of target tokens of the rows, `[2, N]`."""
-        return np.frombuffer(self._numbers, np.int64).reshape(-1, 6).T[4:]
-
-    def __len__(self) -> int:
-        return len(self._numbers) // 6
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        start = 6 * range(len(self))[index]  # `range` handles negative indices
-        file_index, piece_index, offset, number = self._numbers[start : start + 4]
-        file = self._files[file_index]
-        place = f"{file.source.name}:{number}"
-        return file.encode_pieces(file.read_row(offset), place)[piece_index].row

@@ -1,14 +1,9 @@
 """Rows of training data: their kinds, their target tokens, and invalid rows."""
 
-import gc
-import gzip
 import json
-import os
 import re
 import sys
-import tempfile
 
-import chex
 import numpy as np
 import pytest
 import tokenizer_helpers
@@ -212,93 +207,15 @@ def test_data_sets_with_weights_follow_each_other(folder, tmp_path, monkeypatch)
     assert read(folder, odd_name).mix == ()
 
 
-def compress(path):
-    new = path.with_name(path.name + ".gz")
-    new.write_bytes(gzip.compress(path.read_bytes()))
-    path.unlink()
-    return new
-
-
-@pytest.mark.parametrize("too_long", ["truncate", "drop", "split"])
-def test_rows_that_stay_in_their_file_are_those_of_memory(folder, tmp_path, too_long):
-    texts = [{"text": "the user " * n} for n in (1, 9, 2, 30, 3, 4)]
-    pairs = [{"prompt": "one?", "completion": "two " * n} for n in (1, 2, 3, 9)]
-    text_file = write_rows(tmp_path / "one.jsonl", texts)
-    # Lines without a row are skipped.
-    text_file.write_text("\n \n".join(text_file.read_text().splitlines()))
-    pair_file = write_rows(tmp_path / "two.jsonl", pairs[: 3 + (too_long != "split")])
-    pair_file = compress(pair_file)
-    settings = dict(too_long=too_long, max_length=24)
-    in_memory, streamed = (
-        read(folder, f"{text_file}=1,{pair_file}=2", stream=x, **settings)
-        for x in (0, 1)
-    )
-    assert len(in_memory.train) != 10 or too_long == "truncate"
-    chex.assert_trees_all_equal([*streamed.train], [*in_memory.train])
-    for part in (slice(1, 3), slice(None, None, -2)):
-        chex.assert_trees_all_equal(streamed.train[part], in_memory.train[part])
-    assert streamed[1:] == in_memory[1:]
-    for packing in (True, False):
-        options = dict(batch_size=3, max_length=24, seed=0, packing=packing)
-        iterator = batches(in_memory.train, mix=in_memory.mix, **options)
-        expected_batches = [next(iterator) for _ in range(9)]
-        resumed = batches(streamed.train, mix=streamed.mix, **options)
-        resumed.set_state({"next_index": 4})
-        for batch in expected_batches[4:]:
-            chex.assert_trees_all_equal(next(resumed), batch)
-
-
-def test_streams_are_checked(folder, tmp_path):
-    wrong = write_rows(tmp_path / "a.jsonl", [{"text": "a"}, {"texts": "a"}])
-    with pytest.raises(
-        ValueError, match="a.jsonl are wrong:\n  line 2: the row must have"
-    ):
-        read(folder, wrong, stream=True)
-    (tmp_path / "a.csv").write_text("text\na")
-    for path, options in ((tmp_path / "a.csv", {}), (wrong, {"rows": "pairs"})):
-        with pytest.raises(ValueError, match="`stream` must be false"):
-            read(folder, path, stream=True, **options)
-    right = write_rows(tmp_path / "b.jsonl", [{"text": "a"}])
-    data = read(folder, right, stream=True)
-    write_rows(right, [{"text": "b"}])
-    with pytest.raises(ValueError, match="b.jsonl must not change during a run"):
-        data.train[0]
-
-
-def test_nothing_is_left_of_the_copy_of_a_stream(folder, tmp_path, monkeypatch):
-    (tmp_path / "copies").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "copies"))
-    path = compress(write_rows(tmp_path / "a.jsonl", [{"text": "a"}]))
-    data = read(folder, path, stream=True)
-    [copy] = (tmp_path / "copies").iterdir()
-    assert data.train[0].place == f"{path}:1" and copy.read_text() == '{"text": "a"}\n'
-    del data
-    gc.collect()
-    assert not copy.exists()
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_no_damage_of_the_file(folder, tmp_path, monkeypatch):
-    path = compress(write_rows(tmp_path / "a.jsonl", [{"text": "a"}]))
-
-    def open_full_device():
-        return (os.open("/dev/full", os.O_RDWR), str(tmp_path / "copy"))
-
-    monkeypatch.setattr(tempfile, "mkstemp", open_full_device)
-    with pytest.raises(OSError, match="No space left"):
-        read(folder, path, stream=True)
-
-
 def line_numbers(rows):
     return [int(row.place.rpartition(":")[2]) for row in rows]
 
 
 @pytest.mark.parametrize("count, share", [(40, 0.05), (39, 0.3), (50, 0.9), (3, 0.4)])
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_share_of_the_rows_is_held_out(folder, tmp_path, count, share, stream):
+def test_a_share_of_the_rows_is_held_out(folder, tmp_path, count, share):
     rows = [{"prompt": f"{i}?", "completion": f"two{i}"} for i in range(1, count + 1)]
     path = write_rows(tmp_path / "d.jsonl", rows)
-    settings = dict(stream=stream, validation_split=share)
+    settings = dict(validation_split=share)
     data = read(folder, path, **settings, seed=3)
     assert abs(len(data.valid) - count * share) < 1
     assert sorted(line_numbers(data.valid) + line_numbers(data.train)) == [
@@ -507,23 +424,6 @@ def test_labels_are_as_pandas_writes_them(folder, tmp_path, true, false):
     for label in (0.5, 2.0, "yes", "", None):
         with pytest.raises(ValueError, match="line 1: .*label"):
             read_raw(folder, tmp_path, raw[0] | {"label": label}, rows="labelled")
-
-
-@pytest.mark.parametrize("change", ["append", "replace", "remove"])
-def test_a_file_that_changes_while_it_is_read(folder, tmp_path, change):
-    path = write_rows(tmp_path / "d.jsonl", [{"text": "a"}] * 3)
-    source = rows.open_file(path)
-    read_lines = iter(source.rows)
-    next(read_lines)
-    if change == "append":
-        with path.open("a") as file:
-            file.write('{"text": "b"}\n')
-    elif change == "replace":
-        write_rows(tmp_path / "new", [{"text": "b"}] * 3).replace(path)
-    else:
-        path.unlink()
-    with pytest.raises(ValueError, match="must not change while it is read"):
-        list(read_lines)
 
 
 @pytest.mark.parametrize("path", ["nowhere/d.jsonl", "d.jsonl", "/dev/null", "a/b/c"])
