@@ -19,7 +19,6 @@ from ..quant.qtensor import QTensor
 from ..trees.paths import Tree, leaves_by_path, raise_if_any
 from .files import refuse_names
 from .names import Names
-from .stored_weight import packing_of
 from .tensors import (
     DeferredTensor,
     TensorLike,
@@ -122,13 +121,9 @@ def find_leaves(
                 mismatched.append(f"{name} (must be {leaf.tensor_shape}, is {shape})")
             elif dtype not in FLOAT_DTYPES:
                 not_float.append(f"{name} ({dtype})")
-    # The table must ignore every other tensor, unless the tensor has no effect.
+    # The table must ignore every other tensor.
     unexpected = [
-        name
-        for name in tensors
-        if name not in used
-        and not names.is_ignored(name)
-        and not _is_zero_bias(name, tensors)
+        name for name in tensors if name not in used and not names.is_ignored(name)
     ]
     refuse_shared_names(leaves.values())
     problems = {"missing": missing, "unexpected": unexpected}
@@ -136,13 +131,6 @@ def find_leaves(
     problems |= {"mis-shaped": mismatched, dtypes: not_float, "no name": unnamed}
     refuse_names(problems)
     return leaves
-
-
-def _is_zero_bias(name: str, tensors: Mapping[str, Any]) -> bool:
-    # Old GPTQ files store a bias of zeros for packed modules that have no bias.
-    stem, _, kind = name.rpartition(".")
-    weight = tensors.get(f"{stem}.weight") if kind == "bias" else None
-    return packing_of(weight) is not None and not np.asarray(tensors[name][...]).any()
 
 
 def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:

@@ -1,7 +1,6 @@
 """Weights that are packed in the files of a checkpoint."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,8 +11,6 @@ from jaxtyping import Float
 from ..quant.formats import Packing, get_format
 from .files import require
 from .tensors import LazyMatrix, SliceableTensor
-
-_ROWS_PER_CHECK = 4096  # bounds the memory for comparing scales and biases
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +31,13 @@ class StoredWeight:
     name: str = ""
     nbytes: int = 0  # the size of all of its tensors in the file
 
-    @cached_property
+    @property
     def problem(self) -> str | None:
         """Why a `QTensor` cannot hold its bytes; None if it can.
 
-        The reason follows the name of the weight in messages: "has reordered inputs".
+        The reason follows the name of the weight in messages: "has blocks of ...".
         """
-        raise NotImplementedError
+        return None
 
     def codes_and_scales(self) -> tuple[SliceableTensor, SliceableTensor]:
         """Returns the codes `[N, K / 2]` and scales `[N, K / B]`, for a `QTensor`."""
@@ -77,29 +74,9 @@ def in_float(tensor: Any, dtype: DTypeLike | None = None) -> Any:
 class PackedWeight(StoredWeight):
     """A weight in which each row has its own blocks: none extends over two rows.
 
-    Weights are table values times scales, or codes times scales plus biases. `codes`
-    are `[N, K / 2]`, with the first code in the high bits, and `scales` `[N, K / B]`.
+    Weights are table values times scales. `codes` are `[N, K / 2]`, with the first code
+    in the high bits, and `scales` `[N, K / B]`.
     """
-
-    biases: SliceableTensor | None = None  # [N, K / B]; None: decode with the table
-    input_blocks: np.ndarray | None = None  # the block of each input; None: in order
-
-    @cached_property
-    def problem(self) -> str | None:  # noqa: D102
-        (n, k), block_size = self.shape, self.packing.block_size
-        blocks = np.arange(k) // block_size
-        if self.input_blocks is not None and not (self.input_blocks == blocks).all():
-            return "has reordered inputs (act order)"
-        if self.biases is None:
-            return None
-        # The integer formats decode (code - 8) * scale, so a bias must be -8 * scale.
-        for start in range(0, n, _ROWS_PER_CHECK):
-            rows = slice(start, start + _ROWS_PER_CHECK)
-            scales = np.asarray(self.scales[rows, :]).astype(np.float32)
-            biases = np.asarray(self.biases[rows, :]).astype(np.float32)
-            if not np.array_equal(biases, -8 * scales, equal_nan=True):
-                return "has zero points other than 8"
-        return None
 
     def codes_and_scales(self) -> tuple[SliceableTensor, SliceableTensor]:  # noqa: D102
         # The dtype of a QTensor's scales, which does not depend on their shape.
@@ -130,13 +107,7 @@ class PackedWeight(StoredWeight):
         scales = scales.astype(np.float32)
         if self.scale_scales is not None:
             scales = scales * self.scale_scales[0] / self.scale_scales[1]
-        # From [rows, K / B] to [rows, K], by the block of each input.
-        in_order = self.input_blocks is None
-        blocks = np.arange(k) // block_size if in_order else self.input_blocks
-        if self.biases is None:
-            return self.packing.format.table[codes] * scales[:, blocks]
-        biases = np.asarray(self.biases[rows, :]).astype(np.float32)
-        return codes * scales[:, blocks] + biases[:, blocks]
+        return self.packing.format.table[codes] * np.repeat(scales, block_size, axis=1)
 
 
 def packed_weight(
@@ -145,8 +116,6 @@ def packed_weight(
     codes: SliceableTensor,
     scales: SliceableTensor,
     scale_scales: np.ndarray | None = None,
-    biases: SliceableTensor | None = None,
-    input_blocks: np.ndarray | None = None,
 ) -> PackedWeight:
     """Returns a weight of a format; the shapes determine its block size."""
     n, k = codes.shape[0], 2 * codes.shape[1]
@@ -164,12 +133,9 @@ def packed_weight(
         require(bool(divisors), f"{message}{block_sizes}.")
         num_blocks = k // divisors[0]
         scales = _repeat_column(scales, num_blocks)
-        biases = None if biases is None else _repeat_column(biases, num_blocks)
-        input_blocks = None  # all inputs have the same scale
     packing = Packing(fmt, k // num_blocks, False)
     arrays = codes, scales, scale_scales
-    options: Any = dict(biases=biases, input_blocks=input_blocks)
-    return PackedWeight((n, k), jnp.dtype(dtype), packing, *arrays, **options)
+    return PackedWeight((n, k), jnp.dtype(dtype), packing, *arrays)
 
 
 def _repeat_column(column: SliceableTensor, count: int) -> LazyMatrix:

@@ -55,26 +55,3 @@ def test_transformers_computes_what_is_written(name, tmp_path):
     assert_close(ours, theirs)
     theirs = llama.logits_of(from_pretrained(folder))  # in the dtype of the config
     assert_close(ours, theirs, dtype="bfloat16", roundings=8)
-
-
-def test_zero_points_are_read_in_float():
-    w = np.random.default_rng(0).normal(size=(16, 128)).astype(np.float32) + 0.3
-    w, half = make.torch.from_numpy(w), make.torch.float16
-    args = dict(num_bits=4, strategy="group", group_size=32, symmetric=False)
-    args = make.QuantizationArgs(**args, scale_dtype=half)
-    groups = w.unflatten(-1, (-1, 32))
-    scale, zero = make.calculate_qparams(groups.amin(-1), groups.amax(-1), args)
-    state = {"weight": w, "weight_scale": scale, "weight_zero_point": zero}
-    scheme = make.QuantizationScheme(targets=["Linear"], weights=args)
-    compressed = make.PackedQuantizationCompressor.compress(state, scheme)
-    codes = make.unpack_from_int32(compressed["weight_packed"], 4, w.shape).float()
-    expected = make.dequantize(codes, scale, zero, args).float().numpy()
-    compressed["weight_scale"] = compressed["weight_scale"].to(half)
-    tensors = {f"up.{part}": x.numpy() for part, x in compressed.items()}
-    names = ql.io.Names({"up/kernel": "up.weight"})
-    like = {"up": {"kernel": jnp.ones((128, 16))}}
-    with pytest.raises(ql.io.CheckpointError, match="zero points other than 8"):
-        ql.io.load(tensors, names, like, progress=False)
-    options: dict = dict(dtype="float32", recode=True, progress=False)
-    weight = ql.io.load(tensors, names, like, **options)["up"]["kernel"]
-    helpers.assert_same_bits(np.asarray(weight), expected.T)

@@ -1,10 +1,10 @@
-"""AWQ (the GEMM version), and GPTQ, which is only read."""
+"""AWQ (the GEMM version), with zero points of 8."""
 
-# In both, weight = (code - zero point) * scale. Both store `scales` [K / B, N], and
-# `qzeros` [K / B, N / 8] with eight zero points per int32. AWQ packs eight outputs into
-# a word of `qweight` [K, N / 8], in an interleaved order. GPTQ packs eight inputs into
-# a word of `qweight` [K / 8, N], and `g_idx` [K] is the block of each input. The first
-# version of GPTQ stores each zero point minus one.
+# Weight = (code - zero point) * scale. `scales` are [K / B, N], and `qzeros`
+# [K / B, N / 8] have eight zero points per int32. `qweight` [K, N / 8] packs eight
+# outputs into a word, in an interleaved order. Files are read so that an exported
+# folder can be compared and exported again. AWQ's own files have other zero points,
+# which the integer formats cannot represent.
 
 from typing import Any
 
@@ -15,80 +15,56 @@ from ..files import require
 from ..stored_weight import PackedWeight, packed_weight
 from ..tensors import DeferredTensor, LazyMatrix, SliceableTensor, transposed
 from .file_format import Config, FileFormat, Kernels, Parts, Settings, Writer
-from .layouts import (
-    INT4_FORMATS,
-    INT32,
-    INTEGER_FORMATS,
-    UINT8,
-    dtype_settings,
-    swap_nibbles,
-    unpack_words,
-    zero_point_biases,
-)
+from .layouts import INT4_FORMATS, INT32, INTEGER_FORMATS, UINT8, dtype_settings
 
 # The output whose code is in each nibble of AWQ's words, from the lowest nibble on, and
 # its inverse: the nibble of each output.
 _ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 _POSITIONS = [0, 4, 1, 5, 2, 6, 3, 7]
+_EIGHTS = np.int32(-0x77777778)  # eight zero points of 8, 0x88888888
 
 
-def _awq_codes(words: SliceableTensor) -> LazyMatrix:
-    """Returns the codes `[N, K / 2]` of AWQ's words `[K, N / 8]`."""
-    codes = unpack_words(words, _POSITIONS)  # [K, N]
+def _codes(words: SliceableTensor) -> LazyMatrix:
+    """Returns the codes `[N, K / 2]` of the words `[K, N / 8]`."""
 
     def read(rows: slice, columns: slice) -> np.ndarray:
-        inputs = codes[columns.start * 2 : columns.stop * 2, rows]
+        first_word, last_word = rows.start // 8, -(-rows.stop // 8)
+        stored = words[columns.start * 2 : columns.stop * 2, first_word:last_word]
+        packed = np.ascontiguousarray(stored).view(np.uint8)
+        nibbles = np.stack([packed & 15, packed >> 4], axis=-1)
+        # [K, words, 8] -> [K, N]; rows may begin or end inside a word.
+        codes = nibbles.reshape(*stored.shape, 8)[..., _POSITIONS]
+        inputs = codes.reshape(len(stored), -1)
+        inputs = inputs[:, rows.start - first_word * 8 : rows.stop - first_word * 8]
         return (inputs[::2] << 4 | inputs[1::2]).T
 
-    k, n = codes.shape
-    return LazyMatrix(UINT8, (n, k // 2), read)
+    k, num_words = words.shape
+    return LazyMatrix(UINT8, (num_words * 8, k // 2), read)
 
 
 def _read_settings(settings: Settings) -> dict[str, Any]:
-    # Newer files call the version of both methods `format`.
-    key = {"awq": "version", "gptq": "checkpoint_format"}[settings["quant_method"]]
-    version = settings.get(key, settings.get("format"))
+    # Newer files call the version `format`.
+    version = settings.get("version", settings.get("format", "gemm"))
     if settings.get("backend") == "llm-awq":  # transformers' name for a version of AWQ
         version = "llm-awq"
-    return {**settings, key: str(version).lower()} if version else {**settings}
+    return {**settings, "version": str(version).lower()}
 
 
-def _read(parts: Parts, settings: Settings) -> dict[str, PackedWeight]:
+def _read(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     words = parts.tensor("qweight", "int32")
     zeros = parts.tensor("qzeros", "int32")
     scales = parts.tensor("scales", "float16", "bfloat16")
-    num_blocks, n = scales.shape
-    parts.check_bits("qzeros", n)
-    # Without settings, the length of a row of `qweight` tells the two apart.
-    row_sizes = {"awq": n // 8, "gptq": n}
-    methods = [name for name, size in row_sizes.items() if words.shape[1] == size]
-    method = settings.get("quant_method", methods[0] if methods else None)
-    message = f"`qweight` must be [K / 8, {n}], or for AWQ [K, {n} / 8]. Got "
-    require(method in methods, f"{message}{list(words.shape)}.")
-    is_awq = method == "awq"
-    k = words.shape[0] * (1 if is_awq else 8)
-    has_valid_zeros = tuple(zeros.shape) == (num_blocks, n // 8) and n % 8 == 0
-    message = f"`qzeros` must be [{num_blocks}, {n} / 8]. Got {list(zeros.shape)}."
+    (k, num_words), (num_blocks, n) = words.shape, scales.shape
+    is_awq = num_words * 8 == n and k % 2 == 0
+    message = f"`qweight` must be [K, {n} / 8], with even K. Got {[k, num_words]}."
+    require(is_awq, message)
+    has_valid_zeros = list(zeros.shape) == [num_blocks, num_words]
+    message = f"`qzeros` must be {[num_blocks, num_words]}. Got {list(zeros.shape)}."
     require(has_valid_zeros, message)
-    require(k % 2 == 0, f"`qweight` must have an even number of inputs. Got {k}.")
-    scales = transposed(scales)
-    if is_awq:
-        codes, input_blocks = _awq_codes(words), None
-        zero_points = unpack_words(zeros, _POSITIONS)
-    else:
-        message = "`g_idx` must be given, because `desc_act` is true. Got none."
-        require("g_idx" in parts or not settings.get("desc_act"), message)
-        codes = swap_nibbles(transposed(words))
-        input_blocks = parts.input_blocks("g_idx", k, num_blocks)
-        is_first_version = settings.get("checkpoint_format", "gptq") == "gptq"
-        # As in GPTQModel, a single sum adds one to all eight zero points of a word.
-        # A stored 15 therefore carries into the next zero point.
-        offset = 0x11111111 if is_first_version else 0
-        zero_points = unpack_words(zeros, offset=offset)
+    message = "zero points must be 8. Start from the float model that was packed."
+    require(bool((np.asarray(zeros[...]) == _EIGHTS).all()), message)
     fmt, dtype = INTEGER_FORMATS[str(scales.dtype)]
-    biases = zero_point_biases(zero_points, scales)
-    options: Any = dict(biases=biases, input_blocks=input_blocks)
-    return {"weight": packed_weight(fmt, dtype, codes, scales, **options)}
+    return {"weight": packed_weight(fmt, dtype, _codes(words), transposed(scales))}
 
 
 def _problem(q: QTensor) -> str | None:
@@ -99,8 +75,7 @@ def _problem(q: QTensor) -> str | None:
 def _tensors(name: str, q: QTensor) -> dict[str, Any]:
     k, n = q.matrix_shape
     num_blocks = k // q.block_size
-    # Our formats have a zero point of 8 for every weight.
-    zeros = np.full((num_blocks, n // 2), 0x88, np.uint8).view(INT32)
+    zeros = np.full((num_blocks, n // 8), _EIGHTS, INT32)
 
     def pack_words() -> np.ndarray:
         packed = np.asarray(q.codes)
@@ -129,12 +104,9 @@ def _config(
 
 AWQ = FileFormat(
     marker=r"(.*\.|)qweight",
-    parts=("qzeros", "scales", "g_idx"),
+    parts=("qzeros", "scales"),
     read=_read,
-    methods={
-        "awq": {"version": ("gemm",)},
-        "gptq": {"checkpoint_format": ("gptq", "gptq_v2")},
-    },
+    methods={"awq": {"version": ("gemm",)}},
     read_settings=_read_settings,
     write=Writer("AWQ", INT4_FORMATS, _tensors, _config, _problem),
 )

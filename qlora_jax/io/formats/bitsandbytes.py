@@ -9,7 +9,6 @@
 import json
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,7 +40,7 @@ class BitsAndBytesWeight(StoredWeight):
     scales: _FileTensor  # float32 or uint8, [ceil(N * K / B)]
     keeps_dtype: bool = True
 
-    @cached_property
+    @property
     def problem(self) -> str | None:  # noqa: D102
         k, block_size = self.shape[1], self.packing.block_size
         message = f"has {k} inputs and blocks of {block_size}, which cross its rows"

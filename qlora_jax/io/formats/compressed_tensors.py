@@ -2,9 +2,9 @@
 
 # A weight [N, K] is stored as `weight_packed`, with the first code in the lowest bits,
 # and `weight_scale` [N, K / B]. Integer codes are in int32 and have float scales.
-# `weight_shape` is [N, K], and there may be a `weight_zero_point` [ceil(N / 8), K / B]
-# and a `weight_g_idx` [K]. E2M1 codes are in bytes. Their scales are E8M0, or E4M3 with
-# a `weight_global_scale`.
+# `weight_shape` is [N, K]. E2M1 codes are in bytes. Their scales are E8M0, or E4M3 with
+# a `weight_global_scale`. Weights with a `weight_zero_point` or a `weight_g_idx`, the
+# block of each input, are rejected.
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from ...quant.qtensor import QTensor
 from ...trees.paths import fused_with, raise_if_any
 from ..files import require
 from ..stored_weight import PackedWeight, packed_weight
-from ..tensors import DeferredTensor, transposed
+from ..tensors import DeferredTensor
 from .file_format import Config, FileFormat, Kernels, Parts, Settings, Writer
 from .layouts import (
     INT4_FORMATS,
@@ -24,8 +24,6 @@ from .layouts import (
     dtype_settings,
     integer_scale_dtype,
     swap_nibbles,
-    unpack_words,
-    zero_point_biases,
 )
 
 # Arguments of `packed_weight` by the dtypes of codes and scales. compressed-tensors
@@ -35,9 +33,7 @@ _FORMATS |= {
     ("uint8", "uint8"): ("mxfp4", "bfloat16"),
     ("uint8", "float8_e4m3fn"): ("nvfp4", "bfloat16"),
 }
-_INTEGER_PARTS = ("weight_zero_point", "weight_g_idx")
-# Parts that only weights of some formats have.
-_OPTIONAL_PARTS = ("weight_global_scale", *_INTEGER_PARTS)
+_UNSUPPORTED_PARTS = ("weight_zero_point", "weight_g_idx")
 # For each of our formats: its name in compressed-tensors, the type of the values, the
 # dtype of the scales, and the strategy.
 _INTEGERS = ("pack-quantized", "int", None, "group")
@@ -56,29 +52,18 @@ def _read(parts: Parts, _: Settings) -> dict[str, PackedWeight]:
     require(dtypes in _FORMATS, message)
     fmt, dtype = _FORMATS[dtypes]
     require(len(packed.shape) == 2, f"codes must have two axes. Got {packed.shape}.")
-    float_parts = {"nvfp4": ("weight_global_scale",), "mxfp4": ()}
-    allowed = float_parts.get(fmt, _INTEGER_PARTS)
-    for name in _OPTIONAL_PARTS:
-        message = f"`{name}` must be left out for {fmt}. Got one."
-        require(name in allowed or name not in parts, message)
-    codes = swap_nibbles(packed)
-    options: dict[str, Any] = {}
+    for name in _UNSUPPORTED_PARTS:
+        message = f"`{name}` is not supported. Start from the float model."
+        require(name not in parts, message)
+    has_factor = "weight_global_scale" in parts
+    message = f"`weight_global_scale` must be left out for {fmt}. Got one."
+    require(fmt == "nvfp4" or not has_factor, message)
+    codes, factors = swap_nibbles(packed), None
     if fmt == "nvfp4":
-        divisor = parts.scalar("weight_global_scale")
-        options["scale_scales"] = np.array([1, divisor], np.float32)
+        factors = np.array([1, parts.scalar("weight_global_scale")], np.float32)
     elif fmt != "mxfp4":
-        n, k = codes.shape[0], codes.shape[1] * 2
-        _check_shape(parts, n, k)
-        num_blocks = scales.shape[-1] if scales.shape else 0
-        options["input_blocks"] = parts.input_blocks("weight_g_idx", k, num_blocks)
-        if "weight_zero_point" in parts:
-            zeros = parts.tensor("weight_zero_point", "int32")
-            shape = [-(-n // 8), *scales.shape[1:]]
-            message = f"`weight_zero_point` must be {shape}. Got {list(zeros.shape)}."
-            require(list(zeros.shape) == shape, message)
-            zero_points = unpack_words(transposed(zeros))
-            options["biases"] = zero_point_biases(zero_points, scales)
-    return {"weight": packed_weight(fmt, dtype, codes, scales, **options)}
+        _check_shape(parts, codes.shape[0], codes.shape[1] * 2)
+    return {"weight": packed_weight(fmt, dtype, codes, scales, factors)}
 
 
 def _check_shape(parts: Parts, n: int, k: int) -> None:
@@ -86,7 +71,9 @@ def _check_shape(parts: Parts, n: int, k: int) -> None:
     shape = None if stored is None else np.asarray(stored[...]).tolist()
     # Report the number of bits if another number explains the length of the rows.
     if isinstance(shape, list) and len(shape) == 2 and shape[0] == n and shape[1] > 0:
-        parts.check_bits("weight_packed", shape[1])
+        bits = 4 * k / shape[1]
+        message = f"`weight_packed` must have codes of 4 bits. Got {bits:.0f} bits."
+        require(bits not in (1, 2, 3, 5, 6, 8), message)
     message = f"`weight_shape` must be [{n}, {k}], for 4 bits. Got {shape}."
     require(shape == [n, k], message)
 
@@ -158,7 +145,12 @@ def _check_fused_factors(kernels: Kernels) -> None:
 
 COMPRESSED_TENSORS = FileFormat(
     marker=r"(.*\.|)weight_packed",
-    parts=("weight_scale", "weight_shape", *_OPTIONAL_PARTS),
+    parts=(
+        "weight_scale",
+        "weight_shape",
+        "weight_global_scale",
+        *_UNSUPPORTED_PARTS,
+    ),
     read=_read,
     methods={"compressed-tensors": {}},
     read_settings=_read_settings,

@@ -40,24 +40,6 @@ class Parts(dict[str, Any]):
         require(is_valid, f"`{name}` must be positive and finite. Got {value}.")
         return value
 
-    def input_blocks(self, name: str, k: int, num_blocks: int) -> np.ndarray | None:
-        """Returns the block of each input, or None if the file does not list them."""
-        if name not in self:
-            return None
-        blocks = np.asarray(self.tensor(name, "int32", axes=1)[...])
-        if (blocks == -1).all():  # compressed-tensors' value for "not set"
-            return None
-        is_valid = len(blocks) == k and blocks.min() >= 0 and blocks.max() < num_blocks
-        require(is_valid, f"`{name}` must be {k} numbers from 0 to {num_blocks - 1}.")
-        return blocks
-
-    def check_bits(self, name: str, count: int) -> None:
-        """Raises if rows of a part have `count` codes of 1, 2, 3, 5, 6 or 8 bits."""
-        bits = 8 * self[name].dtype.itemsize * self[name].shape[1] / count
-        message = f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits."
-        # Other numbers, such as 4.5, mean that a shape is wrong. The caller reports it.
-        require(bits not in (1, 2, 3, 5, 6, 8), message)
-
 
 @dataclass(frozen=True)
 class Writer:
@@ -92,8 +74,6 @@ class FileFormat:
     marker_dtype: str = ""
     # The ends of the names, after that start, of other tensors that a weight may have.
     parts: tuple[str, ...] = ()
-    # The ends of the names of tensors that do not describe the weight.
-    ignored: tuple[str, ...] = ()
     # Maps the parts and the settings to weights, by the ends of the weights' names.
     read: Callable[[Parts, Settings], Mapping[str, StoredWeight]]
     # For each `quant_method`, the settings that change how weights are stored, with

@@ -1,4 +1,4 @@
-"""The layouts of codes, zero points and other parts that several libraries share."""
+"""The layouts of codes and the settings of scales that several libraries share."""
 
 from typing import Any
 
@@ -36,39 +36,6 @@ def swap_nibbles(words: SliceableTensor) -> LazyMatrix:
 
     n, num_words = words.shape
     return LazyMatrix(UINT8, (n, num_words * size), read)
-
-
-def unpack_words(
-    words: SliceableTensor, positions: list[int] | slice = slice(None), offset: int = 0
-) -> LazyMatrix:
-    """Returns the codes `[R, 8 * C]` of int32 words `[R, C]`.
-
-    `positions` selects nibbles of each word, in order; 0 is the lowest nibble. `offset`
-    is added to each word first.
-    """
-
-    def read(rows: slice, columns: slice) -> np.ndarray:
-        first_word, last_word = columns.start // 8, -(-columns.stop // 8)
-        stored = np.ascontiguousarray(words[rows, first_word:last_word])
-        packed = (stored.view(np.uint32) + np.uint32(offset)).view(np.uint8)
-        nibbles = np.stack([packed & 15, packed >> 4], axis=-1)
-        codes = nibbles.reshape(*stored.shape, 8)[..., positions]
-        # Columns may begin or end inside a word.
-        part = slice(columns.start - first_word * 8, columns.stop - first_word * 8)
-        return codes.reshape(len(stored), -1)[:, part]
-
-    num_rows, num_words = words.shape
-    return LazyMatrix(UINT8, (num_rows, num_words * 8), read)
-
-
-def zero_point_biases(zero_points: LazyMatrix, scales: SliceableTensor) -> LazyMatrix:
-    """Returns the bias `[N, K / B]` of each block, from zero points `[K / B, N]`."""
-
-    def read(rows: slice, columns: slice) -> np.ndarray:
-        zeros = zero_points[columns, rows].T.astype(np.float32)
-        return -zeros * np.asarray(scales[rows, columns])
-
-    return LazyMatrix(np.dtype(np.float32), scales.shape, read)
 
 
 def integer_scale_dtype(q: QTensor) -> np.dtype:

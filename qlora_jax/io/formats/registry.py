@@ -4,7 +4,6 @@ import dataclasses
 import math
 import pathlib
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -30,11 +29,9 @@ from .compressed_tensors import COMPRESSED_TENSORS
 from .file_format import Config, FileFormat, Parts, Settings, Writer
 from .gguf import GGUF_MXFP4, GGUF_Q4_0
 from .gpt_oss import GPT_OSS
-from .mlx import MLX
-from .modelopt import MODELOPT
 
 FILE_FORMATS: list[FileFormat] = [BITSANDBYTES, BITSANDBYTES_INT8, COMPRESSED_TENSORS]
-FILE_FORMATS += [AWQ, MODELOPT, GPT_OSS, MLX, GGUF_Q4_0, GGUF_MXFP4]
+FILE_FORMATS += [AWQ, GPT_OSS, GGUF_Q4_0, GGUF_MXFP4]
 # Sections of the settings whose numbers of bits do not describe weights.
 _NOT_WEIGHTS = ("input_activations", "output_activations", "kv_cache_scheme", "meta")
 
@@ -43,8 +40,9 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint's tensors, with the parts of each 4-bit weight joined.
 
     Each 4-bit weight becomes one tensor, which has a `packing`. The formats are those
-    of bitsandbytes, compressed-tensors, AWQ, GPTQ, ModelOpt (NVFP4), MLX, GGUF (Q4_0
-    and MXFP4) and gpt-oss (MXFP4; the experts become tensors `NAME.0`, `NAME.1` ...).
+    of bitsandbytes, compressed-tensors, AWQ (with zero points of 8, as `save_packed`
+    writes it), GGUF (Q4_0 and MXFP4) and gpt-oss (MXFP4; the experts become tensors
+    `NAME.0`, `NAME.1` ...).
 
     Args:
         tensors: From `open_safetensors`. A folder's quantization config is checked too.
@@ -64,7 +62,7 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """
     folder = getattr(tensors, "folder", None)
     settings = {} if folder is None else read_quantization(folder)
-    result, problems, ignored = dict(tensors), [], []
+    result, problems = dict(tensors), []
     for file_format in FILE_FORMATS:
         matches = [
             re.fullmatch(file_format.marker, name, re.DOTALL)
@@ -97,13 +95,6 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
             for end, weight in weights.items():
                 changes: Any = {"name": prefix + end, "nbytes": nbytes // len(weights)}
                 result[prefix + end] = dataclasses.replace(weight, **changes)
-            ignored += [prefix + end for end in file_format.ignored]
-    if ignored := [name for name in ignored if result.pop(name, None) is not None]:
-        warnings.warn(
-            "activations and key-value caches stay in float, so their scales are "
-            f"ignored: {ignored[0]} and {len(ignored) - 1} others.",
-            stacklevel=2,
-        )
     raise_if_any("these 4-bit weights cannot be read", problems, CheckpointError)
     return result
 
@@ -111,9 +102,8 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def read_quantization(folder: Path) -> dict[str, Any]:
     """Returns the settings of a model folder's packed weights.
 
-    They are the `quantization_config` in its `config.json` (`quantization` for MLX, or
-    `hf_quant_config.json` for ModelOpt). `quant_method` and `fmt`, the format of the
-    weights here, are added. A float model has no settings: {}.
+    They are the `quantization_config` in its `config.json`. `quant_method` and `fmt`,
+    the format of the weights here, are added. A float model has no settings: {}.
 
     Args:
         folder: The model's folder.
@@ -133,13 +123,15 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists() or not (stored := _find_settings(folder)):
         return {}
     require(isinstance(stored, dict), "`quantization_config` must be a JSON object.")
-    # MLX does not write the method, nor did older versions of transformers.
+    # MLX does not write the method, nor did older versions of transformers. Folders of
+    # MLX and ModelOpt are recognized so that the error can name the method.
     default_method = "mlx" if "group_size" in stored else "bitsandbytes"
     method = stored.get("quant_method", default_method)
     formats = {name: x for x in FILE_FORMATS for name in x.methods}
     is_supported = isinstance(method, str) and method in formats
     message = f"`quant_method` must be one of {', '.join(formats)}. Got "
-    require(is_supported, f"{message}{method!r:.80}.")
+    message += f"{method!r:.80}. Start from the float model that was packed."
+    require(is_supported, message)
     other_bits = [f"`{key}` is {bits!r:.80}" for key, bits in _other_bits(stored)]
     message = f"weights of {method} must have 4 bits. Got {', '.join(other_bits[:5])}."
     require(not other_bits, message)
@@ -147,7 +139,7 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     settings = formats[method].read_settings(settings)
     for key, supported in formats[method].methods[method].items():
         value = settings.get(key, supported[0])
-        choices = " or ".join(map(str, supported))
+        choices = " or ".join(supported)
         message = f"`{key}` of {method} must be {choices}. Got {value!r:.80}."
         require(value in supported, message)
     return settings

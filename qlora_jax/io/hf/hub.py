@@ -11,7 +11,6 @@ FILES = [
     "*.jinja",
     "adapter_model*.safetensors",
     "adapters.safetensors",
-    "gptq_model*.safetensors",
     "merges.txt",
     "model*.safetensors",
     "sentencepiece.bpe.model",

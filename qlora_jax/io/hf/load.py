@@ -66,11 +66,9 @@ def load(
             As everywhere in JAX, float64 becomes float32 without `jax_enable_x64`.
         recode: Whether to convert packed weights whose byte layout has no equivalent
             here. A weight whose blocks cross rows is stored in smaller blocks, or in
-            float if these would be below 16; a weight with zero points or reordered
-            inputs is stored in float. Except for the rounding of floats to the dtype,
-            these conversions are exact. A target whose settings differ from the
-            config's, or whose layout has no equivalent, is packed again, which rounds
-            it once more.
+            float if these would be below 16. Except for the rounding of floats to the
+            dtype, this is exact. A target whose settings differ from the config's, or
+            whose layout has no equivalent, is packed again, which rounds it once more.
         place: A function that puts shardings on the tree of shapes; devices then read
             their parts: `lambda base: ql.sharding.place(base, {}, mesh, rules)[0]`.
         progress: Whether to show a progress bar.

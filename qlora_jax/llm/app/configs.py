@@ -71,8 +71,8 @@ class ScoreConfig(Config):
             if `fmt` supports it.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
         batch_tokens: Maximum number of tokens in a batch, including padding.
-        recode: Whether to decode 4-bit weights that no format here supports, such as
-            those with zero points or reordered inputs, to floats.
+        recode: Whether to decode the layers of a module to floats if only some of them
+            are in 4 bits.
         engine: What computes the model, as in train. Defaults to that of the run if the
             adapter is in a run's folder, and otherwise to auto.
         train_on: Which tokens of rows with prompts or messages are targets, as in
@@ -302,8 +302,8 @@ class GenerateConfig(Config):
         double_quant: With `fmt`: whether to also quantize the scales; by default true
             if `fmt` supports it.
         dtype: Dtype of the computation; norms and softmax are float32.
-        recode: Whether to decode 4-bit weights that no format here supports, such as
-            those with zero points or reordered inputs, and to pack them again in `fmt`.
+        recode: Whether to decode the layers of a module if only some of them are in 4
+            bits, and to pack them again in `fmt`.
         engine: What computes the model, as in train. Defaults to that of the run if the
             adapter is in a run's folder, and otherwise to auto.
         template: File with a chat template that replaces the model's. Defaults to that

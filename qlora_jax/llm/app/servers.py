@@ -29,7 +29,7 @@ E2M1 = {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 GGUF = dict.fromkeys(INT4_FMTS, "gguf")  # in GGUF: Q4_0, in blocks of 32
 # The `quant_method`s in a model's config that vLLM and SGLang load. "float" stands for
 # a model without a `quant_method`.
-_METHODS = ("float", "bitsandbytes", "compressed-tensors", "awq", "gptq")
+_METHODS = ("float", "bitsandbytes", "compressed-tensors", "awq")
 
 # A function that returns what a server computes differently, or None. Its arguments
 # are the model's `config.json`, the config of the decoder, and the number format of the

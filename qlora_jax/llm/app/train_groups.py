@@ -48,8 +48,8 @@ class ModelConfig(Config):
             for nf4.
         double_quant: Whether to also quantize the scales; by default true if `fmt`
             supports it.
-        recode: Whether to pack a 4-bit model again, in `fmt`. Needed if it has zero
-            points or reordered inputs, which no format here supports.
+        recode: Whether to pack a 4-bit model again, in `fmt`. Needed if only some
+            layers of a module are in 4 bits.
         dtype: Dtype of the computation and of float weights; adapters are float32. auto
             is float32 on processors that do not multiply faster in bfloat16, and
             otherwise bfloat16. float16, for GPUs without bfloat16, scales the loss.
