@@ -44,9 +44,6 @@ class Entry:
             module defines them, because PEFT wraps them in this order.
         stack_roles: The roles of the axes of each part, if the name is that of a part
             of a tensor: "kn" or "nk".
-        is_swapped: Whether PEFT takes the outputs of the parameter for its inputs, and
-            its inputs for its outputs. It expects `[E, N, K]`, unless the module has an
-            attribute `is_transposed`; some modules with `[E, K, N]` lack it.
         numbers: The numbers that a placeholder stands for along its batch axis, such as
             the layers in a stack; by default 0, 1, 2, ... .
 
@@ -65,7 +62,6 @@ class Entry:
     roles: str | None = None
     parameter: str | None = None
     stack_roles: Literal["kn", "nk"] = "kn"
-    is_swapped: bool = False
     numbers: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
@@ -287,17 +283,6 @@ class Names:
         counts = {axis: len(numbers) for axis, numbers in entry.numbers.items()}
         sizes = [counts.get(axis) for axis in axes]
         return sizes if isinstance(entry.names, str) else [*sizes, len(entry.names)]
-
-    def is_swapped(self, path: str) -> bool:
-        """Returns `Entry.is_swapped` of a leaf.
-
-        Args:
-            path: The leaf's path.
-
-        Raises:
-            ValueError: If no entry has that path.
-        """
-        return self._find(path)[0].is_swapped
 
     def parameters(
         self, batch_shapes: Mapping[str, tuple[int, ...]]

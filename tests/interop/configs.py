@@ -2,12 +2,11 @@
 
 from qlora_jax.llm.models.families import FAMILIES
 
-# Without the wrappers of a vision part, whose text half is one of these, and without
-# Kimi K2, a DeepSeek V3 whose `model_type` transformers does not have.
+# Without the wrappers of a vision part, whose text half is one of these.
 TEXT_FAMILIES = sorted(
     kind
     for kind, family in FAMILIES.items()
-    if "text_config" not in family.keys.split() and kind != "kimi_k2"
+    if "text_config" not in family.keys.split()
 )
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
 SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
@@ -77,5 +76,5 @@ def randomize(model):
             else:
                 parameter.copy_(parameter.half().float())
         for key, buffer in model.named_buffers():
-            if key.endswith(("layer_scalar", "score_correction_bias")):
+            if key.endswith("layer_scalar"):
                 buffer.add_(0.3 * torch.randn_like(buffer))

@@ -17,7 +17,6 @@ from configs import LINEAR, LLAMA3, SIZES, YARN
 Options = dict[str, Any]
 SLIDING, FULL = "sliding_attention", "full_attention"
 LINEAR_ATTENTION = "linear_attention"
-_CHUNKS = "chunked_attention", FULL
 QUICK_SEEDS = (0,)
 # A further model of the quick run: the first Gemma 4 has no experts.
 QUICK_DRAWS = ("gemma4_text, seed 14",)
@@ -271,60 +270,10 @@ def draw_olmo3(rng: random.Random) -> Options:
     return options | window | {"rope_parameters": ropes}
 
 
-def draw_granite(rng: random.Random) -> Options:
-    """Returns the options of Granite 3."""
-    factors = "embedding_multiplier residual_multiplier logits_scaling"
-    options = draw_llama(rng)
-    del options["head_dim"]
-    options |= {name: rng.choice((0.25, 0.7, 1.5)) for name in factors.split()}
-    return options | {"attention_multiplier": rng.choice((0.1, 0.25, 0.4))}
-
-
-def draw_glm4(rng: random.Random) -> Options:
-    """Returns the options of GLM-4."""
-    rope = draw_rope(rng, partial_rotary_factor=rng.choice((0.5, 1.0)))
-    rope |= {"initializer_range": 0.2}  # large scores amplify rounding errors
-    return draw_sizes(rng, (8, 12)) | rope | draw_flags(rng, "attention_bias")
-
-
-def draw_cohere2(rng: random.Random) -> Options:
-    """Returns the options of Cohere 2."""
-    options = (
-        draw_sizes(rng, (8, 12)) | draw_rope(rng) | draw_flags(rng, "attention_bias")
-    )
-    options["layer_norm_eps"] = options.pop("rms_norm_eps")
-    options |= draw_types(rng, options["num_hidden_layers"], SLIDING, FULL)
-    options |= {"sliding_window": rng.choice((3, 8))}
-    return options | {"logit_scale": rng.choice((0.25, 1.0, 1.5))}
-
-
-def draw_seed_oss(rng: random.Random) -> Options:
-    """Returns the options of Seed-OSS."""
-    flags = draw_flags(rng, "attention_bias attention_out_bias mlp_bias")
-    # The tests run PEFT's models in training mode, in which dropout would be active.
-    flags |= {"attention_dropout": 0.0, "residual_dropout": 0.0}
-    return draw_sizes(rng, (None, 12)) | draw_rope(rng) | flags
-
-
 def draw_gemma(rng: random.Random) -> Options:
     """Returns the options of Gemma 1."""
     options = draw_sizes(rng, (8, 12)) | draw_rope(rng)
     return options | draw_flags(rng, "attention_bias")
-
-
-def draw_ministral3(rng: random.Random) -> Options:
-    """Returns the options of Ministral 3."""
-    options = draw_mistral(rng) | {"head_dim": rng.choice((8, 12))}
-    scaling = {"llama_4_scaling_beta": rng.choice((0.1, 1.0))}
-    scaling |= {"original_max_position_embeddings": rng.choice((8, 16))}
-    return options | {"rope_parameters": options["rope_parameters"] | scaling}
-
-
-def draw_starcoder2(rng: random.Random) -> Options:
-    """Returns the options of StarCoder2."""
-    options = draw_mistral(rng) | draw_flags(rng, "use_bias")
-    del options["head_dim"]
-    return options | {"norm_epsilon": options.pop("rms_norm_eps")}
 
 
 def draw_gemma4(rng: random.Random) -> Options:
@@ -369,96 +318,8 @@ def draw_gemma4_unified(rng: random.Random) -> Options:
     return {key: x for key, x in options.items() if key not in absent.split()}
 
 
-def draw_latent(rng: random.Random) -> Options:
-    """Returns the options that all families with latent attention have."""
-    sizes, num_groups = draw_sizes(rng), rng.randint(1, 3)
-    sizes["num_hidden_layers"] = rng.randint(2, 5)
-    mscale = {"mscale": 1.0, "mscale_all_dim": rng.choice((0.0, 0.7))}
-    flags = draw_flags(rng, "attention_bias norm_topk_prob")
-    return sizes | draw_rope(rng, **mscale) | flags | {
-        "num_key_value_heads": sizes["num_attention_heads"],
-        "q_lora_rank": rng.choice((None, 8, 12)),
-        "kv_lora_rank": rng.choice((8, 12)),
-        "qk_nope_head_dim": rng.choice((4, 6)),
-        "qk_rope_head_dim": rng.choice((4, 8)),
-        "v_head_dim": rng.choice((6, 20)),
-        "n_group": num_groups,
-        "topk_group": rng.randint(1, num_groups),
-        "n_routed_experts": num_groups * rng.choice((2, 3)),
-        "num_experts_per_tok": rng.randint(1, 2),
-        "n_shared_experts": rng.randint(1, 2),
-        "moe_intermediate_size": rng.choice((16, 24)),
-        "routed_scaling_factor": rng.choice((1.0, 2.5)),
-    }  # fmt: skip
-
-
-def draw_deepseek_v3(rng: random.Random) -> Options:
-    """Returns the options of DeepSeek V3."""
-    # At least one layer must have experts. Otherwise, PEFT's adapters would have
-    # targets that match nothing.
-    dense = {"first_k_dense_replace": rng.randint(0, 1)}
-    return draw_latent(rng) | draw_flags(rng, "rope_interleave") | dense
-
-
-def draw_deepseek_v2(rng: random.Random) -> Options:
-    """Returns the options of DeepSeek V2."""
-    method = {"topk_method": rng.choice(("greedy", "group_limited_greedy"))}
-    return draw_latent(rng) | {"first_k_dense_replace": rng.randint(0, 1)} | method
-
-
-def draw_glm_lite(rng: random.Random) -> Options:
-    """Returns the options of GLM-4.7-Flash."""
-    options = draw_latent(rng) | draw_flags(rng, "rope_interleave")
-    count = options["num_hidden_layers"]
-    types = [rng.choice(("dense", "sparse")) for _ in range(count - 1)] + ["sparse"]
-    return options | {"mlp_layer_types": rng.choice((None, types))}
-
-
-def draw_llama4(rng: random.Random) -> Options:
-    """Returns the options of Llama 4."""
-    sizes = draw_sizes(rng, (8, 12)) | draw_rope(rng)
-    count = sizes["num_hidden_layers"]
-    flags = draw_flags(rng, "use_qk_norm attention_bias attn_temperature_tuning")
-    sparse = sorted(rng.sample(range(count), rng.randint(1, count)))
-    no_rope_layers = [rng.randint(0, 1) for _ in range(count)]
-    return sizes | flags | draw_experts(rng, "num_local_experts") | {
-        "intermediate_size_mlp": rng.choice((16, 24)),
-        "moe_layers": rng.choice((None, sparse)),
-        "interleave_moe_layer_step": rng.randint(1, count),
-        "no_rope_layers": rng.choice((None, no_rope_layers)),
-        "no_rope_layer_interval": rng.randint(2, 4),
-        "attention_chunk_size": rng.choice((3, 8)),
-        "layer_types": rng.choice((None, [rng.choice(_CHUNKS) for _ in range(count)])),
-        "floor_scale": rng.choice((4, 8)),
-        "attn_scale": rng.choice((0.1, 1.0)),
-    }  # fmt: skip
-
-
-def draw_lfm2(rng: random.Random) -> Options:
-    """Returns the options of LFM2."""
-    sizes = draw_sizes(rng) | draw_rope(rng)
-    sizes["norm_eps"] = sizes.pop("rms_norm_eps")
-    count = sizes["num_hidden_layers"]
-    attention = rng.choice((None, sorted(rng.sample(range(count), 1))))
-    types = [rng.choice(("conv", FULL)) for _ in range(count - 1)]
-    types.insert(rng.randint(0, count - 1), FULL)
-    return sizes | draw_flags(rng, "conv_bias block_auto_adjust_ff_dim") | {
-        "layer_types": rng.choice((None, types)),
-        "full_attn_idxs": attention,
-        "conv_L_cache": rng.randint(2, 4),
-        "block_multiple_of": rng.choice((4, 16)),
-        "block_ffn_dim_multiplier": rng.choice((1.0, 1.5)),
-    }  # fmt: skip
-
-
-_LATENT = "hidden_act head_dim qk_head_dim"
 _GEMMA = "hidden_activation use_bidirectional_attention"
 FAMILY_DRAWS = {
-    "deepseek_v2": FamilyDraw(draw_deepseek_v2, f"{_LATENT} mlp_bias"),
-    "deepseek_v3": FamilyDraw(draw_deepseek_v3, f"{_LATENT} num_nextn_predict_layers"),
-    "glm4_moe_lite": FamilyDraw(draw_glm_lite, _LATENT),
-    "lfm2": FamilyDraw(draw_lfm2, ""),
-    "llama4_text": FamilyDraw(draw_llama4),
     "gemma4_text": FamilyDraw(draw_gemma4, f"{_GEMMA} vocab_size_per_layer_input"),
     "gemma4_unified_text": FamilyDraw(draw_gemma4_unified, _GEMMA),
     "llama": FamilyDraw(draw_llama),
@@ -481,12 +342,5 @@ FAMILY_DRAWS = {
     ),
     "olmo2": FamilyDraw(draw_olmo2),
     "olmo3": FamilyDraw(draw_olmo3),
-    "granite": FamilyDraw(draw_granite),
-    "glm4": FamilyDraw(draw_glm4),
-    "cohere2": FamilyDraw(draw_cohere2),
-    "seed_oss": FamilyDraw(draw_seed_oss),
-    "arcee": FamilyDraw(draw_llama),
     "gemma": FamilyDraw(draw_gemma, "hidden_act use_bidirectional_attention"),
-    "ministral3": FamilyDraw(draw_ministral3),
-    "starcoder2": FamilyDraw(draw_starcoder2),
 }

@@ -34,11 +34,6 @@ EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True}
 WINDOWS = {"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]}
 USED = {"use_sliding_window": True}
 CAPS = {"attn_logit_softcapping": 9.0, "final_logit_softcapping": 9.0}
-MINISTRAL = YARN | {"llama_4_scaling_beta": 0.5}
-LATENT = {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8}
-LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-LATENT |= {"n_group": 2, "topk_group": 1, "n_routed_experts": 8}
-LATENT |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 # Settings with which each key of a family has an effect.
 ACTIVE = {
     "mistral": {"sliding_window": 8},
@@ -58,28 +53,15 @@ ACTIVE = {
     "gpt_oss": EXPERTS | WINDOWS | {"num_local_experts": 4, "head_dim": 8},
     "gemma2": WINDOWS | CAPS | {"head_dim": 8},
     "gemma3_text": WINDOWS | {"head_dim": 8},
-    "deepseek_v2": LATENT
-    | {"topk_method": "group_limited_greedy", "first_k_dense_replace": 1},
-    "deepseek_v3": LATENT | {"first_k_dense_replace": 1},
-    "glm4_moe_lite": LATENT,
-    "lfm2": {"layer_types": [FULL, "conv", FULL], "block_multiple_of": 16},
     "gemma4_text": WINDOWS
     | {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 4}
     | {"vocab_size_per_layer_input": 64, "top_k_experts": 2, "num_experts": 4}
     | {"moe_intermediate_size": 16, "enable_moe_block": True},
     "gemma4_unified_text": WINDOWS | {"head_dim": 8, "global_head_dim": 16},
-    "llama4_text": EXPERTS
-    | {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 24}
-    | {"attention_chunk_size": 8, "floor_scale": 4, "moe_layers": [0, 2]}
-    | {"no_rope_layers": [1, 0, 1], "layer_types": ["chunked_attention", FULL, FULL]},
     "smollm3": USED | WINDOWS | {"no_rope_layers": [1, 0, 1]},
     "phi3": {"sliding_window": 8},
     "olmo3": WINDOWS,
-    "cohere2": WINDOWS,
     "gemma": {"head_dim": 8},
-    "glm4": {"head_dim": 8},
-    "ministral3": {"head_dim": 8, "sliding_window": 8, "rope_parameters": MINISTRAL},
-    "starcoder2": {"sliding_window": 8},
 }
 # Other values of keys, where none can be derived from the first value.
 OTHERS = {
@@ -89,14 +71,12 @@ OTHERS = {
     "decoder_sparse_step": 2,
     "dtype": "float64",
     "final_logit_softcapping": 2.0,
-    "full_attn_idxs": [1],
     "head_dim": 16,
     "hidden_size": 64,
     "id2label": {"0": "a", "1": "b", "2": "c"},
     "label2id": {"a": 0, "b": 1, "c": 2},
     "layer_types": [FULL, SLIDING, SLIDING],
     "mlp_only_layers": [0],
-    "moe_layers": [1],
     "no_rope_layers": [0, 1, 1],
     "num_attention_heads": 8,
     "num_key_value_heads": 4,

@@ -20,17 +20,11 @@ from qlora_jax.llm.models.tiny import byte_tokenizer
 pytestmark = pytest.mark.filterwarnings("ignore")
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 EXPERTS |= {"shared_expert_intermediate_size": 24}
-# Latent attention, with a dense layer before one with experts.
-LATENT = {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2}
-LATENT |= {"n_group": 2, "topk_group": 1, "moe_intermediate_size": 16, "v_head_dim": 12}
-LATENT |= {"q_lora_rank": 24, "kv_lora_rank": 16, "num_key_value_heads": 4}
-LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "num_hidden_layers": 2}
 # Two layers with keys and values, and one that shares those of the second.
 SHARED = {"num_hidden_layers": 3, "num_kv_shared_layers": 1, "sliding_window": 8}
 SHARED |= {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
 SHARED |= {"head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 8}
 SHARED |= {"vocab_size_per_layer_input": 259, "num_global_key_value_heads": None}
-MIXED = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
 # The settings of each model type, and the number of its linear layers.
 MODELS = {
     # Three of the four layers have linear attention with five projections, and one has
@@ -38,17 +32,13 @@ MODELS = {
     # those of the shared expert, which also has a gate.
     "qwen3_5_text": (configs.DELTA, 3 * 5 + 4 + 4 * 3),
     "qwen3_5_moe_text": (configs.DELTA | EXPERTS, 3 * 5 + 4 + 4 * 4),
-    # Five projections, and three of the MLP or of the shared expert.
-    "deepseek_v3": (LATENT, 2 * (5 + 3)),
-    # Two projections of a convolution, or four of attention, and three of each MLP.
-    "lfm2": (MIXED, 2 + 4 + 2 + 3 * 3),
     # The last layer has no projections of keys and values. Each layer has three of the
     # MLP and two for its per-layer input, and the model has one more.
     "gemma4_text": (SHARED, 4 + 4 + 2 + 3 * 5 + 1),
 }
 
-# These take a while to compile, and the other models have most of their layers.
-SLOW = "qwen3_5_text", "lfm2"
+# This one takes a while to compile, and another model has most of its layers.
+SLOW = ("qwen3_5_text",)
 MARKED = [
     pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS
 ]

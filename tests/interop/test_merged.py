@@ -111,9 +111,6 @@ KINDS = {
     "Gemma2": GEMMA,
     "Gemma3": GEMMA | {"model_type": "gemma3_text", "num_hidden_layers": 7},
     "SmolLM3": {},
-    "Glm4": {"attention_bias": True, "pad_token_id": 0},
-    # With this size of heads, the model is not a Qwen2.
-    "SeedOss": {"model_type": "seed_oss", "attention_bias": True, "head_dim": 32},
     "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
     | {"tie_word_embeddings": False},
     "Mixtral": {"num_local_experts": 4},

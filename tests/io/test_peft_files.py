@@ -329,23 +329,6 @@ def test_a_string_of_modules_to_save_is_refused(base):
         ql.io.peft_config(base, {}, NAMES, modules_to_save="lm_head")
 
 
-def test_peft_may_swap_the_axes_of_a_parameter(tmp_path):
-    """PEFT adds `einsum("ore,eri->eoi", B, A)` to a parameter [E, K, N] of Llama 4."""
-    entry = ql.io.Entry("experts.up.{expert}", parameter="experts.up", is_swapped=True)
-    names = ql.io.Names({"up/kernel": entry})
-    base = {"up": {"kernel": jnp.zeros((3, 8, 6))}}
-    a, b = draw(3 * 4, 6), draw(8, 4 * 3)
-    targets = {"target_modules": [], "target_parameters": ["experts.up"]}
-    tensors = write_peft(tmp_path / "theirs", {"experts": (a, b)}, **targets)
-    new, lora, config = ql.io.load_peft(tmp_path / "theirs", base, names)
-    # The scaling is 8 / 4.
-    delta = 2 * np.einsum("ore,eri->eoi", b.reshape(8, 4, 3), a.reshape(3, 4, 6))
-    assert_close(ql.merge(new, lora)["up"]["kernel"], delta, terms=64)
-    ql.io.save_peft(tmp_path / "ours", new, lora, names, config)
-    written = ql.io.open_safetensors(tmp_path / "ours")
-    assert_same_bits({key: x[...] for key, x in written.items()}, tensors)
-
-
 def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
     params = {name: {"kernel": jnp.ones((2, 8, 8))} for name in ("gate", "up", "down")}
     names = ql.io.Names(EXPERTS)

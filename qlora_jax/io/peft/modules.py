@@ -58,7 +58,6 @@ class NamedBase:
     tables: set[str]  # the modules that are embeddings, `[V, D]` here and in PEFT
     is_tied: bool  # whether the embedding is also the head
     parameters: dict[str, dict[str, list[BatchIndex]]]  # see `Names.parameters`
-    swapped: set[str]  # the parameters with `Entry.is_swapped`
 
     @property
     def parameter_paths(self) -> set[str]:
@@ -93,9 +92,8 @@ class NamedBase:
         is_tied = names.is_ignored(f"{HEAD}.weight")
         batch_shapes = {path: x.tensor_names.shape for path, x in named_leaves.items()}
         parameters = names.parameters(batch_shapes)
-        swapped = {p for p, x in parameters.items() if any(map(names.is_swapped, x))}
         mappings = leaves, named_leaves, positions, modules
-        return cls(*mappings, tables, is_tied, parameters, swapped)
+        return cls(*mappings, tables, is_tied, parameters)
 
     def window(self, module: str) -> tuple[int, ...]:
         """Returns the window of a module that is a convolution; otherwise ()."""
@@ -214,14 +212,12 @@ class ParameterAdapter(FileAdapter):
 
     kernels: Mapping[str, list[BatchIndex]]  # the experts' kernels, by path
     kernel_shapes: list[tuple[int, ...]]  # [N, K] of one expert, for each path
-    is_swapped: bool  # see `Entry`
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of A and B in PEFT's layout, by name."""
         num_vectors = self.rank * len(next(iter(self.kernels.values())))
         n, k = sum(n for n, _ in self.kernel_shapes), self.kernel_shapes[0][1]
-        outputs, inputs = (k, n) if self.is_swapped else (n, k)
-        return {"a": (num_vectors, inputs), "b": (outputs, num_vectors)}
+        return {"a": (num_vectors, k), "b": (n, num_vectors)}
 
     def _split_columns(self, b: np.ndarray) -> dict[str, np.ndarray]:
         """Returns views of each kernel's columns of B, by path."""
@@ -238,7 +234,6 @@ class ParameterAdapter(FileAdapter):
         a, b, rank = arrays["a"], arrays["b"], self.rank
         a = a.reshape(-1, rank, a.shape[1]).swapaxes(1, 2)  # [E, K, r]
         b = b.reshape(len(b), rank, -1).transpose(2, 1, 0)  # [E, r, N]
-        a, b = self._swap(a, b)
         kernel_bs = self._split_columns(b)
         # If each kernel's B is zero outside the kernel's block of the rank, each kernel
         # gets its block. Otherwise, and if B is still all zeros, as in a new adapter,
@@ -283,14 +278,8 @@ class ParameterAdapter(FileAdapter):
         for path, kernel_b, block in zip(adapted, kernel_bs, blocks, strict=True):
             columns[path][:, block] = kernel_b
         # To PEFT's layout: from [E, K, r] to [E r, K], and from [E, r, N] to [N, r E].
-        a, b = self._swap(a, b)
         a = a.swapaxes(1, 2).reshape(-1, a.shape[1])
         return {"a": a, "b": b.transpose(2, 1, 0).reshape(b.shape[2], -1)}
-
-    def _swap(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the factors of the transposed product if PEFT swaps the axes."""
-        # A B = (B^T A^T)^T for A [E, K, r] and B [E, r, N].
-        return (b.swapaxes(1, 2), a.swapaxes(1, 2)) if self.is_swapped else (a, b)
 
     def _factors_and_blocks(
         self, adapted: Mapping[str, Adapter]

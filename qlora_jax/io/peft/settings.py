@@ -202,7 +202,6 @@ def _parameter_adapter(
         scaling=scaling,
         kernels=kernels,
         kernel_shapes=[model.named_leaves[path].tensor_shape for path in kernels],
-        is_swapped=name in model.swapped,
     )
 
 

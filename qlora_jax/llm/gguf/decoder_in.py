@@ -45,8 +45,7 @@ _NAME_PATTERNS = {
 # llama.cpp writes Mistral as "llama", but "mistral" is accepted too.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3moe", "olmoe")
 ARCHITECTURES += ("gemma", "gemma2", "gemma3", "smollm3", "phi3", OSS)
-ARCHITECTURES += ("arcee", "cohere2", "glm4", "granite", "olmo2")
-ARCHITECTURES += ("seed_oss", "starcoder2")
+ARCHITECTURES += ("olmo2",)
 # The keys of an adapter file.
 _ALPHA = "adapter.lora.alpha"
 _ADAPTER_KEYS = ("adapter.type", _ALPHA)

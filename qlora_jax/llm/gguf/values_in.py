@@ -14,28 +14,17 @@ FREQUENCIES = "rope_freqs.weight"
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 OSS = "gpt-oss"
 # llama.cpp reorders the rows of q and k in these architectures.
-PERMUTED = ("llama", "smollm3", "arcee", "granite")
+PERMUTED = ("llama", "smollm3")
 QWEN3_5 = ("qwen35", "qwen35moe")  # which are written, but not read
 # Architectures whose norms are stored as 1 + scale.
 OFFSET_NORMS = ("gemma", "gemma2", "gemma3", *QWEN3_5)
 # llama.cpp reads no head in these architectures.
-ALWAYS_TIED = ("gemma", "gemma2", "cohere2")
-# Architectures with LayerNorms, whose epsilon has a key of its own.
-LAYER_NORMS = ("cohere2", "starcoder2")
+ALWAYS_TIED = ("gemma", "gemma2")
 # Architectures in which a part of each head may be rotated.
-PARTLY_ROTATED = ("phi3", "glm4", *QWEN3_5)
-# The factors of Granite in a `config.json`, and in the metadata.
-_GRANITE_KEYS = {
-    "attention_multiplier": "attention.scale",
-    "embedding_multiplier": "embedding_scale",
-    "residual_multiplier": "residual_scale",
-    "logits_scaling": "logit_scale",
-}
+PARTLY_ROTATED = ("phi3", *QWEN3_5)
 # The optional biases that llama.cpp reads, by architecture. Each is a field of
 # `DecoderConfig` that is true if the file has the tensor named in `BIAS_TENSORS`.
 _BIASES = {"llama": ("qkv_bias", "o_bias", "mlp_bias"), "qwen2": ("qkv_bias",)}
-_BIASES |= {"glm4": ("qkv_bias",), "seed_oss": ("qkv_bias",)}
-_BIASES |= {"starcoder2": ("qkv_bias", "o_bias")}
 BIAS_TENSORS = {
     "qkv_bias": "blk.0.attn_q.bias",
     "o_bias": "blk.0.attn_output.bias",
@@ -67,7 +56,7 @@ _MODEL_TYPES |= {"qwen35moe": "qwen3_5_moe_text"}
 # attention scores by `(hidden_size // num_heads) ** -0.5`.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 # Architectures with windows: the last layer of each such period has none.
-WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, OSS: 2, "cohere2": 4}
+WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, OSS: 2}
 _NO_ROPE_PERIOD = 4  # every 4th layer of SmolLM3 has no rotary positions
 # Further YaRN keys, with the only values that are supported.
 _YARN_KEYS = {"beta_fast": 32, "beta_slow": 1, "ext_factor": 1, "attn_factor": 1}
@@ -100,9 +89,6 @@ def _hf_config(
     model_type = _MODEL_TYPES.get(architecture, architecture)
     if architecture == "llama" and is_mixture:
         model_type = "mixtral"
-    elif architecture == "llama" and biases["qkv_bias"] != biases["o_bias"]:
-        # A Llama whose config has separate keys for these two biases.
-        model_type = "seed_oss"
     family = FAMILIES[model_type]
     # Here and below, missing values get llama.cpp's defaults.
     width, heads = values["embedding_length"], values["attention.head_count"]
@@ -127,7 +113,6 @@ def _hf_config(
     optional = _family_keys(architecture, values, head_dim)
     # In gpt-oss, all projections have biases. Its config has no key for those of MLPs.
     optional["attention_bias"] = architecture == OSS or biases.get("qkv_bias", False)
-    optional["attention_out_bias"] = biases.get("o_bias", False)
     optional["mlp_bias"] = biases.get("mlp_bias", False)
     if is_mixture:
         has_local_key = model_type in ("mixtral", "gpt_oss")
@@ -144,10 +129,7 @@ def _find_biases(architecture: str, names: Collection[str]) -> dict[str, bool]:
 
 
 def _activation(architecture: str) -> str:
-    if architecture == "arcee":
-        return "relu2"
-    has_gelu = architecture.startswith("gemma") or architecture == "starcoder2"
-    return "gelu_pytorch_tanh" if has_gelu else "silu"
+    return "gelu_pytorch_tanh" if architecture.startswith("gemma") else "silu"
 
 
 def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, Any]:
@@ -168,14 +150,7 @@ def _family_keys(architecture: str, values: Values, head_dim: int) -> dict[str, 
         ],
         "num_experts_per_tok": get("expert_used_count"),
         "norm_topk_prob": architecture != "olmoe",
-        "logit_scale": to_float(get("logit_scale", 0.0)) or 1.0,
     }
-    for key in ("layer_norm_eps", "norm_epsilon"):
-        keys[key] = to_float(get("attention.layer_norm_epsilon", 1e-5))
-    # llama.cpp treats a factor that is missing or 0 as 1, except that of attention.
-    for hf_key, key in _GRANITE_KEYS.items():
-        default = head_dim**-0.5 if hf_key == "attention_multiplier" else 1.0
-        keys[hf_key] = to_float(get(key, 0.0)) or default
     if architecture in QWEN3_5:
         keys |= {hf_key: get(key) for hf_key, key in DELTA_RULE_KEYS.items()}
         value_dim = values["ssm.inner_size"] // values["ssm.time_step_rank"]

@@ -12,7 +12,6 @@ from .values_in import (
     BIAS_TENSORS,
     EXPERT_KEYS,
     FREQUENCIES,
-    LAYER_NORMS,
     LONG,
     OSS,
     QWEN3_5,
@@ -35,31 +34,19 @@ def nearest_architecture(config: DecoderConfig) -> str:
         if c.qk_norms == "whole":
             return "olmoe"
         return "qwen3moe" if c.qk_norms else "llama"
-    if c.fuses_qkv:
+    if c.fused:
         return "phi3"
     if not c.pre_norms:
         return "olmo2"
-    if c.parallel_mlp:
-        return "cohere2"
-    if not c.gated_mlp:
-        return "starcoder2" if c.layer_norms else "arcee"
-    if c.post_norms == "glm":
-        return "glm4"
     if c.unit_offset_norms and not c.post_norms:
         return "gemma"
     if c.post_norms:
         return "gemma3" if c.qk_norms else "gemma2"
-    factors = c.residual_scale, c.logit_scale, c.attention_scale
-    if factors != (1, 1, c.head_dim**-0.5):
-        return "granite"
     if None in c.ropes:
         return "smollm3"
     if c.qk_norms:
         return "qwen3"
-    if not c.qkv_bias or c.o_bias or c.mlp_bias:
-        return "llama"
-    # Seed-OSS is a Qwen2 whose heads may have any size.
-    return "qwen2" if c.num_heads * c.head_dim == c.hidden_size else "seed_oss"
+    return "qwen2" if c.qkv_bias and not (c.o_bias or c.mlp_bias) else "llama"
 
 
 def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[str, Any]:
@@ -67,7 +54,6 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
     # 1. The values that all architectures have.
     c, main_layer = config, _main_layer(config)
     rope = main_layer.rope or Rope()
-    norm = "" if architecture in LAYER_NORMS else "rms_"
     windows = [layer.window for layer in c.layers if layer.window is not None]
     values = {
         "context_length": context,
@@ -76,29 +62,21 @@ def values_of(config: DecoderConfig, architecture: str, context: int) -> dict[st
         "attention.head_count_kv": c.num_kv_heads,
         "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim,
-        f"attention.layer_norm_{norm}epsilon": float(c.rms_norm_eps),
+        "attention.layer_norm_rms_epsilon": float(c.rms_norm_eps),
         "rope.dimension_count": c.rotary_dim,
         "rope.freq_base": float(rope.theta),
     }
-    # 2. Experts, windows, soft-caps and factors. Cohere 2 and gpt-oss must have
-    # the key for a window. Without a window, its value is the context length.
+    # 2. Experts, windows and soft-caps. gpt-oss must have the key for a window. Without
+    # a window, its value is the context length.
     if c.experts is not None:
         values |= {key: getattr(c.experts, name) for name, key in EXPERT_KEYS.items()}
-    needs_window = architecture in ("cohere2", OSS)
-    if architecture in WINDOW_PERIODS and (windows or needs_window):
+    if architecture in WINDOW_PERIODS and (windows or architecture == OSS):
         values["attention.sliding_window"] = windows[0] if windows else context
     if architecture == "gemma2":
         caps = {"attn": c.attention_soft_cap, "final": c.logit_soft_cap}
         for name, cap in caps.items():
             if cap is not None:
                 values[f"{name}_logit_softcapping"] = float(cap)
-    if architecture == "cohere2":
-        values["logit_scale"] = float(c.logit_scale)
-    if architecture == "granite":
-        values["attention.scale"] = float(c.attention_scale)
-        values["embedding_scale"] = float(c.embedding_scale)
-        values["residual_scale"] = float(c.residual_scale)
-        values["logit_scale"] = 1 / float(c.logit_scale)
     if architecture in QWEN3_5:
         values |= _delta_rule_values(c)
     # 3. Stretched rotary positions; see also `divisors_of`. YaRN divides the lowest
@@ -199,7 +177,7 @@ def check_gguf_config(config: DecoderConfig, context: int) -> str:
     heads = {config.num_heads}
     heads |= {config.num_kv_heads} if architecture == "olmoe" else set()
     fills_hidden = {n * config.head_dim for n in heads} == {config.hidden_size}
-    if architecture in ("phi3", "olmoe", "olmo2") and not fills_hidden:
+    if architecture in ("phi3", "olmoe", "olmo2", "qwen2") and not fills_hidden:
         differences += ["heads whose total width is not `hidden_size`"]
     if differences:
         raise ValueError(

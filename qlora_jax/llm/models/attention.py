@@ -35,7 +35,6 @@ class TokenData(NamedTuple):
     # to the longest table. All heads share them: their axis has size 1.
     tables: Float[Array, "R 2 B T 1 half"]
     num_tokens: Int[Array, " B"] | None = None  # in each row; None: no padding
-    query_scales: Float[Array, "B T 1 1"] | None = None  # of `QueryScaling`
 
 
 # Keys and values `[B, S, K, Dh]` of earlier layers, by `LayerKind.kv_group`.
@@ -134,34 +133,18 @@ def rotary_table(
 
 
 def rotate(
-    x: Float[Array, "B T H Dh"],
-    table: Float[Array, "2 B T 1 half"],
-    interleaved: bool = False,
+    x: Float[Array, "B T H Dh"], table: Float[Array, "2 B T 1 half"]
 ) -> Float[Array, "B T H Dh"]:
-    """Rotates the pairs of each head; values after them do not change.
-
-    The pairs are (i, i + half), or (2 i, 2 i + 1) if they are `interleaved`.
-    """
+    """Rotates the pairs (i, i + half) of each head; values after them do not change."""
     cos, sin = table
     half = cos.shape[-1]
     rotary, unrotated = x[..., : 2 * half], x[..., 2 * half :]
-    rotary = rotary.astype(jnp.float32)
-    if interleaved:
-        pairs = rotary.reshape(*rotary.shape[:-1], half, 2)
-        low, high = (part[..., 0] for part in jnp.split(pairs, 2, axis=-1))
-    else:
-        low, high = jnp.split(rotary, 2, axis=-1)
+    low, high = jnp.split(rotary.astype(jnp.float32), 2, axis=-1)
     # Cast before the concatenation, not after it: XLA on CPUs writes its operands to
     # memory, and they are smaller after a cast to 16 bits.
     halves = low * cos - high * sin, high * cos + low * sin
-    halves = [part.astype(x.dtype) for part in halves]
-    if interleaved:
-        rotated = jnp.stack(halves, axis=-1).reshape(rotary.shape)
-    else:
-        rotated = jnp.concatenate(halves, axis=-1)
-    if not unrotated.shape[-1]:
-        return rotated
-    return jnp.concatenate([rotated, unrotated], axis=-1)
+    rotated = [part.astype(x.dtype) for part in halves]
+    return jnp.concatenate([*rotated, unrotated], axis=-1)
 
 
 class Attention(nn.Module):
@@ -206,16 +189,14 @@ class Attention(nn.Module):
         if c.sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,))
         table = self._select_table(tokens, layer_data)
-        query = self._rotate(query, table)
-        if tokens.query_scales is not None and kind.scales_queries:
-            query = (query * tokens.query_scales).astype(query.dtype)
+        query = rotate(query, table)
         if kind.has_kv:
             key, value = key_and_value
             if c.qk_norms:
                 key = self._normalize(key, "k")
             if c.value_norms:
                 value = nn.RMSNorm(c.rms_norm_eps, self.dtype, use_scale=False)(value)
-            key = self._rotate(key, table)
+            key = rotate(key, table)
             if cache is not None:
                 key, value, new_kv = self._join_cached(key, value, tokens, cache)
         else:
@@ -253,15 +234,12 @@ class Attention(nn.Module):
         is_cached: bool,
     ) -> Float[Array, "B T _"]:
         """Returns the result of attention, with the values of all heads in one axis."""
-        # Implementations of attention need keys and values of the same size.
-        value_dim, width = value.shape[-1], max(key.shape[-1], value.shape[-1])
-        query, key, value = (pad_heads(x, width) for x in (query, key, value))
         operands = query, key, value, sinks, tokens, layer_data
         if not is_cached and self.attention not in MASKED:
             mixed = self._attend_without_mask(*operands)
         else:
             mixed = self._attend_with_mask(*operands, is_cached)
-        mixed = mixed[..., :value_dim].reshape(*query.shape[:2], -1)  # [B, T, H * V]
+        mixed = mixed.reshape(*query.shape[:2], -1)  # [B, T, H * Dh]
         # The result of the splash kernel already has a name for checkpoint policies.
         if self.attention != "splash" or is_cached:
             mixed = name_product(mixed)
@@ -273,7 +251,7 @@ class Attention(nn.Module):
         num_queries = c.num_heads * (2 if c.attention_gate else 1)
         counts = num_queries, heads.num_kv_heads, heads.num_kv_heads
         widths = [num_heads * heads.head_dim for num_heads in counts]
-        if c.fuses_qkv:
+        if c.fused:
             fused = name_product(dense(sum(widths), name="qkv_proj")(x))
             parts = jnp.split(fused, [widths[0], sum(widths[:2])], axis=-1)
         else:
@@ -289,14 +267,6 @@ class Attention(nn.Module):
             return norm(x)
         return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
-    def _rotate(self, x: Float[Array, "B T _ Dh"], table: Array) -> Array:
-        """Rotates queries or keys, and normalizes them if the layer does so."""
-        c = self.config
-        x = rotate(x, table, c.interleaved_rope)
-        if not self.kinds[0].unit_norms:
-            return x
-        return nn.RMSNorm(c.rms_norm_eps, self.dtype, use_scale=False)(x)
-
     def _attend_without_mask(
         self, query, key, value, sinks, tokens: TokenData, layer_data: LayerData
     ):
@@ -304,15 +274,11 @@ class Attention(nn.Module):
         c, attention = self.config, self.attention
         if isinstance(attention, str):
             attention = split_attention(ql.memory.splash_attention)
-        kind, segment_ids = self.kinds[0], tokens.segment_ids
-        window = kind.window if layer_data.window is None else layer_data.window
-        if kind.is_chunked and window is not None:
-            segment_ids = number_chunks(tokens.positions, segment_ids, window)
         attend_window = functools.partial(
             attention,
             scale=c.attention_scale,
             soft_cap=c.attention_soft_cap,
-            segment_ids=segment_ids,
+            segment_ids=tokens.segment_ids,
             **({} if sinks is None else {"sinks": sinks}),
         )
         windows = [*dict.fromkeys(kind.window for kind in self.kinds)]
@@ -359,9 +325,6 @@ class Attention(nn.Module):
         visible = positions[:, :, None] >= key_positions[:, None, :]
         if window is not None:
             visible &= positions[:, :, None] - key_positions[:, None, :] < window
-            if kind.is_chunked:
-                chunks, key_chunks = positions // window, key_positions // window
-                visible &= chunks[:, :, None] == key_chunks[:, None, :]
         if (ids := tokens.segment_ids) is not None:
             visible &= ids[:, :, None] == ids[:, None, :]
         # 2. Attention. `attend` multiplies all scores by the scale, but sinks are final
@@ -398,43 +361,14 @@ class Attention(nn.Module):
             return NoCache()
         # Heads come before positions, as in the products of attention. Otherwise, XLA
         # on CPUs would transpose the whole cache for each new token.
-        heads, latent = config.heads_of(kinds[0]), kinds[0].latent
-        value_dim = heads.head_dim if latent is None else latent.value_dim
-        shape = len(kinds), batch, heads.num_kv_heads, length
-        keys = jnp.zeros((*shape, heads.head_dim), dtype)
-        return KeysAndValues(keys, jnp.zeros((*shape, value_dim), dtype))
-
-
-def number_chunks(
-    positions: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"] | None,
-    size: int | Int[Array, ""],
-) -> Int[Array, "B T"]:
-    """Returns ids of segments that are the chunks of all sequences of a row.
-
-    The positions of each sequence must count up by one.
-
-    Example:
-        >>> positions = jnp.array([[0, 1, 2, 3, 0, 1]])
-        >>> number_chunks(positions, jnp.array([[7, 7, 7, 7, 8, 8]]), 3).tolist()
-        [[0, 0, 0, 1, 2, 2]]
-    """
-    chunks = positions // size
-    is_start = chunks[:, 1:] != chunks[:, :-1]
-    if segment_ids is not None:
-        is_start |= segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.cumsum(jnp.pad(is_start, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
-
-
-def pad_heads(x: Float[Array, "B T H Dh"], width: int) -> Float[Array, "B T H width"]:
-    """Appends zeros to each head."""
-    padding = width - x.shape[-1]
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, padding)]) if padding else x
+        heads = config.heads_of(kinds[0])
+        shape = len(kinds), batch, heads.num_kv_heads, length, heads.head_dim
+        return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def projections_of(config: DecoderConfig, kind: LayerKind) -> tuple[str, ...]:
     """Returns the names of the projections of a layer's queries, keys and values."""
-    if config.fuses_qkv:
+    if config.fused:
         return ("qkv_proj",)
     if not kind.has_kv:
         return ("q_proj",)

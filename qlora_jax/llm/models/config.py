@@ -64,71 +64,6 @@ class Heads:
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentHeads:
-    """Sizes of multi-head latent attention (arXiv:2405.04434).
-
-    The keys and values of all heads are computed from one latent vector for each token.
-    Each key also has a part that is rotated, which all heads share.
-
-    Attributes:
-        query_rank: Size of the latent vector of queries; None if queries are computed
-            directly from the input.
-        kv_rank: Size of the latent vector of keys and values.
-        nope_dim: Size of the part of a query or key that is not rotated.
-        rope_dim: Size of the part that is rotated.
-        value_dim: Size of a value.
-
-    Example:
-        >>> LatentHeads(None, 512, nope_dim=128, rope_dim=64, value_dim=128).head_dim
-        192
-    """
-
-    query_rank: int | None
-    kv_rank: int
-    nope_dim: int
-    rope_dim: int
-    value_dim: int
-
-    def __post_init__(self):
-        _check_sizes(self, self.kv_rank, self.nope_dim, self.rope_dim, self.value_dim)
-        if self.query_rank is not None:
-            _check_sizes(self, self.query_rank)
-
-    @property
-    def head_dim(self) -> int:
-        """The size of a query or key."""
-        return self.nope_dim + self.rope_dim
-
-
-@dataclasses.dataclass(frozen=True)
-class QueryScaling:
-    """Factors of queries that grow with the position, so that attention stays sharp.
-
-    The factor at `position` is `1 + beta * log(1 + (position + offset) // length)`.
-
-    Attributes:
-        beta: Weight of the logarithm.
-        length: Number of consecutive positions that have the same factor.
-        offset: Number that is added to positions.
-
-    Example:
-        >>> QueryScaling(beta=0.1, length=16_384).beta
-        0.1
-    """
-
-    beta: float
-    length: int
-    offset: int = 0
-
-    def __post_init__(self):
-        if not math.isfinite(self.beta) or self.beta < 0 or self.length < 1:
-            raise ValueError(
-                "`beta` must be finite and not negative, and `length` positive. Got "
-                f"{self.beta} and {self.length}."
-            )
-
-
-@dataclasses.dataclass(frozen=True)
 class DeltaRule:
     """Sizes of a gated delta rule, which mixes tokens through a state of fixed size.
 
@@ -185,16 +120,6 @@ class LayerKind:
         has_kv: Whether the layer computes its own keys and values. If not, it uses
             those of an earlier layer: the last one in its `kv_group` that computes
             them.
-        latent: The sizes of multi-head latent attention, or None for attention with
-            a projection for each of q, k and v.
-        convolution_width: Width of the gated convolution that replaces attention: the
-            number of tokens that it sees, including the token itself. None if there is
-            no such convolution.
-        is_chunked: Whether sequences are divided into chunks of `window` tokens, so
-            that a query sees only tokens of its own chunk.
-        unit_norms: Whether each query and key is divided by its root mean square after
-            the rotation.
-        scales_queries: Whether the decoder's `query_scaling` applies to the layer.
 
     Example:
         >>> LayerKind(Rope(1e4), window=512).window
@@ -208,24 +133,11 @@ class LayerKind:
     heads: Heads | None = None
     kv_group: str | None = None
     has_kv: bool = True
-    latent: LatentHeads | None = None
-    convolution_width: int | None = None
-    is_chunked: bool = False
-    unit_norms: bool = False
-    scales_queries: bool = True
-
-    def __post_init__(self):
-        mixers = self.delta_rule, self.convolution_width, self.latent
-        if sum(mixer is not None for mixer in mixers) > 1:
-            raise ValueError(
-                "at most one of `delta_rule`, `convolution_width` and `latent` may be "
-                f"set. Got {self}."
-            )
 
     @property
     def has_attention(self) -> bool:
         """Whether the layer has attention, and not a state of fixed size."""
-        return self.delta_rule is None and self.convolution_width is None
+        return self.delta_rule is None
 
     @property
     def structure(self) -> "LayerKind":
@@ -241,9 +153,9 @@ class LayerKind:
 class Experts:
     """A mixture of experts, which replaces the MLP of a layer or is added to it.
 
-    A router computes a logit for each token and expert, and turns logits into scores. A
-    token is processed by the experts with the best scores. Their outputs are summed,
-    with weights that are computed from the scores.
+    A router computes a logit for each token and expert. A token is processed by the
+    experts with the largest logits. Their outputs are summed, with weights that are a
+    softmax of the logits.
 
     Attributes:
         count: Number of experts.
@@ -261,21 +173,8 @@ class Experts:
             contains the kernels of all experts.
         names: What NAME stands for: one name for each of `kernels`, in the same order.
             If empty, NAME stands for the names in `kernels`.
-        shared_width: Width of an MLP whose output is added for every token; 0 for none.
-        shared_name: The name of this MLP in the Hugging Face model.
-        has_shared_gate: Whether the output of this MLP is multiplied by the sigmoid of
-            a gate, which is one number for each token.
-        scores: How a router's logits become scores: "softmax", or "sigmoid" for scores
-            that do not depend on each other.
-        has_score_bias: Whether a stored bias is added to the scores when experts are
-            chosen. The weights of the chosen experts do not include it.
-        num_groups: Number of groups into which the experts are divided.
-        groups_per_token: Number of groups that are chosen for a token. All of its
-            experts are in these groups.
-        scale: Factor of the weights of a token's experts.
-        weights_inputs: Whether the weights of a token's experts multiply the inputs of
-            the experts instead of their outputs.
-        is_swapped: See `qlora_jax.io.Entry.is_swapped`.
+        shared_width: Width of an MLP whose output is added for every token, multiplied
+            by the sigmoid of a gate, which is one number for each token; 0 for none.
         balance: Weight of the load-balancing loss in training.
 
     Example:
@@ -293,24 +192,11 @@ class Experts:
     kernel: str = "mlp.experts.{expert}.NAME.weight"
     names: tuple[str, ...] = ()
     shared_width: int = 0
-    shared_name: str = "shared_expert"
-    has_shared_gate: bool = True
-    scores: Literal["softmax", "sigmoid"] = "softmax"
-    has_score_bias: bool = False
-    num_groups: int = 1
-    groups_per_token: int = 1
-    scale: float = 1.0
-    weights_inputs: bool = False
-    is_swapped: bool = False
     # `==` ignores this option of training: decoders that differ only in it are equal.
     balance: float = dataclasses.field(default=0.0, compare=False)
 
     def __post_init__(self):
-        _check_choices(
-            self,
-            joined=(None, "alternating", "halves"),
-            scores=("softmax", "sigmoid"),
-        )
+        _check_choices(self, joined=(None, "alternating", "halves"))
         sizes = self.count, self.per_token
         is_int = all(type(size) is int for size in sizes)
         if not is_int or not 0 < self.per_token <= self.count <= _MAX_EXPERTS:
@@ -323,19 +209,6 @@ class Experts:
                 raise ValueError(
                     f"`{name}` must be a positive integer, or 0. Got {width!r}."
                 )
-        groups = self.num_groups, self.groups_per_token
-        is_int = all(type(number) is int for number in groups)
-        if not is_int or not 0 < self.groups_per_token <= self.num_groups:
-            raise ValueError(
-                "`num_groups` must be a positive integer, and `groups_per_token` an "
-                f"integer from 1 to `num_groups`. Got {groups}."
-            )
-        group_size, remainder = divmod(self.count, self.num_groups)
-        if remainder or group_size * self.groups_per_token < self.per_token:
-            raise ValueError(
-                "`num_groups` must divide `count`, and `groups_per_token` groups must "
-                f"have at least `per_token` experts. Got {self}."
-            )
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -359,28 +232,17 @@ class DecoderConfig:
         head_dim: Size of one head; 0 for `hidden_size // num_heads`.
         layers: The kind of each layer, or one kind for all.
         rotary_dim: Number of leading values of a head that are rotated; 0 for all.
-        interleaved_rope: Whether the pairs that are rotated are neighboring values. By
-            default, a pair is a value of the first half and one of the second half.
-        rms_norm_eps: Epsilon that norms add to the mean square, or to the variance.
+        rms_norm_eps: Epsilon that norms add to the mean square.
         unit_offset_norms: Whether norms multiply by `1 + scale` instead of `scale`.
-        layer_norms: Whether norms subtract the mean (LayerNorm); "biased" if they also
-            add a bias.
         pre_norms: Whether the inputs of attention and MLP are normalized.
-        post_norms: Whether the outputs of attention and MLP are normalized; "glm" if
-            the norms have the names that GLM-4 gives them.
-        parallel_mlp: Whether attention and the MLP have the same normalized input. If
-            not, the output of attention is added to the residual stream first, and the
-            MLP reads the sum.
+        post_norms: Whether the outputs of attention and MLP are normalized.
         qk_norms: Whether the query and key of each head are normalized; "whole" to
             normalize all heads together.
         value_norms: Whether the value of each head is divided by its root mean square.
-        activation: The activation of the gate: "silu", "gelu_pytorch_tanh", "relu2"
-            (the square of a ReLU), or "clamped_swiglu" (gpt-oss's function of gate and
-            up).
-        gated_mlp: Whether MLPs have a gate. If not, the activation is applied to the
-            output of `up_proj`.
+        activation: The activation of the gate: "silu", "gelu_pytorch_tanh", or
+            "clamped_swiglu" (gpt-oss's function of gate and up).
         fused: Whether q, k and v share one kernel, `qkv_proj`, and gate and up share
-            another, `gate_up_proj`; "mlp" if only gate and up share one.
+            another, `gate_up_proj`.
         attention_gate: Whether `q_proj` also computes a gate. The result of attention
             is multiplied by the sigmoid of the gate, elementwise.
         qkv_bias: Whether q, k and v have a bias.
@@ -393,20 +255,10 @@ class DecoderConfig:
         per_layer_width: Size of the additional input vector that each layer has for
             each token (see `per_layer_input.py`); 0 for none.
         embedding_scale: Factor that multiplies the embedded tokens.
-        residual_scale: Factor of what attention and the MLP add to the residual stream.
-        logit_scale: Factor of the logits.
-        query_scaling: Factors that multiply queries and grow with the position, or
-            None.
         attention_scale: Factor of the attention scores; 0 for `head_dim ** -0.5`.
         attention_soft_cap: The cap in `cap * tanh(scores / cap)`; None for no cap.
         logit_soft_cap: The cap of the logits, in the same formula; None for no cap.
         tie_embeddings: Whether the head is the transposed embedding.
-        convolution_bias: Whether convolutions that replace attention, and the
-            projections around them, have a bias.
-        num_ignored_layers: Number of layers in the files that come after the decoder's
-            last layer. They are for multi-token prediction, and are not read.
-        module_names: Pairs of the name of a module in Llama and the name of the same
-            module in this family, for the modules whose names differ.
         module: Path of the decoder's module in the Hugging Face model.
         experts: The mixture of experts that replaces MLPs, or None.
 
@@ -425,18 +277,14 @@ class DecoderConfig:
     head_dim: int = 0
     layers: tuple[LayerKind, ...] = (LayerKind(),)
     rotary_dim: int = 0
-    interleaved_rope: bool = False
     rms_norm_eps: float = 1e-5
     unit_offset_norms: bool = False
-    layer_norms: bool | Literal["biased"] = False
     pre_norms: bool = True
-    post_norms: bool | Literal["glm"] = False
-    parallel_mlp: bool = False
+    post_norms: bool = False
     qk_norms: bool | Literal["whole"] = False
     value_norms: bool = False
     activation: str = "silu"
-    gated_mlp: bool = True
-    fused: bool | Literal["mlp"] = False
+    fused: bool = False
     attention_gate: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -445,16 +293,10 @@ class DecoderConfig:
     output_scalars: bool = False
     per_layer_width: int = 0
     embedding_scale: float = 1.0
-    residual_scale: float = 1.0
-    logit_scale: float = 1.0
-    query_scaling: QueryScaling | None = None
     attention_scale: float = 0.0
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     tie_embeddings: bool = True
-    convolution_bias: bool = False
-    num_ignored_layers: int = 0
-    module_names: tuple[tuple[str, str], ...] = ()
     module: str = "model"
     experts: Experts | None = None
 
@@ -487,31 +329,17 @@ class DecoderConfig:
         self._check_options()
         self._check_ropes()
         self._check_layers()
-        self._check_latent_layers()
         self._check_numbers()
 
     def _check_options(self):
         _check_choices(
             self,
-            activation=("silu", "gelu_pytorch_tanh", "relu2", "clamped_swiglu"),
-            layer_norms=(False, True, "biased"),
-            post_norms=(False, True, "glm"),
+            activation=("silu", "gelu_pytorch_tanh", "clamped_swiglu"),
             qk_norms=(False, True, "whole"),
-            fused=(False, True, "mlp"),
         )
         if not (self.pre_norms or self.post_norms):
             raise ValueError("`post_norms` must be True without `pre_norms`.")
-        if self.parallel_mlp and self.post_norms:
-            raise ValueError("`post_norms` must be False with a `parallel_mlp`.")
-        if self.layer_norms and self.unit_offset_norms:
-            raise ValueError("`unit_offset_norms` must be False with `layer_norms`.")
-        needs_gate = self.fused or self.experts or self.activation == "clamped_swiglu"
-        if needs_gate and not self.gated_mlp:
-            raise ValueError(
-                "`gated_mlp` must be True with fused kernels, experts or the "
-                'activation "clamped_swiglu". Got False.'
-            )
-        if self.fuses_qkv and self.attention_gate:
+        if self.fused and self.attention_gate:
             raise ValueError("`fused` must not be True with an `attention_gate`.")
 
     def _check_ropes(self):
@@ -567,8 +395,6 @@ class DecoderConfig:
                 )
             if kind.has_kv:
                 kv_groups.add(kind.kv_group)
-            if kind.is_chunked and kind.window is None:
-                raise ValueError("`window` must be set if `is_chunked`. Got None.")
             heads, dim = self.heads_of(kind), self.dim_of(kind.rope)
             is_valid_dim = dim % 2 == 0 and 0 < dim <= heads.head_dim
             if self.num_heads % heads.num_kv_heads or not is_valid_dim:
@@ -577,35 +403,14 @@ class DecoderConfig:
                     "number of rotated values must be positive, even and at most "
                     f"`head_dim`. Got {heads} with {dim} rotated values."
                 )
-        for name in ("window", "mlp_width", "convolution_width"):
+        for name in ("window", "mlp_width"):
             values = {getattr(kind, name) for kind in self.layers} - {None}
             if wrong := sorted(value for value in values if value < 1):
                 raise ValueError(f"`{name}` must be positive or None. Got {wrong}.")
 
-    def _check_latent_layers(self):
-        """Refuses options that `LatentAttention` would ignore."""
-        options = ["qk_norms", "value_norms", "attention_gate", "sinks", "fuses_qkv"]
-        options += ["query_scaling"]
-        ignored = [name for name in options if getattr(self, name)]
-        for i, kind in enumerate(self.layers):
-            if kind.latent is None:
-                continue
-            names = ("heads", "kv_group", "unit_norms")
-            wrong = ignored + [name for name in names if getattr(kind, name)]
-            if wrong:
-                raise ValueError(
-                    f"{wrong} must not be set for layers with `latent`, which do not "
-                    f"support them. Layer {i} has `latent`."
-                )
-            if (dim := self.dim_of(kind.rope)) != kind.latent.rope_dim:
-                raise ValueError(
-                    "`rope_dim` of `latent` must be the number of rotated values, "
-                    f"{dim}. Got {kind.latent.rope_dim} in layer {i}."
-                )
-
     def _check_numbers(self):
-        names = ["rms_norm_eps", "embedding_scale", "residual_scale", "logit_scale"]
-        names += ["attention_scale", "attention_soft_cap", "logit_soft_cap"]
+        names = ["rms_norm_eps", "embedding_scale", "attention_scale"]
+        names += ["attention_soft_cap", "logit_soft_cap"]
         numbers = {name: getattr(self, name) for name in names}
         numbers = {name: x for name, x in numbers.items() if x is not None}
         for i, rope in enumerate(self.ropes):
@@ -627,8 +432,6 @@ class DecoderConfig:
         Args:
             kind: The kind of the layer.
         """
-        if kind.latent is not None:
-            return Heads(self.num_heads, kind.latent.head_dim)
         return kind.heads or Heads(self.num_kv_heads, self.head_dim)
 
     def dim_of(self, rope: Rope | None) -> int:
@@ -640,23 +443,9 @@ class DecoderConfig:
         return self.rotary_dim if rope is None else rope.dim or self.rotary_dim
 
     @property
-    def head_module(self) -> str:
-        """The path of the head's module in the Hugging Face model.
-
-        In Llama 4 with a vision part, the text half is a whole model with a head.
-        """
-        parent, _, name = self.module.rpartition(".")
-        return f"{parent}.lm_head" if parent and name == "model" else "lm_head"
-
-    @property
     def delta_rule(self) -> DeltaRule | None:
         """The gated delta rule of the first layer that has one, or None."""
         return next((x.delta_rule for x in self.layers if x.delta_rule), None)
-
-    @property
-    def fuses_qkv(self) -> bool:
-        """Whether q, k and v share one kernel."""
-        return self.fused is True
 
     @property
     def has_states(self) -> bool:

@@ -159,8 +159,7 @@ class Decoder(nn.Module):
             cache: Keys, values and states of earlier calls, from `init_cache`. It needs
                 room for all positions, since those beyond its length are not stored.
             select: Indices into T; return logits `[B, P, V]` of only these tokens.
-            return_hidden: Return the normalized hidden states, times `logit_scale`,
-                instead of logits.
+            return_hidden: Return the normalized hidden states instead of logits.
             segment_ids: For each token, the sequence in its row that it belongs to.
                 Tokens see only their own sequence, so that packed sequences have the
                 same logits as in separate rows.
@@ -214,13 +213,7 @@ class Decoder(nn.Module):
         # 3. Compute the logits of the selected tokens, or return their hidden states.
         if select is not None:
             x = jnp.take_along_axis(x, select[:, :, None], axis=1)  # [B, P, D]
-        if c.logit_scale == 1:
-            x = make_norm(c, self.dtype, "norm")(x)
-        else:
-            # Scale the hidden states instead of the logits. Losses that compute logits
-            # from hidden states then need not know the factor.
-            x = make_norm(c, jnp.float32, "norm")(x) * c.logit_scale
-            x = x.astype(self.dtype)
+        x = make_norm(c, self.dtype, "norm")(x)
         output = x if return_hidden else self._compute_logits(x, embed)
         if cache is None:
             return output
@@ -406,7 +399,7 @@ def describe_tokens(
         else:
             is_same = segment_ids[:, :, None] == segment_ids[:, None, :]
             lengths = jnp.max(jnp.where(is_same, positions[:, None, :], 0), axis=2) + 1
-    # 3. The rotary tables, and the factors of queries.
+    # 3. The rotary tables.
     dims = [config.dim_of(rope) for rope in config.ropes]
     tables = []
     for rope, dim in zip(config.ropes, dims, strict=True):
@@ -414,12 +407,7 @@ def describe_tokens(
         if padding := (max(dims) - dim) // 2:
             table = jnp.pad(table, [(0, 0)] * 4 + [(0, padding)])
         tables.append(table)
-    query_scales = None
-    if (scaling := config.query_scaling) is not None:
-        steps = ((positions + scaling.offset) // scaling.length).astype(jnp.float32)
-        query_scales = (1 + scaling.beta * jnp.log1p(steps))[:, :, None, None]
-    tables = jnp.stack(tables)
-    return TokenData(positions, segment_ids, tables, num_tokens, query_scales)
+    return TokenData(positions, segment_ids, jnp.stack(tables), num_tokens)
 
 
 def init_cache(

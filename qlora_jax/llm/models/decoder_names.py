@@ -9,7 +9,6 @@ from .config import DecoderConfig
 from .groups import layer_stacks
 from .layer import Layer
 from .per_layer_input import PerLayerEmbedding
-from .products import norm_leaves
 
 
 def decoder_names(config: DecoderConfig) -> ql.io.Names:
@@ -25,18 +24,10 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
     """
     c = config
 
-    def full_name(name: str) -> str:
-        """Returns a name with the path of the module, as the family calls it."""
-        name = f"{c.module}.{name}"
-        for llama_name, family_name in c.module_names:
-            name = re.sub(rf"(?<=\.){re.escape(llama_name)}(?=\.)", family_name, name)
-        return name
-
     entries: dict[str, str | ql.io.Entry] = {
-        "embed_tokens/embedding": full_name("embed_tokens.weight")
+        "embed_tokens/embedding": f"{c.module}.embed_tokens.weight",
+        "norm/scale": f"{c.module}.norm.weight",
     }
-    for leaf, hf_leaf in norm_leaves(c).items():
-        entries[f"norm/{leaf}"] = full_name(f"norm.{hf_leaf}")
     ignored = [r".*\.inv_freq"]
     if c.delta_rule is not None:
         # Layers of Qwen3.5 that predict further tokens are not part of the decoder.
@@ -47,16 +38,14 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
             r"|vision_model|vision_embedder|audio_tower|embed_audio)\..*"
         )
     if c.tie_embeddings:
-        ignored.append(rf"{re.escape(c.head_module)}\.weight")
+        ignored.append(r"lm_head\.weight")
     else:
-        entries["lm_head/kernel"] = f"{c.head_module}.weight"
+        entries["lm_head/kernel"] = "lm_head.weight"
     if c.per_layer_width:
         entries |= {
-            f"{PerLayerEmbedding.part_name}/{path}": full_name(name)
+            f"{PerLayerEmbedding.part_name}/{path}": f"{c.module}.{name}"
             for path, name in PerLayerEmbedding.tensor_names(c).items()
         }
-    for layer in range(c.num_layers, c.num_layers + c.num_ignored_layers):
-        ignored.append(rf"{re.escape(c.module)}\.layers\.{layer}\..*")
     # Files contain keys and values of layers that do not use them.
     without_kv = [str(i) for i, kind in enumerate(c.layers) if not kind.has_kv]
     if without_kv:
@@ -66,10 +55,10 @@ def decoder_names(config: DecoderConfig) -> ql.io.Names:
         numbers = {"layer": stack.layers}
         for path, x in Layer.tensor_names(c, stack.kinds[0]).items():
             entry = x if isinstance(x, ql.io.Entry) else ql.io.Entry(x)
-            names = full_name(f"layers.{{layer}}.{entry.names}")
-            parameter = entry.parameter
+            module = f"{c.module}.layers.{{layer}}"
+            names, parameter = f"{module}.{entry.names}", entry.parameter
             if parameter is not None:
-                parameter = full_name(f"layers.{{layer}}.{parameter}")
+                parameter = f"{module}.{parameter}"
             entries[f"{stack.path}/{path}"] = dataclasses.replace(
                 entry, names=names, parameter=parameter, numbers=numbers
             )

@@ -27,7 +27,7 @@ class LayerStates(NamedTuple):
     """The cache of a stack of layers; its size does not grow with the sequence."""
 
     inputs: Float[Array, "L B W-1 C"]  # the last inputs of the convolution
-    state: Float[Array, "L B H K V"] | None = None  # None without a delta rule
+    state: Float[Array, "L B H K V"]
 
     @property
     def length(self) -> int:
@@ -84,8 +84,11 @@ class GatedDeltaNet(nn.Module):
         y = nn.RMSNorm(self.config.rms_norm_eps, self.dtype, name="norm")(y)
         y = y.reshape(gate.shape) * nn.silu(gate.astype(jnp.float32))
         project = make_dense(self.config.hidden_size, False, self.dtype, "out_proj")
-        output = name_product(project(y.astype(self.dtype)))
-        return output, next_states(inputs, cache, tokens.num_tokens, state), shared_kv
+        output, new_states = name_product(project(y.astype(self.dtype))), None
+        if cache is not None:
+            last = last_inputs(inputs, cache.inputs, tokens.num_tokens)
+            new_states = LayerStates(last, state)
+        return output, new_states, shared_kv
 
     def _project(self, x: Array, name: str, width: int) -> Array:
         return name_product(make_dense(width, False, self.dtype, f"in_proj_{name}")(x))
@@ -180,24 +183,20 @@ def convolve(
     return result
 
 
-def next_states(
+def last_inputs(
     x: Float[Array, "B T C"],
-    cache: LayerStates | None,
+    old_inputs: Float[Array, "B W-1 C"],
     num_tokens: Int[Array, " B"] | None,
-    state: Float[Array, "B H K V"] | None = None,
-) -> LayerStates | None:
-    """Returns the last inputs of each row and the state, for the cache if there is one.
+) -> Float[Array, "B W-1 C"]:
+    """Returns the last inputs of each row, for the cache.
 
     A row has `num_tokens` tokens, and padding after them; None means no padding.
     """
-    if cache is None:
-        return None
-    inputs = jnp.concatenate([cache.inputs, x.astype(cache.inputs.dtype)], axis=1)
+    inputs = jnp.concatenate([old_inputs, x.astype(old_inputs.dtype)], axis=1)
     if num_tokens is None:
-        return LayerStates(inputs[:, x.shape[1] :], state)
-    indices = num_tokens[:, None] + jnp.arange(cache.inputs.shape[1])[None]
-    last_inputs = jnp.take_along_axis(inputs, indices[:, :, None], axis=1)
-    return LayerStates(last_inputs, state)
+        return inputs[:, x.shape[1] :]
+    indices = num_tokens[:, None] + jnp.arange(old_inputs.shape[1])[None]
+    return jnp.take_along_axis(inputs, indices[:, :, None], axis=1)
 
 
 def gated_delta_rule(

@@ -98,10 +98,7 @@ class MixtureOfExperts(nn.Module):
         # For the balance loss, training makes the collection "router" mutable and reads
         # the logits from it.
         self.sow("router", "logits", logits)
-        bias = None
-        if experts.has_score_bias:
-            bias = self.param("score_bias", nn.initializers.zeros, (experts.count,))
-        weights, chosen = choose_experts(logits, experts, bias)  # [M, C] each
+        weights, chosen = choose_experts(logits, experts)  # [M, C] each
         mlps = ExpertMLPs(self.config, self.dtype, name="experts")
         mixed = mix_experts(mlps, rows, weights, chosen, experts).reshape(x.shape)
         if experts.shared_width:
@@ -110,13 +107,11 @@ class MixtureOfExperts(nn.Module):
 
     def _apply_shared(self, x: Array, experts: Experts) -> Float[Array, "B T D"]:
         """Returns the output of the MLP that processes all tokens, with its gate."""
-        c, name = self.config, experts.shared_name
-        mlp = DenseMLP(c, experts.shared_width, self.dtype, name=name)
-        y = name_product(mlp(x)).astype(jnp.float32)
-        if not experts.has_shared_gate:
-            return y
-        gate = name_product(make_dense(1, False, self.dtype, f"{name}_gate")(x))
-        return nn.sigmoid(gate.astype(jnp.float32)) * y
+        settings = self.config, experts.shared_width, self.dtype
+        y = name_product(DenseMLP(*settings, name="shared_expert")(x))
+        gate = make_dense(1, False, self.dtype, "shared_expert_gate")
+        gate = name_product(gate(x)).astype(jnp.float32)
+        return nn.sigmoid(gate) * y.astype(jnp.float32)
 
     @staticmethod
     def tensor_names(
@@ -130,8 +125,6 @@ class MixtureOfExperts(nn.Module):
         for kernel, hf_name in zip(experts.kernels, hf_names, strict=True):
             tensors[f"experts/{kernel}"] = experts.kernel.replace("NAME", hf_name)
         entries = {}
-        if experts.has_score_bias:
-            entries["score_bias"] = f"{experts.router}.e_score_correction_bias"
         for path, tensor in tensors.items():
             # In transformers, the kernels of all experts are one parameter, in which
             # gate and up are joined. The router is another parameter. By default,
@@ -141,9 +134,8 @@ class MixtureOfExperts(nn.Module):
             parameter = re.sub(r"\.(gate|up)_proj", ".gate_up_proj", parameter)
             if path == "router":
                 parameter = f"{experts.router.rpartition('.')[2]}.weight"
-            is_swapped = experts.is_swapped and path != "router"
             entries[f"{path}/kernel"] = ql.io.Entry(
-                tensor, parameter=f"mlp.{parameter}", is_swapped=is_swapped
+                tensor, parameter=f"mlp.{parameter}"
             )
             if config.mlp_bias:  # as in gpt-oss
                 # The biases of all experts are one tensor. It has the name of the
@@ -151,11 +143,10 @@ class MixtureOfExperts(nn.Module):
                 bias = re.sub(r"\.\{expert\}$", "_bias", tensor)
                 entries[f"{path}/bias"] = re.sub(r"\.weight$", ".bias", bias)
         if experts.shared_width:
-            shared = experts.shared_name
+            shared = "shared_expert"
             for path, tensor in DenseMLP.tensor_names(config, kind).items():
                 entries[f"{shared}/{path}"] = re.sub(r"^mlp", f"mlp.{shared}", tensor)
-            if experts.has_shared_gate:
-                entries[f"{shared}_gate/kernel"] = f"mlp.{shared}_gate.weight"
+            entries[f"{shared}_gate/kernel"] = f"mlp.{shared}_gate.weight"
         return entries
 
 
@@ -174,11 +165,7 @@ def mix_experts(
     # There is a row for each pair of a token and one of its experts, sorted by expert.
     order = jnp.argsort(chosen.reshape(-1))
     group_sizes = jnp.bincount(chosen.reshape(-1), length=experts.count)  # [E]
-    inputs = rows[order // experts.per_token]
-    if experts.weights_inputs:
-        inputs = inputs * weights.reshape(-1)[order][:, None].astype(inputs.dtype)
-        weights = jnp.ones_like(weights)
-    y = mlps(inputs, group_sizes.astype(jnp.int32))
+    y = mlps(rows[order // experts.per_token], group_sizes.astype(jnp.int32))
     # Put the rows back into the order of the tokens: [M, C, D].
     y = name_product(y[jnp.argsort(order)]).reshape(*chosen.shape, -1)
     return jnp.einsum("mcd,mc->md", y.astype(jnp.float32), weights)
@@ -232,51 +219,16 @@ def balance_loss(
 
 
 def choose_experts(
-    logits: Float[Array, "M E"],
-    experts: Experts,
-    score_bias: Float[Array, " E"] | None = None,
+    logits: Float[Array, "M E"], experts: Experts
 ) -> tuple[Float[Array, "M C"], Int[Array, "M C"]]:
     """Returns the weights of each token's experts, and the indices of these experts.
 
-    If `experts.scores` is "softmax", the softmax is taken over the chosen experts if
-    the weights are normalized, and otherwise over all experts. If it is "sigmoid",
-    `score_bias` is added to the scores to choose experts, but not to compute weights.
-    Groups are ranked by their best score as in DeepSeek V2 ("softmax"), or by the sum
-    of their two best scores as in V3 ("sigmoid").
+    The weights are a softmax over the chosen experts if they are normalized, and
+    otherwise over all experts.
     """
     logits = logits.astype(jnp.float32)
-    if experts.scores == "sigmoid":
-        # Without a bias, experts are ranked by logits, which have the order of the
-        # scores. The scores of large logits would all be rounded to 1.
-        scores, ranked = nn.sigmoid(logits), logits
-        if score_bias is not None:
-            ranked = scores + score_bias.astype(jnp.float32)[None]
-        _, chosen = lax.top_k(keep_best_groups(ranked, experts, 2), experts.per_token)
-        weights = jnp.take_along_axis(scores, chosen, axis=-1)
-        if experts.normalized:
-            weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
-        return weights * experts.scale, chosen
-    largest, chosen = lax.top_k(keep_best_groups(logits, experts, 1), experts.per_token)
+    largest, chosen = lax.top_k(logits, experts.per_token)
     if experts.normalized:
-        weights = jax.nn.softmax(largest, axis=-1)
-    else:
-        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        weights = jnp.exp(largest - total)
-    return (weights if experts.scale == 1 else weights * experts.scale), chosen
-
-
-def keep_best_groups(
-    scores: Float[Array, "M E"], experts: Experts, num_best: int
-) -> Float[Array, "M E"]:
-    """Replaces the scores outside of a token's best groups by -inf.
-
-    The groups with the best scores are kept. The score of a group is the sum of the
-    `num_best` best scores in it.
-    """
-    if experts.num_groups == experts.groups_per_token:
-        return scores
-    groups = scores.reshape(len(scores), experts.num_groups, -1)
-    best, _ = lax.top_k(groups, min(num_best, groups.shape[-1]))
-    _, chosen = lax.top_k(jnp.sum(best, axis=-1), experts.groups_per_token)
-    is_chosen = jnp.any(jax.nn.one_hot(chosen, experts.num_groups, dtype=bool), axis=1)
-    return jnp.where(is_chosen[:, :, None], groups, -jnp.inf).reshape(scores.shape)
+        return jax.nn.softmax(largest, axis=-1), chosen
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return jnp.exp(largest - total), chosen

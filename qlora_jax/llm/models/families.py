@@ -7,15 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from .config import DecoderConfig, DeltaRule, LayerKind, Rope
-from .deepseek import (
-    DEEPSEEK_KEYS,
-    DEEPSEEK_V2_KEYS,
-    GLM_LITE_KEYS,
-    read_deepseek_v2,
-    read_deepseek_v3,
-    read_glm_lite,
-)
-from .dense_families import DENSE_FAMILIES
 from .family import (
     EXPERT_KEYS,
     WINDOW_KEYS,
@@ -32,6 +23,7 @@ from .family import (
     read_positive,
     read_rope,
     read_rotary_flags,
+    read_section,
     read_size,
     read_uniform_layers,
     require_if_present,
@@ -40,8 +32,6 @@ from .family import (
     shared_fields,
 )
 from .gemma4 import GEMMA4_KEYS, read_gemma4, read_gemma4_unified
-from .lfm2 import LFM2_KEYS, read_lfm2
-from .llama4 import LLAMA4_KEYS, read_llama4
 from .text_halves import SIZE_KEYS, TEXT_HALVES, read_text_settings
 
 # Most families share Llama's architecture, and differ from it as follows. (SmolLM2 is a
@@ -52,6 +42,8 @@ from .text_halves import SIZE_KEYS, TEXT_HALVES, read_text_settings
 # - Mixtral is a Mistral with experts, and Qwen3 MoE a Qwen3 with experts.
 # - Qwen2-MoE is a Qwen2 with experts, one of which processes all tokens.
 # - OLMoE is a Llama with experts and norms of q and k.
+# - OLMo 2 has norms after attention and the MLP instead of before them, and norms of q
+#   and k. OLMo 3 adds a window in three of four layers.
 # - In gpt-oss, experts have biases, heads have sinks, and every other layer has a
 #   window.
 # - Gemma 1 has norms that multiply by one plus their scale, and scaled embeddings.
@@ -154,6 +146,31 @@ def _read_olmoe(raw: Mapping[str, Any]) -> DecoderConfig:
     experts = read_experts(raw, 64, 8, balance=0.01, normalized=normalized)
     layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
     return DecoderConfig(**fields, layers=layers, experts=experts, qk_norms="whole")
+
+
+def _olmo_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    require_if_present(raw, {"clip_qkv": None})
+    norms = {"pre_norms": False, "post_norms": True, "qk_norms": "whole"}
+    return shared_fields(raw, eps=1e-5) | read_biases(raw) | norms
+
+
+def _read_olmo2(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = _olmo_fields(raw)
+    layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
+    return DecoderConfig(**fields, layers=layers)
+
+
+def _read_olmo3(raw: Mapping[str, Any]) -> DecoderConfig:
+    # transformers uses this base in layers with a window, whatever the file says.
+    require_if_present(raw, {"rope_theta": 500_000.0})
+    fields = _olmo_fields(raw)
+    ropes = (
+        read_rope(raw, fields["head_dim"], theta=500_000.0, section=section)
+        for section in rope_sections(raw)
+    )
+    window = raw.get("sliding_window", 4096)
+    layers = read_layers(raw, lambda i: (i + 1) % 4 != 0, window, *ropes)
+    return DecoderConfig(**fields, layers=layers)
 
 
 def _read_qwen3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -323,8 +340,7 @@ def text_only_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     if str(raw.get("model_type")) not in TEXT_HALVES:
         return dict(raw)
     half, text = TEXT_HALVES[raw["model_type"]], read_text_settings(raw)
-    is_ministral3 = text.get("model_type") == "ministral3"
-    family = FAMILIES["ministral3" if is_ministral3 else half.model_type]
+    family = FAMILIES[half.model_type]
     names = {"architectures": [*family.architectures], "model_type": family.model_type}
     shared_keys = ("dtype", "torch_dtype", "eos_token_id")
     shared = {key: raw[key] for key in shared_keys if key in raw}
@@ -336,16 +352,14 @@ def text_only_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
     text = text_only_config(raw)
     config = FAMILIES[text["model_type"]].read_config(text)
-    # In Llama 4, the text half is a whole model with a head, in other families not.
-    is_whole = raw["model_type"] == "llama4"
-    module = "language_model.model" if is_whole else "model.language_model"
-    return replace(config, module=module)
+    return replace(config, module="model.language_model")
 
 
 # The keys that each family reads besides the common ones.
 _LLAMA_KEYS = "attention_bias hidden_act mlp_bias sliding_window"
 _MISTRAL_KEYS = "hidden_act layer_types sliding_window"
 _MIXTRAL_KEYS = f"hidden_act sliding_window {EXPERT_KEYS}"
+_OLMO_KEYS = "attention_bias clip_qkv hidden_act"
 _OLMOE_KEYS = f"attention_bias clip_qkv hidden_act norm_topk_prob {EXPERT_KEYS}"
 _QWEN_KEYS = f"hidden_act max_window_layers use_sliding_window {WINDOW_KEYS}"
 _SMOLLM3_KEYS = "attention_bias hidden_act max_window_layers mlp_bias no_rope_layers"
@@ -395,15 +409,6 @@ _FAMILIES = (
     Family("gemma", ("GemmaForCausalLM",), _read_gemma, _GEMMA_KEYS),
     Family("gemma2", ("Gemma2ForCausalLM",), _read_gemma2, _GEMMA2_KEYS),
     Family("gemma3_text", ("Gemma3ForCausalLM",), _read_gemma3, _GEMMA3_KEYS),
-    Family(
-        "deepseek_v2", ("DeepseekV2ForCausalLM",), read_deepseek_v2, DEEPSEEK_V2_KEYS
-    ),
-    Family("deepseek_v3", ("DeepseekV3ForCausalLM",), read_deepseek_v3, DEEPSEEK_KEYS),
-    # Kimi K2 is a DeepSeek V3 with another name.
-    Family("kimi_k2", ("DeepseekV3ForCausalLM",), read_deepseek_v3, DEEPSEEK_KEYS),
-    Family("glm4_moe_lite", ("Glm4MoeLiteForCausalLM",), read_glm_lite, GLM_LITE_KEYS),
-    Family("lfm2", ("Lfm2ForCausalLM",), read_lfm2, LFM2_KEYS),
-    Family("llama4_text", ("Llama4ForCausalLM",), read_llama4, LLAMA4_KEYS),
     Family("gemma4_text", ("Gemma4ForCausalLM",), read_gemma4, GEMMA4_KEYS),
     Family(
         "gemma4_unified_text",
@@ -411,7 +416,8 @@ _FAMILIES = (
         read_gemma4_unified,
         GEMMA4_KEYS,
     ),
-    *DENSE_FAMILIES,
+    Family("olmo2", ("Olmo2ForCausalLM",), _read_olmo2, _OLMO_KEYS),
+    Family("olmo3", ("Olmo3ForCausalLM",), _read_olmo3, f"{_OLMO_KEYS} {WINDOW_KEYS}"),
 )
 FAMILIES = {family.model_type: family for family in _FAMILIES}
 FAMILIES |= {
@@ -429,6 +435,8 @@ def is_known(raw: Mapping[str, Any]) -> bool:
     """Whether `Decoder` knows the type of model that a `config.json` describes."""
     if not isinstance(model_type := raw.get("model_type"), str):
         raise ValueError(f"`model_type` must be text. Got {model_type!r}.")
+    if model_type == "mistral3":  # its text half may also be a Ministral 3
+        return read_section(raw, "text_config").get("model_type") in (None, "mistral")
     return model_type in FAMILIES
 
 

@@ -94,7 +94,7 @@ class ModelFolder:
         if self.config.tie_embeddings:
             # transformers would use a head in the file instead of the embedding.
             embedding = f"{self.config.module}.embed_tokens.weight"
-            check_tied(tensors, f"{self.config.head_module}.weight", embedding)
+            check_tied(tensors, "lm_head.weight", embedding)
         return tensors
 
     def _select_text(self, tensors: ql.io.Tensors) -> ql.io.Tensors:
@@ -113,7 +113,7 @@ class ModelFolder:
         head, renamed = r"^language_model\.lm_head\.", {}
         for name in tensors:
             new_name = re.sub(decoder, f"{self.config.module}.", name)
-            new_name = re.sub(head, f"{self.config.head_module}.", new_name)
+            new_name = re.sub(head, "lm_head.", new_name)
             renamed[new_name] = tensors[name]
         return tensors.with_tensors(renamed)
 

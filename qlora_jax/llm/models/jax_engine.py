@@ -39,6 +39,7 @@ class JaxEngine:
         name: The value of the option `engine`.
         layers: The patterns of the kernels to pack.
         contract: Empty, because the default of `QLoRAConfig` holds for all kernels.
+        head_module: The name of the module that computes the logits.
         image_token_id: None, because the decoder reads only text.
         generation_problem: None, because all models can generate tokens.
         can_pack_rows: True, because every model supports rows with several sequences.
@@ -49,6 +50,7 @@ class JaxEngine:
     name: ClassVar[Literal["jax"]] = "jax"
     layers: ClassVar[str] = LAYERS
     contract: ClassVar[Mapping[Any, str]] = {}
+    head_module: ClassVar[str] = "lm_head"
     image_token_id: ClassVar[None] = None
     generation_problem: ClassVar[None] = None
     can_pack_rows: ClassVar[bool] = True
@@ -67,11 +69,6 @@ class JaxEngine:
     def experts(self) -> Experts | None:
         """The settings of the experts; None without experts."""
         return self.decoder.experts
-
-    @property
-    def head_module(self) -> str:
-        """The name of the module that computes the logits."""
-        return self.decoder.head_module
 
     @property
     def head_key(self) -> str:

@@ -20,17 +20,15 @@ from .attention import Attention, LayerData, SharedKV, TokenData
 from .config import DecoderConfig, LayerKind
 from .delta_rule import GatedDeltaNet
 from .experts import MixtureOfExperts
-from .latent_attention import LatentAttention
 from .mlp import DenseMLP
 from .mlp_with_experts import MLPWithExperts
 from .per_layer_input import PerLayerInput
-from .products import make_norm, norm_leaves
-from .short_convolution import ShortConvolution
+from .products import make_norm
 
-# The parts in which tokens see other tokens. Latent attention is a kind of attention.
-Mixer = type[Attention] | type[GatedDeltaNet] | type[ShortConvolution]
-PARTS = Attention, LatentAttention, GatedDeltaNet, ShortConvolution, DenseMLP
-PARTS += MixtureOfExperts, MLPWithExperts, PerLayerInput
+# The parts in which tokens see other tokens.
+Mixer = type[Attention] | type[GatedDeltaNet]
+PARTS = Attention, GatedDeltaNet, DenseMLP, MixtureOfExperts, MLPWithExperts
+PARTS += (PerLayerInput,)
 
 
 class Layer(nn.Module):
@@ -65,26 +63,18 @@ class Layer(nn.Module):
         def normalize(x: Array, name: str | None) -> Array:
             return x.astype(dtype) if name is None else make_norm(c, dtype, name)(x)
 
-        def add(x: Array, y: Array) -> Array:
-            y = y.astype(x.dtype)
-            return x + (y if c.residual_scale == 1 else y * c.residual_scale)
-
         x = ql.memory.layer_input(x)
         mixer = self._make_mixer()
-        mixer_input = normalize(x, norms.before_mixer)
         y, new_entry, shared_kv = mixer(
-            mixer_input, tokens, layer_data, cache, shared_kv
+            normalize(x, norms.before_mixer), tokens, layer_data, cache, shared_kv
         )
-        x = add(x, normalize(y, norms.after_mixer))
+        x = x + normalize(y, norms.after_mixer).astype(x.dtype)
         mlp = ql.linen.tiled(self._make_mlp(), self.mlp_tile)
-        if c.parallel_mlp:
-            mlp_input = mixer_input
-        elif c.experts is not None and c.experts.beside_mlp:
-            mlp_input = x  # `MLPWithExperts` normalizes its input itself
+        if c.experts is not None and c.experts.beside_mlp:
+            y = mlp(x)  # `MLPWithExperts` normalizes its input itself
         else:
-            mlp_input = normalize(x, norms.before_mlp)
-        y = mlp(mlp_input)
-        x = add(x, normalize(y, norms.after_mlp))
+            y = mlp(normalize(x, norms.before_mlp))
+        x = x + normalize(y, norms.after_mlp).astype(x.dtype)
         if layer_data.additional_input is not None:
             part = PerLayerInput(c, dtype, name=PerLayerInput.part_name)
             x = x + part(x, layer_data.additional_input).astype(x.dtype)
@@ -115,9 +105,7 @@ class Layer(nn.Module):
         """Returns the parameters' names in the Hugging Face layer, by path."""
         norms = [name for name in norm_names(config) if name is not None]
         names: dict[str, str | ql.io.Entry] = {
-            f"{norm}/{leaf}": f"{norm}.{hf_leaf}"
-            for norm in norms
-            for leaf, hf_leaf in norm_leaves(config).items()
+            f"{norm}/scale": f"{norm}.weight" for norm in norms
         }
         if config.output_scalars:
             names["layer_scalar"] = "layer_scalar"
@@ -143,17 +131,8 @@ def norm_names(config: DecoderConfig) -> NormNames:
     """Returns the names of a layer's norms, as in the Hugging Face model."""
     # In Llama, "post_attention_layernorm" normalizes the input of the MLP. In Gemma and
     # OLMo, the norm of this name normalizes the output of attention.
-    if config.parallel_mlp:
-        return NormNames("input_layernorm", None, None, None)
     if not config.post_norms:
         return NormNames("input_layernorm", None, "post_attention_layernorm", None)
-    if config.post_norms == "glm":
-        return NormNames(
-            before_mixer="input_layernorm",
-            after_mixer="post_self_attn_layernorm",
-            before_mlp="post_attention_layernorm",
-            after_mlp="post_mlp_layernorm",
-        )
     before_mixer = before_mlp = None
     if config.pre_norms:
         before_mixer, before_mlp = "input_layernorm", "pre_feedforward_layernorm"
@@ -165,11 +144,7 @@ def norm_names(config: DecoderConfig) -> NormNames:
 
 def mixer_class(kind: LayerKind) -> Mixer:
     """Returns the class of the part in which tokens see other tokens."""
-    if kind.delta_rule is not None:
-        return GatedDeltaNet
-    if kind.convolution_width is not None:
-        return ShortConvolution
-    return Attention if kind.latent is None else LatentAttention
+    return Attention if kind.delta_rule is None else GatedDeltaNet
 
 
 def mlp_class(

@@ -8,11 +8,11 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from .config import DecoderConfig, LayerKind
-from .products import activate, apply_gate, linear_names, make_dense, name_product
+from .products import apply_gate, linear_names, make_dense, name_product
 
 
 class DenseMLP(nn.Module):
-    """`down(activation(gate(x)) * up(x))`; without gate, `down(activation(up(x)))`."""
+    """`down(activation(gate(x)) * up(x))`."""
 
     config: DecoderConfig
     width: int
@@ -26,10 +26,6 @@ class DenseMLP(nn.Module):
         """Returns the output, without the residual."""
         c, width = self.config, self.width
         dense = functools.partial(make_dense, use_bias=c.mlp_bias, dtype=self.dtype)
-        if not c.gated_mlp:
-            up = name_product(dense(width, name="up_proj")(x)).astype(jnp.float32)
-            hidden = activate(c, up).astype(self.dtype)
-            return dense(c.hidden_size, name="down_proj")(hidden)
         if c.fused:
             fused = name_product(dense(2 * width, name="gate_up_proj")(x))
             gate, up = jnp.split(fused, 2, axis=-1)
@@ -46,6 +42,4 @@ class DenseMLP(nn.Module):
         projections = ["gate_proj", "up_proj", "down_proj"]
         if config.fused:
             projections = ["gate_up_proj", "down_proj"]
-        elif not config.gated_mlp:
-            projections = ["up_proj", "down_proj"]
         return linear_names("mlp", dict.fromkeys(projections, config.mlp_bias))

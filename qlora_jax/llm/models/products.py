@@ -104,8 +104,6 @@ def apply_gate(config: DecoderConfig, gate: Array, up: Array) -> Array:
 
 def activate(config: DecoderConfig, x: Array) -> Array:
     """Returns the activation of an array."""
-    if config.activation == "relu2":
-        return jnp.square(nn.relu(x))
     # Flax's gelu is the tanh approximation by default.
     return nn.silu(x) if config.activation == "silu" else nn.gelu(x)
 
@@ -142,22 +140,7 @@ class UnitOffsetRMSNorm(nn.Module):
         return (x / jnp.sqrt(mean_square + self.epsilon) * scale).astype(self.dtype)
 
 
-def norm_leaves(config: DecoderConfig) -> dict[str, str]:
-    """Returns the Hugging Face name of each parameter of a norm."""
-    names = {"scale": "weight"}
-    return names | ({"bias": "bias"} if config.layer_norms == "biased" else {})
-
-
 def make_norm(config: DecoderConfig, dtype: DTypeLike, name: str) -> nn.Module:
     """Returns a norm layer of the kind that the decoder uses."""
-    if config.layer_norms:
-        # Flax's fast variance, E[x^2] - E[x]^2, loses digits.
-        return nn.LayerNorm(
-            epsilon=config.rms_norm_eps,
-            dtype=dtype,
-            use_bias=config.layer_norms == "biased",
-            use_fast_variance=False,
-            name=name,
-        )
     norm = UnitOffsetRMSNorm if config.unit_offset_norms else nn.RMSNorm
     return norm(epsilon=config.rms_norm_eps, dtype=dtype, name=name)

@@ -14,7 +14,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     | {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
     "qwen3_vl": {"rope_theta": 500_000.0},
 }
-_MISTRALS = ("mistral", "ministral3")
 # If one of these keys is null in the text half, it is treated as missing: its value is
 # that of the whole model, or the default. For other keys, such as `sliding_window`,
 # null is a value.
@@ -38,9 +37,7 @@ _GEMMA4_SIZES = 262_144, 2304, 9216, 30, 8, 131_072
 _UNIFIED_SIZES = 262_144, 2304, 9216, 30, 8, 262_144
 _QWEN3_5_SIZES = 248_320, 4096, 12_288, 32, 16, 32_768
 _QWEN3_5_MOE_SIZES = 248_320, 2048, None, 40, 16, 32_768
-_LLAMA4_SIZES = 202_048, 5120, 8192, 48, 40, 131_072
-_LLAMA4_KEYS = "boi_token_index eoi_token_index image_token_index"
-_GEMMA3_KEYS = f"{_LLAMA4_KEYS} mm_tokens_per_image"
+_GEMMA3_KEYS = "boi_token_index eoi_token_index image_token_index mm_tokens_per_image"
 _GEMMA4_KEYS = """
 audio_config audio_token_id boa_token_id boi_token_id eoa_token_index eoi_token_id
 image_token_id video_token_id vision_soft_tokens_per_image
@@ -49,8 +46,8 @@ _QWEN_KEYS = "image_token_id video_token_id vision_start_token_id vision_end_tok
 _IMAGE_KEYS = {*_QWEN_KEYS.split(), "vision_token_id", "vision_config"}
 _VL_KEYS = f"{_QWEN_KEYS} vision_token_id {' '.join(_MROPE_KEYS)}"
 _MISTRAL3_KEYS = """
-image_token_id image_token_index llama_4_scaling_beta multimodal_projector_bias
-projector_hidden_act spatial_merge_size vision_feature_layer
+image_token_id image_token_index multimodal_projector_bias projector_hidden_act
+spatial_merge_size vision_feature_layer
 """
 TEXT_HALVES = {  # by the `model_type` of the whole model
     "gemma3": TextHalf("gemma3_text", "Gemma3", _GEMMA3_KEYS, _GEMMA3_SIZES),
@@ -58,7 +55,6 @@ TEXT_HALVES = {  # by the `model_type` of the whole model
     "gemma4_unified": TextHalf(
         "gemma4_unified_text", "Gemma4Unified", _GEMMA4_KEYS, _UNIFIED_SIZES
     ),
-    "llama4": TextHalf("llama4_text", "Llama4", _LLAMA4_KEYS, _LLAMA4_SIZES),
     "qwen3_5": TextHalf("qwen3_5_text", "Qwen3_5", _QWEN_KEYS, _QWEN3_5_SIZES),
     "qwen3_5_moe": TextHalf(
         "qwen3_5_moe_text", "Qwen3_5Moe", _QWEN_KEYS, _QWEN3_5_MOE_SIZES
@@ -95,16 +91,16 @@ def read_text_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
         for key, x in text.items()
         if x is not None or key not in _MISSING_IF_NULL
     }
-    if kind == "mistral3" and text.get("model_type", "mistral") not in _MISTRALS:
+    if kind == "mistral3" and text.get("model_type", "mistral") != "mistral":
         raise ValueError(
-            f"`model_type` in `text_config` must be one of {_MISTRALS}. Got "
-            f"{text['model_type']!r}."
+            '`model_type` in `text_config` must be "mistral". Got '
+            f"{text['model_type']!r}. Use the engine torch."
         )
-    # The whole model's config says whether the head is tied, except in Llama 4, where
-    # the head belongs to the text half. Qwen2.5-VL is tied if either config says so.
+    # The whole model's config says whether the head is tied. Qwen2.5-VL is tied if
+    # either config says so.
     tied_key = "tie_word_embeddings"
     is_tied_text = kind == "qwen2_5_vl" and bool(text.get(tied_key))
-    if kind != "llama4" and not is_tied_text and raw.get(tied_key) is not None:
+    if not is_tied_text and raw.get(tied_key) is not None:
         text[tied_key] = raw[tied_key]
     if kind not in _DEFAULTS:
         return text
