@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 MARK = "<!-- ran on -->"
-HEADER = "device", "versions", "products right", "by", "at 16 rows", "at 512", "step"
+HEADER = "device", "versions", "products right", "by", "training"
 
 
 def on_page_markdown(markdown: str, **unused: Any) -> str:
@@ -29,17 +29,11 @@ def row(report: dict[str, Any]) -> list[str]:
     """Returns the cells of a report."""
     devices, products, step = report["devices"], report["products"], report["step"]
     versions = report["versions"]
-    shares = [
-        f"{time['seconds'] / time['dense_seconds']:.2f}"
-        for time in report["times"]
-        if time["rows"] > 1 and time["direction"] == "x W"
-    ]
     kind = devices["kind"]
     return [
         report["machine"].rpartition(", ")[2] if kind == "cpu" else kind,
         ", ".join(f"{name} {versions[name]}" for name in ("qlora_jax", "jax")),
         f"{sum(x['is_right'] for x in products)} of {len(products)}",
         ", ".join(sorted({x["backend"] for x in products})),
-        *shares,
         "right" if step["is_right"] else "wrong",
     ]

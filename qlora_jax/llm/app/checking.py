@@ -2,14 +2,11 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import math
 import pathlib
 import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -30,7 +27,6 @@ from ..models.families import config_from_hf
 from ..models.tiny import CONFIG, random_params
 from ..train.objectives.sft import decoder_loss
 from ..train.optimizer import make_optimizer
-from ..train.outputs import plural
 from ..train.step import State, make_step
 from .configs import CheckConfig, Fmt
 from .environment import read_cpuinfo
@@ -43,9 +39,6 @@ _SHAPE = 512, 768  # of the checked kernels; multiples of every block size
 _ROWS = 16, 512  # of the inputs; typical of generation and of training
 _DTYPES = "float32", "bfloat16"
 _DIRECTIONS = "x W", "x W^T"
-# Shapes of the timed kernels. On a CPU, a product takes a few milliseconds.
-_TIMED_SHAPES = {"cpu": (2048, 2048)}
-_TIMED_SHAPE_ELSEWHERE = 4096, 14336
 # The model and the batch `[rows, tokens]` of the training step.
 _MODEL_SIZES = dict(hidden_size=256, intermediate_size=768, vocab_size=512)
 _BATCH_SHAPE = 8, 128
@@ -64,30 +57,26 @@ class Checked:
         devices: The kind of the devices, their number and their memory in bytes.
         products: For each format, dtype, direction and number of rows: the back end,
             why preferred ones were not used, the error and its bound.
-        times: The seconds of matrix products with packed and with dense kernels.
-        step: The losses after training on the device and on the CPU, and of a training
-            step the time, the peak memory and the memory that its program allocates.
+        step: The losses after training on the device and on the CPU.
 
     Example:
         >>> from qlora_jax.llm import app
         >>> product = {"error": 0.001, "bound": 0.004, "is_right": True}
         >>> product |= {"backend": "tiled", "refused": {}}
         >>> devices = {"kind": "cpu", "platform": "cpu", "count": 1, "bytes": None}
-        >>> step = {"loss": 5.0, "cpu": None, "tokens_per_s": 900.0, "is_right": True}
-        >>> step |= {"planned_bytes": 2**20, "peak_bytes": None}
-        >>> print(app.Checked({"jax": "0.10.2"}, "Linux", devices, [product], [], step))
+        >>> step = {"loss": 5.0, "cpu": None, "is_right": True}
+        >>> print(app.Checked({"jax": "0.10.2"}, "Linux", devices, [product], step))
         jax 0.10.2
         Linux
         1 x cpu
         products: 1 of 1 are right, with at most 0.25 of the bound; by tiled
-        a step of training: loss 5.0000, 900 tokens/s, 1.0 MiB planned
+        training: loss 5.0000
     """
 
     versions: dict[str, str]
     machine: str
     devices: dict[str, Any]
     products: list[dict[str, Any]]
-    times: list[dict[str, Any]]
     step: dict[str, Any]
 
     @property
@@ -113,20 +102,9 @@ class Checked:
             f"{max(ratios, default=0.0):.2f} of the bound; by {', '.join(backends)}",
             *dict.fromkeys(reasons),  # each reason once, in order
         ]
-        for x in self.times:
-            lines.append(
-                f"{x['format']}, {plural(x['rows'], 'row')}, {x['direction']}: "
-                f"{x['seconds'] / x['dense_seconds']:.2f} of the dense product's "
-                f"{x['dense_seconds'] * 1e3:.2f} ms"
-            )
         loss = "not finite" if step["loss"] is None else f"{step['loss']:.4f}"
         cpu = f", {step['cpu']:.4f} on the CPU" if step["cpu"] is not None else ""
-        peak = step["peak_bytes"]
-        lines.append(
-            f"a step of training: loss {loss}{cpu}, {step['tokens_per_s']:,.0f} "
-            f"tokens/s, {step['planned_bytes'] / 2**20:.1f} MiB planned"
-            + (f", {peak / 2**20:.1f} MiB at the peak" if peak else "")
-        )
+        lines.append(f"training: loss {loss}{cpu}")
         lines += [f"wrong: {x}" for x in (*products, step) if not x["is_right"]]
         return "\n".join(lines)
 
@@ -139,7 +117,7 @@ def check(config: CheckConfig) -> Checked:
     with the same steps on a CPU.
 
     Args:
-        config: Where to write the report, and how many rounds to measure.
+        config: Where to write the report.
 
     Raises:
         ValueError: If `config.out` is a folder.
@@ -147,7 +125,7 @@ def check(config: CheckConfig) -> Checked:
 
     Example:
         >>> from qlora_jax.llm import app
-        >>> app.check(app.CheckConfig(rounds=1)).is_wrong
+        >>> app.check(app.CheckConfig()).is_wrong
         False
     """
     path = None if config.out is None else pathlib.Path(config.out)
@@ -158,8 +136,7 @@ def check(config: CheckConfig) -> Checked:
         f"{platform.system()} {platform.machine()}, {_describe_processor()}",
         _describe_devices(),
         check_products(),
-        time_products(config.rounds),
-        check_step(config.rounds),
+        check_step(),
     )
     if path is not None:
         contents = dataclasses.asdict(report) | {"is_wrong": report.is_wrong}
@@ -273,42 +250,6 @@ def _relative_error(
     return float(error), float(bound)
 
 
-def time_products(rounds: int) -> list[dict[str, Any]]:
-    """Returns the median seconds of products with nf4 and dense kernels in bfloat16."""
-    shape = _TIMED_SHAPES.get(jax.default_backend(), _TIMED_SHAPE_ELSEWHERE)
-    rng = np.random.default_rng(0)
-    weight = jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-    packed, product = ql.quantize(weight), jax.jit(_compute_product, static_argnums=2)
-    dense = jax.jit(jnp.dot), jax.jit(lambda x, w: jnp.dot(x, w.T))  # per direction
-    cases = [*itertools.product((1, *_ROWS), (False, True))]
-    bar = tqdm(cases, "measuring products", unit=" products", disable=None, leave=False)
-    times = []
-    for rows, is_transposed in bar:
-        x = jnp.asarray(rng.normal(size=(rows, shape[is_transposed])), weight.dtype)
-        calls = {
-            "seconds": functools.partial(product, x, packed, is_transposed),
-            "dense_seconds": functools.partial(dense[is_transposed], x, weight),
-        }
-        case = {"format": "nf4 double", "shape": shape, "rows": rows}
-        case |= {"direction": _DIRECTIONS[is_transposed]}
-        times.append(case | _median_seconds(calls, rounds))
-    return times
-
-
-def _median_seconds(
-    calls: dict[str, Callable[[], object]], rounds: int
-) -> dict[str, float]:
-    # The calls alternate, so that a change of the machine's speed affects all of them.
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for index in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            if index > 0:  # round 0 compiles and warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 @contextlib.contextmanager
 def on_cpu() -> Iterator[bool]:
     """Computes on a CPU, if any; yields whether that is not the default device."""
@@ -321,34 +262,24 @@ def on_cpu() -> Iterator[bool]:
         yield jax.default_backend() != "cpu"
 
 
-def check_step(rounds: int) -> dict[str, Any]:
-    """Trains a tiny Llama in nf4; returns its loss, and a step's time and memory."""
-    loss, run_step, planned_bytes = _train()
+def check_step() -> dict[str, Any]:
+    """Trains a tiny Llama in nf4 on the device; if it is not a CPU, on a CPU too."""
+    loss = _train()
     with on_cpu() as is_other_device:
-        cpu_loss = _train()[0] if is_other_device else None
-    seconds = _median_seconds({"step": run_step}, rounds)["step"]
+        cpu_loss = _train() if is_other_device else None
     is_right = math.isfinite(loss)
     if cpu_loss is not None:
         is_right &= abs(loss - cpu_loss) <= _LOSS_BOUND * abs(cpu_loss)
-    stats = jax.local_devices()[0].memory_stats() or {}  # CPUs have no statistics
     return {
         "loss": loss if math.isfinite(loss) else None,
         "cpu": cpu_loss,
         "bound": _LOSS_BOUND,
         "is_right": is_right,
-        "seconds": seconds,
-        "tokens_per_s": np.prod(_BATCH_SHAPE).item() / seconds,
-        "planned_bytes": planned_bytes,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
     }
 
 
-def _train() -> tuple[float, Callable[[], jax.Array], int]:
-    """Trains on a batch of random tokens.
-
-    Returns the loss after two steps, a function that takes another step and returns its
-    loss, and the bytes that the compiled step allocates.
-    """
+def _train() -> float:
+    """Returns the loss after two steps on a batch of random tokens."""
     config, rng = config_from_hf({**CONFIG, **_MODEL_SIZES}), np.random.default_rng(0)
     params = random_params(config)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
@@ -362,20 +293,9 @@ def _train() -> tuple[float, Callable[[], jax.Array], int]:
     batch_size, max_length = _BATCH_SHAPE
     [batch] = eval_batches(rows, batch_size=batch_size, max_length=max_length)
     state = State.create(lora, optimizer, 0)
-    memory = step.lower(state, base, batch).compile().memory_analysis()
-    sizes = {
-        kind: getattr(memory, f"{kind}_size_in_bytes", 0)
-        for kind in ("argument", "output", "temp", "alias")
-    }
-    # `alias` is the size of donated arguments that are reused as outputs. The sum
-    # counts them three times, and must count them once.
-    planned_bytes = sum(sizes.values()) - 2 * sizes["alias"]
-
-    def run_step() -> jax.Array:
-        nonlocal state
-        state, report = step(state, base, [batch])
-        return report.loss
-
     # A step reports the loss before its update, so one more step is needed.
-    *_, loss = [float(run_step()) for _ in range(3)]
-    return loss, run_step, planned_bytes
+    losses = []
+    for _ in range(3):
+        state, report = step(state, base, [batch])
+        losses.append(float(report.loss))
+    return losses[-1]

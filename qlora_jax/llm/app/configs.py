@@ -257,7 +257,7 @@ class InspectConfig(Config):
     """Lists the tensors of a model or an adapter without reading them.
 
     Attributes:
-        path: Folder of a model, an adapter or a run; or a .safetensors or .gguf file.
+        path: Folder of a model, an adapter or a run; or a .safetensors file.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -356,18 +356,16 @@ class GenerateConfig(Config):
 
 @dataclass(frozen=True)
 class CheckConfig(Config):
-    """Checks this machine's devices: matrix products, training, times and memory.
+    """Checks the results of this machine's devices: matrix products and training.
 
     Attributes:
         out: File to write the report to as JSON. Attach it to an issue, or add it to
             the table in docs/compatibility.
-        rounds: Number of repetitions of each measurement; the median is reported.
 
     Example:
         >>> from qlora_jax.llm import app
-        >>> app.CheckConfig().rounds
-        7
+        >>> app.CheckConfig(out="report.json").out
+        'report.json'
     """
 
     out: str | None = option(None, limit=PATH)
-    rounds: int = option(7, limit=COUNT)

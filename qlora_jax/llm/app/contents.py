@@ -4,18 +4,16 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import qlora_jax as ql
 
 from ..data.readers import describe_path
-from ..gguf.file import is_gguf, open_gguf
 from ..printable import printable
 from ..reading import reading
 from ..train.outputs import NATIVE_ADAPTER, plural, read_metrics
-from .base_model import MLX_ADAPTER
 from .configs import InspectConfig
 from .run_folder import (
     CONFIG,
@@ -29,26 +27,24 @@ from .run_folder import (
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor, or the adapter of one weight.
+    """One tensor, or the adapter of one weight in this library's format.
 
     Attributes:
         name: Its name in the file.
-        shape: Its shape; for a packed weight, the shape before packing.
-        format: Its dtype or number format; "lora" for an adapter.
+        shape: Its shape; for a packed or adapted weight, the shape before packing.
+        format: Its dtype or number format; for an adapter, its kind and its dtype.
         bytes: Its size in bytes.
-        rank: The rank of an adapter; None for other leaves.
 
     Example:
         >>> from qlora_jax.llm import app
-        >>> app.Leaf("norm.weight", (64,), "float32", 256).rank is None
-        True
+        >>> app.Leaf("norm.weight", (64,), "float32", 256).bytes
+        256
     """
 
     name: str
     shape: tuple[int, ...]
     format: str
     bytes: int
-    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,8 @@ class Contents:
     """The result of `inspect`; `str` prints it as a table.
 
     Attributes:
-        kind: Such as "model", "bitsandbytes model", "PEFT adapter", "MLX adapter",
-            "GGUF model", "qlora_jax tree", "run" or "safetensors".
+        kind: Such as "model", "bitsandbytes model", "PEFT adapter", "qlora_jax tree",
+            "run" or "safetensors".
         about: The most important settings.
         leaves: A `Leaf` for each tensor or adapter.
         bytes: The size of all leaves in bytes.
@@ -80,23 +76,14 @@ class Contents:
     def __str__(self):
         about = (printable(f"{key}: {value}") for key, value in self.about.items())
         lines = [printable(self.kind), *(f"  {line}" for line in about)]
-        rows = [("leaf", "shape", "format", "rank", "bytes")]
+        width = max([4, *(len(printable(leaf.name)) for leaf in self.leaves)])
+        lines.append(f"{'leaf':{width}}  shape, format, bytes")
         for leaf in self.leaves:
             shape = "[" + ",".join(map(str, leaf.shape)) + "]"
-            rank = "" if leaf.rank is None else str(leaf.rank)
-            name, size = printable(leaf.name), f"{leaf.bytes:,}"
-            rows.append((name, shape, printable(leaf.format), rank, size))
+            details = f"{shape}, {printable(leaf.format)}, {leaf.bytes:,}"
+            lines.append(f"{printable(leaf.name):{width}}  {details}")
         count = plural(len(self.leaves), "leaf", "leaves")
-        lines += [*format_table(rows, "<<<>>"), f"{count}, {self.bytes:,} bytes"]
-        return "\n".join(lines)
-
-
-def format_table(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
-    """Returns the lines of a table, with columns aligned left (<) or right (>)."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    columns = zip(alignments, widths, strict=True)
-    line = "  ".join(f"{{:{alignment}{width}}}" for alignment, width in columns)
-    return [line.format(*row).rstrip() for row in rows]
+        return "\n".join([*lines, f"{count}, {self.bytes:,} bytes"])
 
 
 def inspect(config: InspectConfig) -> Contents:
@@ -116,20 +103,18 @@ def inspect(config: InspectConfig) -> Contents:
         >>> ql.io.write_safetensors(path, {"x": np.ones((2, 3), np.float32)})
         >>> print(app.inspect(app.InspectConfig(path)))
         safetensors
-        leaf  shape  format   rank  bytes
-        x     [2,3]  float32           24
+        leaf  shape, format, bytes
+        x     [2,3], float32, 24
         1 leaf, 24 bytes
     """
     path = pathlib.Path(config.path)
-    supported = "a folder, a .safetensors or a .gguf file"
+    supported = "a folder or a .safetensors file"
     if not path.exists():
         described = describe_path(path)
         raise FileNotFoundError(f"`path` must be {supported}. Got {described}.")
     ql.io.check_links(path)
     # A run contains an adapter, and a model's folder may contain one too, so the order
     # of these checks matters.
-    if is_gguf(path):
-        return _inspect_gguf(path)
     if is_run(path):
         return _inspect_run(path)
     if sweep := describe_sweep(path):
@@ -196,26 +181,7 @@ def _inspect_model(path: pathlib.Path) -> Contents:
 
 
 def _inspect_adapter(path: pathlib.Path) -> Contents:
-    is_peft = not (path / MLX_ADAPTER).exists()
-    if is_peft:
-        config = ql.io.PeftConfig.read(path)
-        tensors = dict(ql.io.open_safetensors(path / "adapter_model.safetensors"))
-    else:
-        config, tensors = ql.io.read_mlx(path).to_peft()
-    leaves = []
-    modules = {key.partition(".lora_")[0] for key in tensors}
-    # A key without ".lora_" is the name of a whole tensor, so it is not a module.
-    for module in sorted(modules - {*tensors}):
-        keys = [key for key in tensors if key.startswith(f"{module}.lora_")]
-        parts = {key.removeprefix(module): tensors.pop(key) for key in keys}
-        a, b = parts.get(".lora_A.weight"), parts.get(".lora_B.weight")
-        if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
-            raise ValueError(f"{module} must have lora_A and lora_B with two axes.")
-        shape, rank = (b.shape[0], a.shape[1]), a.shape[0]  # A [rank, K], B [N, rank]
-        size = sum(part.nbytes for part in parts.values())  # includes DoRA's magnitudes
-        kind = "dora" if config.use_dora else "lora"
-        leaves.append(Leaf(module, shape, f"{kind} {a.dtype.name}", size, rank))
-    leaves += _make_leaves(tensors)  # weights that replace weights of the base
+    config = ql.io.PeftConfig.read(path)
     about = {
         "base model": config.extra_settings.get("base_model_name_or_path"),
         "target modules": config.target_modules,
@@ -224,7 +190,8 @@ def _inspect_adapter(path: pathlib.Path) -> Contents:
         "rank stabilized": config.use_rslora,
         "bias": config.bias,
     }
-    return Contents(f"{'PEFT' if is_peft else 'MLX'} adapter", about, tuple(leaves))
+    tensors = ql.io.open_safetensors(path / "adapter_model.safetensors")
+    return Contents("PEFT adapter", about, _make_leaves(tensors))
 
 
 def _inspect_native(path: pathlib.Path) -> Contents:
@@ -232,27 +199,13 @@ def _inspect_native(path: pathlib.Path) -> Contents:
     tree, config = ql.io.restore(path)
     leaves = []
     for name, x in ql.leaves_by_path(tree).items():
-        if (rank := getattr(x, "rank", None)) is None:  # not an adapter
+        if getattr(x, "rank", None) is None:  # not an adapter
             shape, fmt = x.shape, _describe_format(x)
         else:
             shape, dtype = x.matrix_shape, next(iter(x.arrays.values())).dtype
             fmt = f"{x.label} {dtype.name}"
             if isinstance(x, ql.MergeAware):
                 fmt += f" for {_describe_format(x)}"
-        leaves.append(Leaf(name, tuple(shape), fmt, x.nbytes, rank))
+        leaves.append(Leaf(name, tuple(shape), fmt, x.nbytes))
     about = {} if config is None else {"rank": config.rank, "alpha": config.alpha}
     return Contents("qlora_jax tree", about, tuple(leaves))
-
-
-def _inspect_gguf(path: pathlib.Path) -> Contents:
-    file = open_gguf(path)
-    leaves = [
-        Leaf(x.name, x.shape, x.tensor_type.name, x.nbytes)
-        for x in file.tensors.values()
-    ]
-    about = {
-        "architecture": file.values.get("general.architecture"),
-        "parameters": sum(math.prod(leaf.shape) for leaf in leaves),
-    }
-    kind = file.values.get("general.type", "model")
-    return Contents(f"GGUF {kind}", about, tuple(leaves))

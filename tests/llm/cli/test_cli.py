@@ -193,7 +193,7 @@ def test_adapters_are_scored_merged_and_exported(
     file = tmp_path / "model.gguf"
     out = ("--format=gguf", "--tokenizer=false", "--out", file)
     assert run(capsys, "export", *model, *out)[1]["format"] == "gguf"
-    assert run(capsys, "inspect", file)[1]["about"]["architecture"] == "llama"
+    assert file.read_bytes()[:4] == b"GGUF"
     _, halved, _ = run(capsys, "score", "--model", file, "--data", rows)
     assert_close(halved["loss"], adapted["loss"], dtype="float16")
     status, _, err = run(capsys, "export", *model, *out)
@@ -218,7 +218,7 @@ def test_adapters_are_scored_merged_and_exported(
         == inspect_path(tmp_path / "peft")["kind"]
         == "PEFT adapter"
     )
-    assert [leaf["rank"] for leaf in inspect_path(path)["leaves"]] == [4] * 4
+    assert inspect_path(path)["about"]["rank"] == 4
     for tree_path in (tmp_path, tmp_path / "adapter.safetensors"):
         assert inspect_path(tree_path)["kind"] == "qlora_jax tree"
 
@@ -400,9 +400,8 @@ def test_wrong_data_is_listed_by_line(capsys, folder, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["inspect", "nowhere"], "must be a folder, a .safetensors or a .gguf file"),
+        (["inspect", "nowhere"], "must be a folder or a .safetensors file"),
         (["score", "--model=nowhere", "--data=x"], "must be a path or a hub id"),
-        (["inspect", "BROKEN"], "must be a whole GGUF file"),
         (["export", "--format=merged", "--out=new", "--model", "BROKEN"], "whole GGUF"),
     ],
 )

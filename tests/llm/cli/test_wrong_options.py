@@ -71,7 +71,6 @@ MISSING = [
     ("template", [*GENERATE, "--template", "nothing.jinja"]),
     ("run", ["export", "--run", "nothing"]),
     ("path", ["inspect", "nothing"]),
-    ("path", ["inspect", "nothing.gguf"]),
     ("path", ["inspect", "nothing.safetensors"]),
     ("config", ["train", "--config", "nothing.yaml"]),
     ("config", ["score", "--config", "nothing.yaml"]),

@@ -12,7 +12,6 @@ from stored import export, tensors_of
 from test_models import finish
 
 import qlora_jax as ql
-from qlora_jax.llm import app
 from qlora_jax.llm.gguf.decoder_in import read_gguf_lora
 from qlora_jax.llm.models.checkpoint import abstract_params, read_config
 from qlora_jax.llm.models.decoder_names import decoder_names
@@ -69,10 +68,6 @@ def test_what_we_write_is_read_to_the_bit(model, tmp_path):
             return [f.read_bytes() for f in sorted((x, *x.rglob("*"))) if f.is_file()]
 
         assert read_bytes(twice) == read_bytes(file)
-    kinds = [app.inspect(app.InspectConfig(str(tmp_path / n))) for n in ("mlx", name)]
-    assert [x.kind for x in kinds] == ["MLX adapter", "MLX adapter"]
-    gguf_adapter = app.inspect(app.InspectConfig(str(tmp_path / "lora.gguf")))
-    assert gguf_adapter.kind == "GGUF adapter"
 
 
 def write_gguf(path, factors, alpha=12.0, kind="llama", unsupported=None):
