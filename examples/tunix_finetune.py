@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from name_tables import tunix_names
 from tunix.models.llama3 import model as llama3
 from tunix.sft import peft_trainer, utils
 
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     base, lora = ql.nnx.split(model)
     print(ql.summary(base, lora))
     print(f"loss {before:.3f} before, {after:.3f} after")
-    ql.io.save_peft(args.out, base, lora, ql.io.tunix_names("llama3"))
+    ql.io.save_peft(args.out, base, lora, tunix_names("llama3"))
     print(f"an adapter for PEFT: {args.out}")
 
 

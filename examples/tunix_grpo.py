@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from name_tables import tunix_names
 from tunix.rl import rl_cluster
 from tunix.rl.grpo import grpo_learner
 from tunix.rl.rollout import base_rollout
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     trees = ql.nnx.split(cluster.actor_trainer.model)
     print(ql.summary(*trees))
     print(f"reward {rewards[:10].mean():.2f} at first, {rewards[-10:].mean():.2f} last")
-    ql.io.save_peft(args.out, *trees, ql.io.tunix_names("llama3"))
+    ql.io.save_peft(args.out, *trees, tunix_names("llama3"))
     print(f"an adapter for PEFT: {args.out}")
 
 

@@ -10,7 +10,6 @@ from .formats.registry import (
 from .hf.hub import fetch
 from .hf.load import load
 from .hf.merged import save_merged
-from .hf.name_tables import gemma_names, tunix_names
 from .model_folder import older_config_keys, read_config_json
 from .names import Entry, Names
 from .native import Restored, restore, save
@@ -32,7 +31,6 @@ __all__ = [
     "Tensors",
     "check_links",
     "fetch",
-    "gemma_names",
     "load",
     "load_peft",
     "new_path",
@@ -52,6 +50,5 @@ __all__ = [
     "save_mlx",
     "save_packed",
     "save_peft",
-    "tunix_names",
     "write_safetensors",
 ]

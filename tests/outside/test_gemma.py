@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_same_bits, randomized
+from name_tables import gemma_names
 from stored import draw_peft, tensors_of
 from tolerances import assert_close
 
@@ -172,9 +173,7 @@ PROJECTIONS += [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 @pytest.mark.parametrize(("num_kv_heads", "transpose"), [(2, True), (4, False)])
 def test_adapter_of_peft_is_that_of_the_same_weights(num_kv_heads, transpose, tmp_path):
     model, params = make_model(num_kv_heads, transpose)
-    names = ql.io.gemma_names(
-        qkv_einsum=num_kv_heads == 4, transpose_gating_einsum=transpose
-    )
+    names = gemma_names(qkv_einsum=num_kv_heads == 4, transpose_gating_einsum=transpose)
     sizes = {"q": (64, 32), "o": (32, 64), "gate": (48, 32), "up": (48, 32)}
     sizes |= {"k": (16 * num_kv_heads, 32), "v": (16 * num_kv_heads, 32)}
     sizes["down"] = (32, 48)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import assert_same_bits
+from name_tables import tunix_names
 from stored import draw_peft, tensors_of
 from tolerances import assert_close
 
@@ -83,7 +84,7 @@ def load_there(folder, tensors, model, params):
 @pytest.mark.parametrize("name", CASES)
 def test_adapters_of_peft_are_those_of_the_same_weights(name, tmp_path):
     make, params, family = CASES[name]
-    names, like = ql.io.tunix_names(family, qkv_einsum=family == "gemma3"), make()
+    names, like = tunix_names(family, qkv_einsum=family == "gemma3"), make()
     tensors = checkpoint(like, names)
     model = load_there(tmp_path / "base", tensors, like, params)
     modules = [n.removesuffix(".weight") for n in tensors if "_proj.weight" in n]
@@ -111,7 +112,7 @@ def test_tunixs_trainer_trains_the_adapters_that_are_exported(tmp_path):
     model, before, after = example.train(dim=32, depth=2, steps=30)
     assert after < before - 0.2
     base, lora = ql.nnx.split(model)
-    names = ql.io.tunix_names("llama3")
+    names = tunix_names("llama3")
     ql.io.save_peft(tmp_path / "adapter", base, lora, names)
 
     # The untrained model with the saved adapter equals the trained model.

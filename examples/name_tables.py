@@ -4,7 +4,7 @@
 # has gate and up in one. The axis that stacks these weights is a batch axis. The
 # letters of each `Entry` are the roles of axes: b batch, k contracted, n output.
 
-from ..names import Entry, Names
+from qlora_jax.io import Entry, Names
 
 _LAYER = "layers.{layer}."
 _ROTARY = (r".*\.rotary_emb\..*",)  # buffers of older checkpoints, not parameters
@@ -30,8 +30,7 @@ def tunix_names(
         ValueError: If `model` is not one of these.
 
     Example:
-        >>> import qlora_jax as ql
-        >>> names = ql.io.tunix_names("llama3")
+        >>> names = tunix_names("llama3")
         >>> names.of("layers/3/attn/q_proj/w").item(), names.roles("lm_head/w")
         ('model.layers.3.self_attn.q_proj.weight', 'kn')
     """
@@ -71,8 +70,7 @@ def gemma_names(
         prefix: The start of the names; "model.language_model." for multimodal models.
 
     Example:
-        >>> import qlora_jax as ql
-        >>> names = ql.io.gemma_names()
+        >>> names = gemma_names()
         >>> names.of("layer_0/mlp/gating_einsum", (2,))[1]
         'model.layers.0.mlp.up_proj.weight'
     """
