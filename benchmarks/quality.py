@@ -1,16 +1,18 @@
 """The quality of fine-tuning over a 4-bit base, a 16-bit base, and of all weights.
 
     python benchmarks/quality.py FOLDER [--tasks text,words,sums] [--minutes 600]
+    python benchmarks/quality.py FOLDER --table
 
-Each arm of a task is trained at three learning rates, together over one base, and then
-at higher or lower rates until the best rate is neither the highest nor the lowest. The
-validation rows that select it differ from the test rows. Two more seeds for adapters
-and data order are trained at the best rate. Every run appends its results to
-`quality.jsonl`, and finished runs are skipped, so the script can be stopped and
-restarted at any time.
+Each arm of a task is trained at three learning rates, and then at higher or lower rates
+until the best rate is neither the highest nor the lowest. The validation rows that
+select it differ from the test rows. Two more seeds for adapters and data order are
+trained at the best rate. Every run appends its results to `quality.jsonl`, and finished
+runs are skipped, so the script can be stopped and restarted at any time.
 
 The model of `text` is trained from scratch once, and saved in FOLDER. `sums` needs
-`reasoning-gym`. `quality_report.py` draws the results.
+`reasoning-gym`. `--table` prints the tables of the results: losses are in nats per
+token of the test rows, for the task `text` perplexities. Means over seeds have 95%
+intervals by Student's t.
 """
 
 import os
@@ -25,14 +27,16 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from quality_tasks import TASKS, TESTS, Task, make_task
+from small_models import TASKS, TESTS, Task, make_task
+from timing import table as as_table
 from tqdm import tqdm
 
 import qlora_jax as ql
@@ -45,6 +49,19 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
 RESULTS = pathlib.Path(__file__).with_name("quality.jsonl")
 SEEDS = (0, 1, 2)
+# Quantiles of Student's t by degrees of freedom, for 95% intervals.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+# The arms whose bases differ.
+BASES = {
+    "full": "float32",
+    "lora": "bfloat16",
+    "nf4": "nf4",
+    "nf4 double": "nf4 double",
+}
+BASES |= {"int4": "int4", "fp4": "fp4"}
+HEADER = ["arm", "rate", "before", "after", "exact before, %", "exact after, %"]
+HEADER += ["merged in float", "packed again"]
+UNTRAINED = ["base", "perplexity of its text", "change, %", "of the new text"]
 
 
 @dataclass(frozen=True)
@@ -87,8 +104,6 @@ ARMS = [
 
 class Bench:
     """A task and an arm, ready to train."""
-
-    rates_at_once = 3
 
     def __init__(self, folder: pathlib.Path, task: Task, arm: Arm):
         local_model = folder / task.model
@@ -184,26 +199,16 @@ class Bench:
             row["old"] = self.mean(trained, self.old)
         return row | {"test": self.mean(trained, self.data.test)}
 
-    def train(self, seed: int, rates: Sequence[float]) -> list[Any]:
-        """Returns the parameters trained at each learning rate."""
+    def train(self, seed: int, rate: float) -> Any:
+        """Returns the trained parameters."""
         task = self.task
-
-        def make_optimizer(rate):
-            schedule = train.make_schedule(
-                "cosine", rate, task.steps, warmup=task.steps // 10, end=rate / 20
-            )
-            return train.make_optimizer("adamw", schedule, beta2=0.99)
-
-        start = self.init(seed)
-
-        # Each state is donated.
-        def copy():
-            return jax.tree.map(jnp.copy, start)
-
-        state = train.State.stack(
-            [train.State.create(copy(), make_optimizer(x), seed) for x in rates]
+        schedule = train.make_schedule(
+            "cosine", rate, task.steps, warmup=task.steps // 10, end=rate / 20
         )
-        step = train.make_step(self.loss, make_optimizer, rates)
+        optimizer = train.make_optimizer("adamw", schedule, beta2=0.99)
+        start = jax.tree.map(jnp.copy, self.init(seed))  # the state is donated
+        state = train.State.create(start, optimizer, seed)
+        step = train.make_step(self.loss, optimizer)
         batches = data.batches(
             self.data.train,
             batch_size=task.batch_size,
@@ -213,13 +218,13 @@ class Bench:
         )
         for batch in tqdm(itertools.islice(batches, task.steps), total=task.steps):
             state, _ = step(state, self.base, [batch])
-        return [state.member(index).lora for index in range(len(rates))]
+        return state.lora
 
     def fit(self, seed: int, rates: Sequence[float]) -> list[dict[str, Any]]:
         """Returns the record of a run at each learning rate."""
         began = time.perf_counter()
-        trained = self.train(seed, rates)
-        losses = [self.valid_loss(parameters) for parameters in trained]
+        trained = [self.train(seed, rate) for rate in rates]
+        losses = [self.mean(parameters, self.data.valid) for parameters in trained]
         rows = [{"valid": x if math.isfinite(x) else None} for x in losses]
         best = losses.index(min(losses, key=_order))
         rows[best] |= self.measure(trained[best])
@@ -228,10 +233,6 @@ class Bench:
         return [
             {"rate": r} | run_facts | row for r, row in zip(rates, rows, strict=True)
         ]
-
-    def valid_loss(self, trained: Any) -> float:
-        """Returns the loss that chooses the learning rate."""
-        return self.mean(trained, self.data.valid)
 
     def measure(self, trained: Any) -> dict[str, Any]:
         """Returns measurements that only the best of several runs gets."""
@@ -256,7 +257,7 @@ def losses_by_rate(rows: Sequence[dict]) -> dict[float, float]:
 
 
 def plan(
-    rows: Sequence[dict], start: float, seeds: int, *, searches_rate: bool = True
+    rows: Sequence[dict], start: float, seeds: int
 ) -> tuple[int, list[float]] | None:
     """Returns the seed and the learning rates to train at next; None at the end.
 
@@ -264,19 +265,15 @@ def plan(
         rows: The records of an arm's runs.
         start: The middle of the first three rates.
         seeds: How many seeds are trained at the best rate.
-        searches_rate: Whether the best rate is searched. Otherwise `start` is the only
-            rate.
     """
-    best = start
-    if searches_rate:
-        first = losses_by_rate(rows)
-        if len(first) < 3:
-            return 0, [x for x in (start / 2, start, 2 * start) if x not in first]
-        best = min(first, key=first.__getitem__)
-        if best == max(first):
-            return 0, [2 * best]
-        if best == min(first):
-            return 0, [best / 2]
+    first = losses_by_rate(rows)
+    if len(first) < 3:
+        return 0, [x for x in (start / 2, start, 2 * start) if x not in first]
+    best = min(first, key=first.__getitem__)
+    if best == max(first):
+        return 0, [2 * best]
+    if best == min(first):
+        return 0, [best / 2]
     done = {row["seed"] for row in rows if row["rate"] == best}
     missing = [seed for seed in SEEDS[:seeds] if seed not in done]
     return (missing[0], [best]) if missing else None
@@ -289,13 +286,7 @@ def read_records(path: pathlib.Path, **fields: str) -> list[dict[str, Any]]:
 
 
 def study(
-    folder: pathlib.Path,
-    task: Task,
-    arm: Arm,
-    path: pathlib.Path,
-    end: float,
-    make_bench: Callable[..., Bench] = Bench,
-    rate: float | None = None,
+    folder: pathlib.Path, task: Task, arm: Arm, path: pathlib.Path, end: float
 ) -> None:
     """Trains an arm until it is finished or time is up, and appends its records.
 
@@ -305,28 +296,112 @@ def study(
         arm: The arm.
         path: The file of the records.
         end: When no other run is started, in seconds of `time.monotonic`.
-        make_bench: Prepares the runs of the arm.
-        rate: The only learning rate. None means that the best rate is searched.
     """
     study_key = {"task": task.name, "arm": arm.name}
-    start = rate or (task.full_rate if arm.rank is None else task.rate)
+    start = task.full_rate if arm.rank is None else task.rate
     bench = None
     while time.monotonic() < end:
         rows = read_records(path, **study_key)
         runs = [x for x in rows if x["rate"] is not None]
-        left = plan(runs, start, arm.seeds, searches_rate=rate is None)
+        left = plan(runs, start, arm.seeds)
         if rows and left is None:
             return
-        bench = bench or make_bench(folder, task, arm)
-        if not rows:
-            new_rows = [bench.before()]
-        else:
-            seed, rates = left or (0, [])
-            new_rows = bench.fit(seed, rates[: bench.rates_at_once])
+        bench = bench or Bench(folder, task, arm)
+        new_rows = bench.fit(*left) if rows and left else [bench.before()]
         lines = [json.dumps(study_key | row) + "\n" for row in new_rows]
         with path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
         print(*lines, sep="", end="", flush=True)
+
+
+class Results:
+    """The records of an arm of a task."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]):
+        runs = [row for row in rows if row["rate"] is not None]
+        (self.before,) = (row for row in rows if row["rate"] is None)
+        losses = sorted(losses_by_rate(runs).items())
+        self.curve = {rate: loss for rate, loss in losses if math.isfinite(loss)}
+        self.rate = min(self.curve, key=self.curve.__getitem__)
+        self.best = [row for row in runs if row["rate"] == self.rate]
+
+    def values(self, name: str) -> np.ndarray:
+        """Returns a number for each seed at the best rate; empty if there is none."""
+        entries = [row.get(name) for row in self.best]
+        return np.array([x for x in entries if x is not None], np.float64)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Returns the mean and half of its 95% interval, or nan for a single value."""
+    count = len(values)
+    if count < 2:
+        return float(values.mean()), math.nan
+    error = values.std(ddof=1) / math.sqrt(count)
+    return float(values.mean()), STUDENT[count - 1] * float(error)
+
+
+def shown(values: np.ndarray, digits: int) -> str:
+    """Returns the mean with its interval as text."""
+    if not values.size:
+        return ""
+    mean, half = interval(values)
+    margin = "" if math.isnan(half) else f" ± {half:.{digits}f}"
+    return f"{mean:.{digits}f}{margin}"
+
+
+def by_arm(records: Sequence[dict[str, Any]], task: str) -> dict[str, Results]:
+    """Returns the results of a task's arms that have runs."""
+    rows: dict[str, list] = {}
+    for record in records:
+        if record["task"] == task:
+            rows.setdefault(record["arm"], []).append(record)
+    return {
+        arm: Results(arm_rows) for arm, arm_rows in rows.items() if len(arm_rows) > 1
+    }
+
+
+def table(arms: dict[str, Results], is_text: bool) -> list[list[str]]:
+    """Returns the rows of a task's table."""
+    scale, digits = (np.exp, 2) if is_text else (np.asarray, 4)
+    rows = []
+    for arm, results in arms.items():
+        losses = (results.values(x) for x in ("test", "merged", "packed again"))
+        after, merged, again = (shown(scale(x), digits) for x in losses)
+        exact_before = results.before["exact"]
+        rows.append(
+            [
+                arm,
+                f"{results.rate:.1e}",
+                f"{scale(results.before['test']):.{digits}f}",
+                after,
+                "" if exact_before is None else f"{100 * exact_before:.1f}",
+                shown(100 * results.values("exact"), 1),
+                merged,
+                again,
+            ]
+        )
+    return rows
+
+
+def untrained(arms: dict[str, Results]) -> list[list[str]]:
+    """Returns the rows of the table of the bases before training, the best first."""
+    before = {arm: x.before for arm, x in arms.items() if arm in BASES}
+    exact = before["lora"]["old"]
+    rows = []
+    for arm, row in sorted(before.items(), key=lambda pair: pair[1]["old"]):
+        old, new = np.exp(row["old"]), np.exp(row["test"])
+        change = 100 * math.expm1(row["old"] - exact)
+        rows.append([BASES[arm], f"{old:.3f}", f"{change:+.2f}", f"{new:.3f}"])
+    return rows
+
+
+def print_tables(records: Sequence[dict[str, Any]]) -> None:
+    """Prints the tables of all tasks."""
+    for name in dict.fromkeys(record["task"] for record in records):
+        arms = by_arm(records, name)
+        print(f"\n{name}\n" + as_table(HEADER, table(arms, name == "text")))
+        if name == "text":
+            print("\nbefore training\n" + as_table(UNTRAINED, untrained(arms)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -336,7 +411,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true")
     args = parser.parse_args(argv)
+    if args.table:
+        return print_tables(read_records(args.results))
     end = time.monotonic() + 60 * args.minutes
     for task in (TASKS[name] for name in args.tasks.split(",")):
         make_task(args.folder, task)

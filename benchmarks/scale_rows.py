@@ -4,10 +4,28 @@ All have adapters in float32 on all linear modules of a layer, AdamW, and one ro
 batch per chip, or per group of chips along a `tensor` axis. The rank is 64, except in
 the rows of the notebook. Rows of models with experts have adapters on the modules in
 `target_modules`.
+
+`scale_models.json` has the `config.json` of each model, without the keys that do not
+change the program. Those of Qwen3.5 and Gemma 4 are the text halves, with the sizes in
+THUDM/slime (scripts/models), in rasbt/LLMs-from-scratch (ch05/17_gemma4), and in the
+defaults of transformers.
 """
 
+import json
+import pathlib
 from typing import Any
 
+CONFIGS: dict[str, dict] = json.loads(
+    pathlib.Path(__file__).with_name("scale_models.json").read_text("utf-8")
+)
+# Bytes that a program may use, as the TPU compiler reports them, or as in the
+# descriptions of GPUs below.
+HBM = {
+    "v5e": 15.75 * 2**30,
+    "v6e": 31.24 * 2**30,
+    "h100": 84_978_434_048,
+    "t4": 15_843_721_216,
+}
 NAMES = {
     "Qwen3-1.7B": "Qwen3-1.7B",
     "Qwen3-4B": "Qwen3-4B",
@@ -54,6 +72,44 @@ NOTEBOOK = {"lora_r": 16, "packing": True, "fmt": "int8"}
 NOTEBOOK |= {"merge_aware": True, "target_fmt": "nf4"}
 NOTEBOOK_V5E = NOTEBOOK | {"attention": "splash"}
 NOTEBOOK_T4 = NOTEBOOK | {"attention": "xla", "dtype": "float16"}
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
+  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+# From the output of deviceQuery on a T4. The bandwidth is 5,001 MHz x 2 x 256 bits.
+_T4 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 65536 threads_per_core_limit: 1024 core_count: 40
+  fpus_per_core: 64 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 320064000000 l2_cache_size: 4194304
+  clock_rate_ghz: 1.59 device_memory_size: 15843721216
+  shared_memory_per_block_optin: 65536
+  cuda_compute_capability { major: 7 minor: 5 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "Tesla T4"
+"""
+# Descriptions that XLA compiles for without a GPU.
+GPUS = {"h100": _H100, "t4": _T4}
+
+
+def chip_of(record: dict) -> str:
+    """Returns the name of a row's chips."""
+    return record["topology"].partition(":")[0]
 
 
 def row(

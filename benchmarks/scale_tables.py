@@ -1,10 +1,9 @@
 """The tables of docs/scale, from the records of `aot_scale.py`."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from scale_models import CHIPS, HBM, MODELS, chip_of
-from scale_paper import break_even, estimate
-from scale_rows import NAMES
+from scale_rows import HBM, NAMES, chip_of
 
 SHORT = {long: short for short, long in NAMES.items()}
 # Names in the tables for the options that a row has turned on, by setting and value.
@@ -23,6 +22,15 @@ WORDS = {
     ("base_memory", "host"): "base on host",
 }
 FIT_TOKENS = 8192
+# The numbers of the options in docs/scale/fit.md.
+FIT = {
+    "splash": 2,
+    "bf16 stream": 3,
+    "inputs on host": 4,
+    "MLP tiles": 5,
+    "Adam on host": 6,
+    "base on host": 7,
+}
 
 
 def fits(record: dict) -> bool:
@@ -51,34 +59,6 @@ def markdown(heads: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def moved(record: dict) -> str:
-    """Returns the GB that collectives move, by operation and element type, as text."""
-    collectives = sorted(record.get("collectives", ()), key=lambda x: -x["bytes"])
-    shown = [
-        f"{x['operation']} {x['dtype']} {gb(x['bytes'])}"
-        for x in collectives
-        if x["bytes"] >= 5e6
-    ]
-    return "<br>".join(shown) or "none"
-
-
-def seconds(record: dict) -> str:
-    """Returns the estimated seconds of a step as text, if they can be estimated."""
-    # The estimate is only made for TPUs, and for models whose layers are all alike and
-    # have no experts. It does not count the packing of merge-aware adapters.
-    config = MODELS[record["model"]]
-    is_uniform = len({kind.structure for kind in config.layers}) == 1
-    is_plain = is_uniform and not record["settings"].get("merge_aware")
-    if chip_of(record) not in CHIPS or config.experts or not is_plain:
-        return ""
-    estimated = estimate(record)
-
-    def show(x):
-        return f"{x:.2g}" if x < 100 else f"{x:.0f}"
-
-    return f"{show(estimated.best)} to {show(estimated.worst)}"
-
-
 def memory_cells(record: dict) -> list[str]:
     """Returns cells: HBM, whether the program fits, and host memory."""
     limit = HBM[chip_of(record)]
@@ -90,35 +70,82 @@ def memory_cells(record: dict) -> list[str]:
 
 
 def models_table(records: list[dict]) -> str:
-    """Returns the table by model and chips."""
-    heads = ["model", "chips", "mesh", "tokens a row", "base", "turned on", "HBM"]
-    heads += ["fits", "host", "collectives, GB a step", "s a step, on paper", "compile"]
+    """Returns the table by model and chips, of the records of `largest`."""
+    heads = ["model", "chips", "base", "tokens", "settings", "HBM", "host"]
+    heads.append("LoRA on bfloat16")
+    groups: dict[tuple, dict[bool, dict]] = {}
+    for x in largest(records):
+        is_lora = x["settings"].get("fmt") == "none"
+        models = list(NAMES.values())
+        key = models.index(x["model"]), chip_of(x), x["chips"]
+        groups.setdefault(key, {})[is_lora] = x
     rows = []
-    for x in sorted(records, key=_order):
-        s = x["settings"]
-        base = s.get("fmt", "nf4").replace("none", "bf16 (LoRA)")
+    for _, group in sorted(groups.items()):
+        x = group.get(False) or group[True]
+        settings = x["settings"]
+        mesh = settings.get("mesh", "")
+        cells = [settings.get("fmt", "nf4"), f"{settings['max_length']:,}"]
+        cells += [numbers(settings), gb(x["hbm"]), gb(x["host"])]
         rows.append(
             [
                 SHORT[x["model"]],
-                f"{x['chips']} {chip_of(x)}",
-                s.get("mesh", ""),
-                "2 x " * ("objective" in s) + f"{s['max_length']:,}",
-                base,
-                words(s),
-                *memory_cells(x),
-                moved(x) if fits(x) else "",
-                seconds(x) if fits(x) else "",
-                f"{x['compile_seconds']:.0f} s" if fits(x) else "",
+                f"{x['chips']} {chip_of(x)}" + f" ({mesh})" * bool(mesh),
+                *(cells if False in group else [""] * len(cells)),
+                lora_cell(group[True]) if True in group else "",
             ]
         )
     return markdown(heads, rows)
 
 
-def _order(record: dict) -> tuple:
-    s, models = record["settings"], list(NAMES.values())
-    is_lora = s.get("fmt") == "none"
-    group_key = models.index(record["model"]), record["chips"], chip_of(record)
-    return *group_key, is_lora, s["max_length"], -len(words(s))
+def numbers(settings: dict) -> str:
+    """Returns the numbers that docs/scale/fit.md gives to the settings of a row."""
+    on_gpu = {"blocks of scores": "2 (blocks)", "cuDNN": "2 (cuDNN)"}
+    texts = on_gpu | {word: str(number) for word, number in FIT.items()}
+    return ", ".join(texts.get(word, word) for word in turned_on(settings)) or "none"
+
+
+def lora_cell(record: dict) -> str:
+    """Returns whether LoRA on a bfloat16 base fits, with its tokens and HBM."""
+    tokens, limit = record["settings"]["max_length"], HBM[chip_of(record)]
+    if fits(record):
+        return f"{tokens:,}: {gb(record['hbm'])}"
+    return f"**no**, {gb(record['hbm'] - limit)} too much at {tokens:,}"
+
+
+def largest(records: list[dict]) -> list[dict]:
+    """Returns the record of most tokens that fits, for each model, chips and base.
+
+    Where none fits, that of fewest bytes. Records of DPO, PyTorch's code and the
+    notebook are left out.
+    """
+    special = {"objective", "engine", "merge_aware"}
+    chosen = (x for x in records if "hbm" in x and not special & {*x["settings"]})
+
+    def group_of(record):
+        names = "model", "topology", "chips"
+        return *(record[name] for name in names), record["settings"].get("fmt")
+
+    return best_by(group_of, chosen)
+
+
+def best_by(group_of: Callable, records: Iterable[dict]) -> list[dict]:
+    """Returns the record of each group of most tokens, or else of fewest bytes.
+
+    Of records with equal tokens, it is the one with the fewest options turned on.
+    """
+    best: dict[Any, dict] = {}
+    for record in records:
+        group = group_of(record)
+        if group not in best or _rank(record) > _rank(best[group]):
+            best[group] = record
+    return [*best.values()]
+
+
+def _rank(record: dict) -> tuple:
+    settings = record["settings"]
+    if fits(record):
+        return True, settings["max_length"], -len(turned_on(settings))
+    return False, -record["hbm"], 0
 
 
 def fit_rows(records: list[dict]) -> list[dict]:
@@ -134,27 +161,13 @@ def fit_rows(records: list[dict]) -> list[dict]:
 
 def fit_table(records: list[dict]) -> str:
     """Returns the table of `fit_rows`."""
-    heads = ["turned on", "HBM", "fits", "host", "s a step, on paper"]
-    rows = [
-        [words(x["settings"]), *memory_cells(x), seconds(x) if fits(x) else ""]
-        for x in fit_rows(records)
-    ]
-    return markdown(heads, rows)
-
-
-def break_even_table() -> str:
-    """Returns a table of the tokens from which a streamed base costs no time."""
-    rows = [[chip, f"{break_even(chip):,}"] for chip in CHIPS]
-    return markdown(["chip", "tokens a step"], rows)
+    rows = [[words(x["settings"]), *memory_cells(x)] for x in fit_rows(records)]
+    return markdown(["turned on", "HBM", "fits", "host"], rows)
 
 
 def tables(records: list[dict]) -> dict[str, str]:
     """Returns the tables of docs/scale by name."""
-    return {
-        "models": models_table(records),
-        "fit": fit_table(records),
-        "break-even": break_even_table(),
-    }
+    return {"models": models_table(records), "fit": fit_table(records)}
 
 
 def fill(page: str, tables: dict[str, str]) -> str:

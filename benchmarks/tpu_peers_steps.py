@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tpu_peers_rows import KERAS_LAYERS
 
 
 def tunix_step(row: dict) -> Any:
@@ -194,7 +193,7 @@ def keras_step(row: dict) -> Any:
     layers = [f"transformer_layer_{i}" for i in range(32)]
     policies = keras.dtype_policies.DTypePolicyMap("bfloat16")
     if settings.get("quantize"):
-        names = "|".join([*KERAS_LAYERS, "token_embedding"])
+        names = "|".join([*settings["target_layer_names"], "token_embedding"])
         policies[f"(.*/)?({names})"] = "int4/128_from_bfloat16"
     models = []
 

@@ -9,7 +9,7 @@ import pathlib
 import aot_scale
 import make_data
 import pytest
-import scale_models
+import scale_rows
 
 from qlora_jax.llm import app
 
@@ -17,8 +17,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # The chip that the settings of each platform are for, and the bytes that JAX may use
 # there. On a GPU, JAX allocates three quarters of the memory by default.
 CHIPS = {
-    "tpu": ("v5e", scale_models.HBM["v5e"]),
-    "gpu": ("t4", 0.75 * scale_models.HBM["t4"]),
+    "tpu": ("v5e", scale_rows.HBM["v5e"]),
+    "gpu": ("t4", 0.75 * scale_rows.HBM["t4"]),
 }
 
 
@@ -50,7 +50,7 @@ def test_the_step_for_an_accelerator_fits(platform):
     (record,) = [
         x
         for x in aot_scale.read_results()
-        if (scale_models.chip_of(x), f"Qwen/{x['model']}") == (chip, chosen["model"])
+        if (scale_rows.chip_of(x), f"Qwen/{x['model']}") == (chip, chosen["model"])
     ]
     assert app.TrainConfig.from_settings(others | record["settings"]) == config
     assert "error" not in record

@@ -3,11 +3,9 @@
 import json
 
 import numpy as np
-import one_file
 import pytest
 import quality
-import quality_report
-from quality_tasks import Task
+from small_models import Task
 
 from qlora_jax.llm.models.tiny import save_tiny
 
@@ -32,16 +30,9 @@ def test_rates_are_searched_until_the_best_is_between_others(rows, expected_plan
     assert quality.plan(rows, 2, seeds=2) == expected_plan
 
 
-def test_one_rate_is_trained_with_each_seed():
-    rows = [row(2, 0.3), row(1, 0.1, seed=1)]
-    assert quality.plan(rows, 2, seeds=2, searches_rate=False) == (1, [2])
-    rows.append(row(2, 0.2, seed=1))
-    assert quality.plan(rows, 2, seeds=2, searches_rate=False) is None
-
-
 def test_intervals_are_by_students_t():
     # 4.303 = t(0.975) of two degrees of freedom; the standard error is 1 / sqrt(3).
-    interval = quality_report.interval(np.array([1.0, 2.0, 3.0]))
+    interval = quality.interval(np.array([1.0, 2.0, 3.0]))
     assert interval == pytest.approx((2.0, 2.484), abs=1e-3)
 
 
@@ -57,26 +48,6 @@ def make_task(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.without_noise  # would round other weights to another code
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"keep": 0.5},
-        {"fmt": one_file.RESIDUAL},
-        {"starts_trained": True},
-    ],
-)
-def test_the_file_of_a_merge_aware_arm_computes_what_was_trained(options, tmp_path):
-    arm = one_file.FileArm("arm", rank=4, **options)
-    bench = one_file.FileBench(tmp_path, make_task(tmp_path), arm)
-    (trained,) = bench.train(0, [8e-2])
-    record = bench.measure(trained)
-    assert record["test"] == pytest.approx(bench.mean(trained, bench.data.test))
-    assert record["test"] != pytest.approx(bench.before()["test"], abs=1e-3)
-
-
-@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(tmp_path):
     task = make_task(tmp_path)
     results = tmp_path / "quality.jsonl"
@@ -87,7 +58,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path):
     records = quality.read_records(results)
     quality.study(tmp_path, task, NF4, results, end=float("inf"))
     assert quality.read_records(results) == records
-    results_of_arm = quality_report.by_arm(records, "task")
+    results_of_arm = quality.by_arm(records, "task")
     assert (
         len(results_of_arm["nf4"].best) == 2 and len(results_of_arm["full"].best) == 1
     )
@@ -96,5 +67,4 @@ def test_a_study_goes_on_where_it_stopped(tmp_path):
     )
     for arm in results_of_arm.values():
         assert min(arm.values("test")) < arm.before["test"]
-    quality_report.draw({"task": results_of_arm}).draw_without_rendering()
-    assert len(quality_report.table(results_of_arm, is_text=False)) == 2
+    assert len(quality.table(results_of_arm, is_text=False)) == 2

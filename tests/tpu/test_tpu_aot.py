@@ -1,7 +1,6 @@
 """Compiles the TPU kernel with the real TPU compiler, in one process per chip."""
 
 import functools
-import importlib
 import json
 import re
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import tpu_schedules
 from hlo_text import collectives
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tpu_helpers import TOPOLOGIES, chips_of, needs_libtpu, on_one, run_script
@@ -251,13 +251,10 @@ def test_the_kernel_takes_part_in_sharded_products():
 def test_few_rows_take_few_bundles(chip, fmt, most, monkeypatch):
     """Bounds the bundles per 512 x 512 tile, including the overhead of a grid step."""
     root = Path(__file__).parents[2]
-    monkeypatch.syspath_prepend(root / "benchmarks")
     monkeypatch.setenv("PYTHONPATH", str(root))
-    tpu_static = importlib.import_module("tpu_static")
-    case = {"kind": "packed", "m": 16, "transpose": False, "fmt": fmt}
-    compiled = tpu_static.compile_case(chip, **case)
+    compiled = tpu_schedules.compile_schedule(chip, 16, fmt)
     assert (compiled.temporary, compiled.loops) == (0, [])
-    tiles = tpu_static.ROWS * 1024 / 512**2
+    tiles = tpu_schedules.ROWS * 1024 / 512**2
     # The older compiler schedules the same kernel a little less densely.
     newest = tuple(map(int, version("jax").split(".")[:2])) >= (0, 12)
     assert 0 < compiled.bundles / tiles <= most * (1 if newest else 1.2)
