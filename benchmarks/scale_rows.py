@@ -68,7 +68,7 @@ BLOCKS = H100 | {"attention": "blocks"}
 CUDNN = H100 | {"attention": "cudnn"}
 MIXED_H100 = PLAIN | {"stream_dtype": "bfloat16"} | EXPERTS
 # The notebook's settings for a TPU v5e and for a T4 (examples/colab.ipynb).
-NOTEBOOK = {"lora_r": 16, "packing": True, "fmt": "int8"}
+NOTEBOOK = {"rank": 16, "packing": True, "fmt": "int8"}
 NOTEBOOK |= {"merge_aware": True, "target_fmt": "nf4"}
 NOTEBOOK_V5E = NOTEBOOK | {"attention": "splash"}
 NOTEBOOK_T4 = NOTEBOOK | {"attention": "xla", "dtype": "float16"}
@@ -128,7 +128,7 @@ def row(
     sizes = dict(part.split("=") for part in mesh.split(",")) if mesh else {}
     rows = int(sizes.get("data", 1)) * int(sizes.get("fsdp", 1))
     all_settings = {
-        "lora_r": 64,
+        "rank": 64,
         "batch_size": rows,
         "max_length": tokens,
         **settings,

@@ -35,8 +35,8 @@ def test_a_cpu_gets_the_small_model(capsys):
     names = run_cell("settings")
     assert names["SETTINGS"] == names["choose_settings"]("cpu")
     config = app.TrainConfig.from_settings(names["SETTINGS"])
-    assert config.model.path == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert capsys.readouterr().out == f"{config.model.path} for cpu\n"
+    assert config.model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert capsys.readouterr().out == f"{config.model} for cpu\n"
 
 
 @pytest.mark.parametrize("platform", CHIPS)

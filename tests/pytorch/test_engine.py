@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     save_model(folder / "model", transformers.GPTNeoXConfig)
     write_rows(folder)
     settings = {"steps": 3, "batch_size": 4, "max_length": 64, "dtype": "float32"}
-    settings |= {"learning_rate": 1e-2, "lora_r": 4}
+    settings |= {"learning_rate": 1e-2, "rank": 4}
     command = ["train", *arguments(folder), "--out", str(folder / "run")]
     for name, value in settings.items():
         command += [f"--{name}", str(value)]

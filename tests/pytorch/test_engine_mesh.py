@@ -21,7 +21,7 @@ def test_a_mesh_has_the_loss_and_the_gradients_of_one_device(tmp_path):
     folder = save_model(tmp_path / "model", GPTNeoXConfig, num_hidden_layers=2)
     model = open_model(str(folder), engine="torch")
     packing = model.packing_config("nf4", 32, False)
-    adapters = lora_config_for(app.AdapterConfig(rank=4), model, packing)
+    adapters = lora_config_for(app.TrainConfig("m", "d", "o", rank=4), model, packing)
     base = model.read(dtype=jnp.float32, packing_config=packing, progress=False).base
     lora = ql.init(jax.random.key(0), base, adapters)[1]
     lora = jax.tree.map(lambda x: x + 0.02, lora)  # otherwise, B would be 0

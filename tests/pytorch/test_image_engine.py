@@ -31,7 +31,7 @@ def trained(tmp_path_factory):
     processor = save_image_model(folder / "model")
     (folder / "rows.jsonl").write_text("".join(map(to_line, ROWS)))
     settings = {"steps": 3, "batch_size": 4, "max_length": 64, "dtype": "float32"}
-    settings |= {"learning_rate": 1e-2, "lora_r": 4, "engine": "torch"}
+    settings |= {"learning_rate": 1e-2, "rank": 4, "engine": "torch"}
     command = ["train", "--model", str(folder / "model"), "--out", str(folder / "run")]
     command += ["--data", str(folder / "rows.jsonl")]
     for name, value in settings.items():
@@ -100,9 +100,9 @@ def test_a_vision_tower_is_adapted_only_by_name(trained):
     names = {"all-linear": set(), "q_proj,fc1": {"fc1", "q_proj"}}
     for target_modules, expected in names.items():
         config = app.TrainConfig.from_settings(
-            settings | {"target_modules": target_modules, "lora_r": 4}
+            settings | {"target_modules": target_modules, "rank": 4}
         )
-        model = base_model.open_model(config.model.path, engine="torch")
+        model = base_model.open_model(config.model, engine="torch")
         packing = base_model.packing_config_for(config.model, model, "nf4")
         adapters = base_model.lora_config_for(config.adapter, model, packing)
         base, lora = base_model.init_shapes(model.base, adapters)

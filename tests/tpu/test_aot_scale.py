@@ -47,7 +47,7 @@ SETTINGS = {
     "model": "model",
     "data": "data",
     "out": "out",
-    "lora_r": RANK,
+    "rank": RANK,
     "attention": "splash",
     "dtype": "bfloat16",
     "stream_dtype": "bfloat16",
@@ -86,8 +86,8 @@ def both(mesh, **overrides):
     devices = jax.devices()[: 8 if mesh else 1]
     lowered = lower_step(config, model, devices)
 
-    on = make_mesh(config.devices.mesh_sizes, devices)
-    place = make_placer(model.engine, on, config.model.base_memory)
+    on = make_mesh(config.mesh_sizes, devices)
+    place = make_placer(model.engine, on, config.base_memory)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.bfloat16), model.base)
     packing = model.packing_config("nf4", 16, True)
     base = ql.quantize(zeros, packing)
@@ -96,7 +96,7 @@ def both(mesh, **overrides):
     base, lora = place(base, lora)
     program = make_program(config, model.engine)
     state = State.create(lora, program.optimizer, 0)
-    rows = 8 if config.training.objective == "sft" else 16  # both answers of a pair
+    rows = 8 if config.objective == "sft" else 16  # both answers of a pair
     ids, weights = np.zeros((rows, 8), np.int32), np.zeros((rows, 8), np.float32)
     answers = None if rows == 8 else np.zeros((rows, 1, 8), np.float32)
     batch = Batch(*[ids] * 5, weights, answers)

@@ -11,16 +11,6 @@ from .configs import (
     ScoreConfig,
 )
 from .train_config import TrainConfig
-from .train_groups import (
-    AdapterConfig,
-    DataConfig,
-    DevicesConfig,
-    EvaluationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    OutputConfig,
-    TrainingConfig,
-)
 
 if TYPE_CHECKING:
     from .checking import Checked, check
@@ -35,23 +25,16 @@ if TYPE_CHECKING:
     from .writing import Written, export
 
 __all__ = [
-    "AdapterConfig",
     "Answer",
     "CheckConfig",
     "Checked",
     "Contents",
-    "DataConfig",
-    "DevicesConfig",
-    "EvaluationConfig",
     "ExportConfig",
     "FileLosses",
     "GenerateConfig",
     "Generated",
     "InspectConfig",
     "Leaf",
-    "ModelConfig",
-    "OptimizerConfig",
-    "OutputConfig",
     "Pair",
     "Preview",
     "Repacked",
@@ -61,7 +44,6 @@ __all__ = [
     "SweepResult",
     "TrainConfig",
     "TrainResult",
-    "TrainingConfig",
     "Written",
     "check",
     "export",

@@ -49,7 +49,6 @@ from .run_folder import (
     read_run_config,
 )
 from .train_config import TrainConfig
-from .train_groups import AdapterConfig, ModelConfig
 
 # A model in `Decoder` or in PyTorch's code, with the attributes that all commands need.
 Engine = JaxEngine | TorchEngine
@@ -302,7 +301,7 @@ def open_model(
         model_engine,
         model_engine.shapes,
         adapter_path=adapter_path,
-        recode=recode or any(x.model.recode for x in run_configs_of(adapter)),
+        recode=recode or any(x.recode for x in run_configs_of(adapter)),
         name=name,
         source=source,
     )
@@ -426,7 +425,7 @@ def run_configs_of(
 def _engine_of_runs(adapters: str | Sequence[str] | None) -> EngineName:
     """Returns the engine of the run that wrote the first adapter, or "auto"."""
     run_configs = run_configs_of(adapters)
-    return run_configs[0].model.engine if run_configs else "auto"
+    return run_configs[0].engine if run_configs else "auto"
 
 
 def hash_files(path: pathlib.Path) -> str:
@@ -466,16 +465,15 @@ def open_run(
         )
     ql.io.check_links(folder)
     run_config = read_run_config(folder / CONFIG)
-    settings = run_config.model
     model = open_model(
-        base_model or settings.path,
-        recode=recode or settings.recode,
-        engine=engine or settings.engine,
+        base_model or run_config.model,
+        recode=recode or run_config.recode,
+        engine=engine or run_config.engine,
     )
     packing_config = None
-    if run_config.adapter.merge_aware:
-        packing_config = packing_config_for(settings, model)
-    lora_config = lora_config_for(run_config.adapter, model, packing_config)
+    if run_config.merge_aware:
+        packing_config = packing_config_for(run_config, model)
+    lora_config = lora_config_for(run_config, model, packing_config)
     # Shapes are enough to restore the adapter, and to describe it for PEFT.
     base, lora = init_shapes(model.base, lora_config)
     with quiet_orbax(), Checkpoints(folder / STATE, read_only=True) as checkpoints:
@@ -505,7 +503,7 @@ def open_model_for(config: ExportConfig) -> tuple[BaseModel, int | None]:
 
 
 def packing_config_for(
-    settings: ModelConfig, model: BaseModel, default_fmt: str = "none"
+    settings: TrainConfig, model: BaseModel, default_fmt: str = "none"
 ) -> ql.QLoRAConfig | None:
     """Returns how training packs the layers; None if they are used as stored."""
     return model.packing_config(
@@ -531,7 +529,7 @@ def training_load_options(
     """
     run_configs = run_configs_of(config.adapter, config.run)
     uses_run = bool(run_configs) and not _packs_differently(config, run_configs[0])
-    settings: Any = run_configs[0].model if uses_run else config
+    settings: Any = run_configs[0] if uses_run else config
     fmt, block_size, double_quant = (getattr(settings, x) for x in PACKING_OPTIONS)
     if fmt is None and model.stored_fmt is None:
         for name in PACKING_OPTIONS[1:]:  # all but `fmt`
@@ -542,8 +540,7 @@ def training_load_options(
                 )
     # All adapters share one base. Name those that were trained on another one.
     for run_config in run_configs:
-        trained_on = run_config.model
-        paths = {os.path.realpath(path) for path in (model.name, trained_on.path)}
+        paths = {os.path.realpath(path) for path in (model.name, run_config.model)}
         if len(paths) > 1 or _packs_differently(settings, run_config):
             base_fmt = fmt or model.stored_fmt or "none"
             here = f"Its weights have fmt {base_fmt} here, as the options say"
@@ -553,8 +550,8 @@ def training_load_options(
                     "right if it was exported from the other one"
                 )
             log(
-                f"note: {run_config.output.out} was trained on {trained_on.path} with "
-                f"fmt {trained_on.fmt}. {here}"
+                f"note: {run_config.out} was trained on {run_config.model} with "
+                f"fmt {run_config.fmt}. {here}"
             )
     # The settings of a run have the defaults of these options, even with `fmt` none.
     if fmt == "none" and model.stored_fmt is None and not uses_run:
@@ -579,8 +576,7 @@ def training_load_options(
 def _packs_differently(config: object, run_config: TrainConfig) -> bool:
     """Returns whether options of `config` that are set differ from those of a run."""
     options = [
-        (getattr(config, x, None), getattr(run_config.model, x))
-        for x in PACKING_OPTIONS
+        (getattr(config, x, None), getattr(run_config, x)) for x in PACKING_OPTIONS
     ]
     return any(value not in (None, trained) for value, trained in options)
 
@@ -605,7 +601,7 @@ def read_as_trained(
 
 
 def lora_config_for(
-    config: AdapterConfig,
+    config: TrainConfig,
     model: BaseModel,
     packing_config: ql.QLoRAConfig | None,
 ) -> ql.QLoRAConfig:
@@ -636,24 +632,24 @@ def lora_config_for(
     return ql.QLoRAConfig(
         rank=config.rank,
         rank_pattern=_find_small_kernels(config, model, targets),
-        alpha=config.alpha,
+        alpha=config.lora_alpha,
         targets=tuple(map(re.escape, targets)),
         trainable=config.trainable or (),
         contract=model.contract_of([*map(re.escape, targets)]),
-        dropout=config.dropout,
-        rank_stabilized=config.rank_stabilized,
+        dropout=config.lora_dropout,
+        rank_stabilized=config.use_rslora,
         use_dora=config.use_dora,
         **settings,
     )
 
 
-def _is_trained_in_full(config: AdapterConfig, path: str) -> bool:
+def _is_trained_in_full(config: TrainConfig, path: str) -> bool:
     """Returns whether a leaf is trained itself, so that it gets no LoRA."""
     return bool(config.trainable and re.fullmatch(config.trainable, path))
 
 
 def _find_small_kernels(
-    config: AdapterConfig, model: BaseModel, targets: Sequence[str]
+    config: TrainConfig, model: BaseModel, targets: Sequence[str]
 ) -> dict[str | re.Pattern, int]:
     """Returns patterns of kernels that are smaller than their adapters, and the rank.
 

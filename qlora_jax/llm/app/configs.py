@@ -175,7 +175,7 @@ class ExportConfig(Config):
     gguf_type: Literal["F16", "Q8_0", "Q4_0"] | None = None
     tokenizer: bool = True
     data: str | None = option(None, section="other")
-    server: ServerName | None = option(None, name="for", aliases=("server",))
+    server: ServerName | None = option(None, name="for")
     push_to_hub: str | None = None
 
     def __post_init__(self):

@@ -48,17 +48,16 @@ class Evaluation:
         self._base, self._frozen = base, frozen
         self._compute_means = make_means(program.eval_loss)
         self._path = run.folder / ANSWERS
-        batches = make_eval_batches(config.training, run.data.valid)
+        batches = make_eval_batches(config, run.data.valid)
         self._batches = [*map(make_batch_placer(run.mesh), batches)]
-        training = config.training
-        num_training_batches = (training.steps or 0) * training.accumulation
+        num_training_batches = (config.steps or 0) * config.accumulation
         # The sample is empty if every evaluation uses all batches.
         self._sample = []
-        if not (config.evaluation.eval_every or config.evaluation.keep_best):
+        if not (config.eval_every or config.keep_best):
             self._sample = sample_batches(self._batches, num_training_batches)
-        self._examples = run.data.valid_examples[: config.evaluation.eval_examples]
+        self._examples = run.data.valid_examples[: config.eval_examples]
         self._prompts = [self._tokenizer.decode(x.prompt) for x in self._examples]
-        max_new_tokens = config.evaluation.max_new_tokens
+        max_new_tokens = config.max_new_tokens
         if max_new_tokens is None:
             expected_ids = (
                 self._tokenizer.encode(x.answer, add_special_tokens=False)
@@ -81,7 +80,7 @@ class Evaluation:
         sample of the batches and generate no answers. Some answers are printed.
         """
         metrics, step, config = {}, int(state.step), self._config
-        is_full = is_full or step in (0, config.training.steps)
+        is_full = is_full or step in (0, config.steps)
         if self._sample:
             means = self._compute_means(self._frozen, state.lora, self._sample)
             metrics |= {f"valid_sample_{name}": mean for name, mean in means.items()}
@@ -89,11 +88,11 @@ class Evaluation:
             means = self._compute_means(self._frozen, state.lora, self._batches)
             metrics |= {f"valid_{name}": mean for name, mean in means.items()}
             loss = metrics["valid_loss"]
-            if find_objective(config.training.objective).is_cross_entropy:
+            if find_objective(config.objective).is_cross_entropy:
                 # `math.exp` raises OverflowError above 709.8.
                 metrics["valid_perplexity"] = math.exp(loss) if loss < 700 else math.inf
         # Answers take long, so by default only full evaluations generate them.
-        if self._examples and (is_full or config.evaluation.eval_every):
+        if self._examples and (is_full or config.eval_every):
             metrics["exact_match"] = self._evaluate_answers(state)
         return metrics
 
@@ -107,7 +106,7 @@ class Evaluation:
             self._tokenizer,
             self._examples,
             max_new_tokens=self._max_new_tokens,
-            batch_size=config.evaluation.eval_batch_size,
+            batch_size=config.eval_batch_size,
             progress=is_first(),
         )
         texts = [answer.text for answer in generated]
@@ -119,7 +118,7 @@ class Evaluation:
 
     def _show(self, texts: list[str], title: str) -> None:
         lines, rows = [title], zip(self._examples, self._prompts, texts, strict=True)
-        for example, prompt, text in [*rows][: self._config.evaluation.samples]:
+        for example, prompt, text in [*rows][: self._config.samples]:
             verdict = "exact" if text.strip() == example.answer.strip() else "wrong"
             prompt = prompt.strip()[-_SHOWN_CHARACTERS:]
             answer = text[:_SHOWN_CHARACTERS]

@@ -22,7 +22,7 @@ LogStep = Callable[[Mapping[str, Any], int], object]  # takes metrics and their 
 @contextlib.contextmanager
 def open_loggers(run: Run, resume_after: int | None) -> Iterator[LogRow]:
     """Yields a function that logs the metrics of a step, in the first process only."""
-    names = run.config.output.loggers if is_first() else []
+    names = run.config.loggers if is_first() else []
     log_functions: list[LogStep] = []
     with contextlib.ExitStack() as stack:
         with all_or_none():

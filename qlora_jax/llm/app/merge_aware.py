@@ -17,7 +17,7 @@ import qlora_jax as ql
 from .configs import AdapterFormat, ExportConfig, TargetFmt
 from .processes import log
 from .servers import FMTS_BY_FORMAT, INT4_FMTS
-from .train_groups import AdapterConfig
+from .train_config import TrainConfig
 
 # The default of `export --format` for each number format of merge-aware adapters.
 _EXPORT_FORMATS = dict.fromkeys(("nf4", "fp4"), "bitsandbytes")
@@ -29,7 +29,7 @@ _PACKING_FIELDS = ("fmt", "block_size", "double_quant")
 
 
 def target_settings(
-    config: AdapterConfig, base_packings: set[Any], unadapted: Sequence[str]
+    config: TrainConfig, base_packings: set[Any], unadapted: Sequence[str]
 ) -> dict[str, Any]:
     """Returns the settings of `QLoRAConfig` that make adapters merge-aware.
 

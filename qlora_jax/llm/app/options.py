@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import (
@@ -35,6 +35,28 @@ REQUIRED: Any = dataclasses.MISSING  # the default of an option that must be giv
 _UNIONS = (Union, types.UnionType)
 _TYPE_NAMES: dict[Any, str] = {int: "an integer", float: "a number", str: "text"}
 _TYPE_NAMES |= {bool: "true or false", list: "a list", dict: "a mapping"}
+# Names in PEFT, transformers and TRL that are too different from ours to be guessed.
+_NAMES_ELSEWHERE = {
+    "adam_beta2": "beta2",
+    "alpha": "lora_alpha",
+    "chat_template_path": "template",
+    "dropout": "lora_dropout",
+    "eval_steps": "eval_every",
+    "gradient_accumulation_steps": "accumulation",
+    "gradient_checkpointing": "remat",
+    "lora_r": "rank",
+    "lr_scheduler_type": "schedule",
+    "max_grad_norm": "clip",
+    "max_steps": "steps",
+    "modules_to_save": "trainable",
+    "num_train_epochs": "epochs",
+    "optim": "optimizer",
+    "output_dir": "out",
+    "per_device_train_batch_size": "batch_size",
+    "r": "rank",
+    "report_to": "log",
+    "save_steps": "save_every",
+}
 
 
 class Limit(NamedTuple):
@@ -56,14 +78,13 @@ SEED = Limit("from 0 to 2**32 - 1", lambda x: 0 <= x < 1 << 32)
 
 @dataclass(frozen=True)
 class Option:
-    """A field of a config, or of a group inside a config."""
+    """A field of a config."""
 
-    path: str  # the field, with its group: "adapter.rank"
+    field: str
     hint: Any  # the type annotation of the field
     default: Any
     help: str  # from the docstring of the config
     name: str  # in flags, files, error messages and the saved states of a run
-    aliases: tuple[str, ...] = ()
     section: str | None = None  # of `--help`, for this option and the next ones
     limit: Limit | None = None
     may_change: bool = False  # whether a resumed run may have another value
@@ -73,7 +94,6 @@ def option(
     default: T,
     *,
     name: str | None = None,
-    aliases: tuple[str, ...] = (),
     section: str | None = None,
     limit: Limit | None = None,
     may_change: bool = False,
@@ -82,16 +102,15 @@ def option(
 
     Args:
         default: The value if the option is not given, or `REQUIRED`.
-        name: The name in flags and files, by default that of the field.
-        aliases: Other names in flags and files.
+        name: The name in flags and files, if it cannot be that of the field.
         section: The title of the section of `--help` for this option and the options
             after it, up to the next `section`.
         limit: The values that the option accepts.
         may_change: Whether a resumed run may have another value. This must not affect
             the trained weights.
     """
-    metadata: dict[str, object] = dict(name=name, aliases=aliases, section=section)
-    metadata |= dict(limit=limit, may_change=may_change)
+    metadata: dict[str, Any] = dict(section=section, limit=limit, may_change=may_change)
+    metadata |= {} if name is None else dict(name=name)
     if isinstance(default, dict | list):
         field: Any = dataclasses.field(default_factory=default.copy, metadata=metadata)
     else:
@@ -100,23 +119,21 @@ def option(
 
 
 class Config:
-    """Base of the config classes. Their fields are options, or groups of options."""
+    """Base of the config classes, which are frozen dataclasses of options."""
 
     # What `--help` shows as required; by default, the options without a default.
     usage: ClassVar[str] = ""
+    # The options that `--help` lists, if `--help-all` lists more.
+    common: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self):
-        # A config with groups overrides this method, since each group checks itself.
-        for option in options_of(type(self)).values():
-            value = getattr(self, option.path)
+        for name, value in self.to_settings().items():
+            limit = options_of(type(self))[name].limit
             values = value if isinstance(value, list) else [value]
             # None stands for a default that the data or the model decide.
-            if option.limit is not None and not all(
-                x is None or option.limit.contains(x) for x in values
-            ):
-                description = option.limit.description
+            if limit and not all(x is None or limit.contains(x) for x in values):
                 raise ValueError(
-                    f"`{option.name}` must be {description}. Got {value!r}."
+                    f"`{name}` must be {limit.description}. Got {value!r}."
                 )
 
     @classmethod
@@ -124,115 +141,67 @@ class Config:
         """Returns a config with settings from a file, from flags or from Python code.
 
         Args:
-            settings: Values by the names of options, such as `lora_r`. The options of a
-                group may also be nested, as in `{"adapter": {"rank": 8}}`. Strings are
-                converted to the types of the options.
+            settings: Values by the names of options. Strings are converted to the types
+                of the options.
 
         Raises:
-            ValueError: If a name is unknown, an option is set under two names, a value
-                is wrong, or a required option is missing.
+            ValueError: If a name is unknown, a value is wrong, or a required option is
+                missing.
         """
         options = options_of(cls)
+        check_names(settings, options)
         values = {
-            name: _convert_option(options[name], value)
-            for name, value in cls.resolve_names(settings).items()
+            options[name].field: _convert_option(options[name], value)
+            for name, value in settings.items()
         }
         required = [x.name for x in options.values() if x.default is REQUIRED]
-        if missing := [f"`{name}`" for name in required if name not in values]:
+        if missing := [f"`{name}`" for name in required if name not in settings]:
             raise ValueError(f"{' and '.join(missing)} must be given.")
-        groups = groups_of(cls)
-        # The fields of each group, and under "" those of the config itself.
-        fields: dict[str, dict[str, Any]] = {name: {} for name in ("", *groups)}
-        for name, value in values.items():
-            group, _, field = options[name].path.rpartition(".")
-            fields[group][field] = value
-        configs = {name: group(**fields[name]) for name, group in groups.items()}
-        return cls(**configs, **fields[""])
-
-    @classmethod
-    def resolve_names(cls, settings: Mapping[str, object]) -> dict[str, object]:
-        """Returns settings as a flat dict, with each option under its main name.
-
-        Settings may use aliases, or be nested in their groups. Values stay as they are.
-
-        Args:
-            settings: As in `from_settings`.
-
-        Raises:
-            ValueError: If a name is unknown, or if an option is set under two names.
-        """
-        main_names = {}
-        for option in options_of(cls).values():
-            every_name = option.name, option.path, *option.aliases
-            main_names |= dict.fromkeys(every_name, option.name)
-        pairs = [*_flatten(cls, settings, main_names)]
-        if unknown := [key for key, _ in pairs if key not in main_names]:
-            raise ValueError(
-                f"`settings` must be options of the command. Got {unknown}."
-                f"{did_you_mean(unknown[0], main_names)}"
-            )
-        names_used: dict[str, list[str]] = {}  # the names under which options are set
-        for key, _ in pairs:
-            names_used.setdefault(main_names[key], []).append(key)
-        if repeated := [names for names in names_used.values() if len(names) > 1]:
-            described = ", ".join(" and ".join(names) for names in repeated)
-            raise ValueError(f"`settings` must set each option once. Got {described}.")
-        return {main_names[key]: value for key, value in pairs}
+        return cls(**values)
 
     def to_settings(self) -> dict[str, Any]:
         """Returns the value of each option, by its name."""
-        return {
-            name: functools.reduce(getattr, option.path.split("."), self)
-            for name, option in options_of(type(self)).items()
-        }
+        options = options_of(type(self))
+        return {name: getattr(self, option.field) for name, option in options.items()}
 
-    def replace(self, **settings: object) -> Self:
+    def replace(self, **options: Any) -> Self:
         """Returns a config with other values for some options.
 
         Args:
-            **settings: Values by the names of options.
+            **options: Values by the names of fields.
         """
-        return self.from_settings(self.to_settings() | self.resolve_names(settings))
+        return dataclasses.replace(cast(Any, self), **options)
 
 
-@functools.cache
-def groups_of(config_type: type[Config]) -> Mapping[str, type[Config]]:
-    """Returns the fields of a config that are groups of options, and their classes."""
-    hints = get_type_hints(config_type)
-    return {
-        field.name: hint
-        for field in dataclasses.fields(cast(Any, config_type))
-        if isinstance(hint := hints[field.name], type) and issubclass(hint, Config)
-    }
+def check_names(settings: Mapping[str, object], options: Mapping[str, Option]) -> None:
+    """Raises ValueError if a name is not that of an option."""
+    if unknown := [name for name in settings if name not in options]:
+        raise ValueError(
+            f"`settings` must be options of the command. Got {unknown}."
+            f"{suggest_option(unknown[0], options)}"
+        )
+
+
+def suggest_option(name: str, options: Mapping[str, Option]) -> str:
+    """Returns " Did you mean `x`?" for an unknown option, if one is similar."""
+    elsewhere = _NAMES_ELSEWHERE.get(name)
+    if elsewhere in options:
+        return f" Did you mean `{elsewhere}`?"
+    return did_you_mean(name, options)
 
 
 @functools.cache
 def options_of(config_type: type[Config]) -> Mapping[str, Option]:
-    """Returns the options of a config by name, including those of its groups."""
+    """Returns the options of a config by name."""
     hints, options = get_type_hints(config_type), {}
     for field in dataclasses.fields(cast(Any, config_type)):
-        if field.name in groups_of(config_type):
-            for option in options_of(hints[field.name]).values():
-                path = f"{field.name}.{option.path}"
-                # The field of a group can set this for all options of the group.
-                may_change = field.metadata.get("may_change", option.may_change)
-                options[option.name] = dataclasses.replace(
-                    option, path=path, may_change=may_change
-                )
-            continue
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        settings = dict(field.metadata)
-        name = settings.pop("name", None) or field.name
-        options[name] = Option(
-            field.name,
-            hints[field.name],
-            default,
-            _read_help(config_type, field.name),
-            name,
-            **settings,
-        )
+        settings = {"name": field.name, **field.metadata}
+        text = _read_help(config_type, field.name)
+        option = Option(field.name, hints[field.name], default, text, **settings)
+        options[option.name] = option
     return options
 
 
@@ -243,26 +212,6 @@ def _read_help(config_type: type, field: str) -> str:
         if text := re.search(pattern, inspect.getdoc(cls) or "", re.M):
             return " ".join(text[1].split())
     return ""
-
-
-def _flatten(
-    config_type: type[Config],
-    settings: Mapping[str, object],
-    main_names: Mapping[str, str],
-) -> Iterator[tuple[str, object]]:
-    """Yields settings and their values, with nested ones as "group.field"."""
-    for key, value in settings.items():
-        if key in groups_of(config_type) and isinstance(value, Mapping):
-            nested = {f"{key}.{field}": x for field, x in value.items()}
-            # `data` is a group, and also an option whose value may be a mapping, from
-            # files to weights. It is the group if all its keys are fields of the group.
-            option = options_of(config_type).get(main_names.get(key, ""))
-            members = () if option is None else get_args(option.hint)
-            can_be_value = dict in [get_origin(member) for member in members]
-            if not can_be_value or {*nested} <= {*main_names}:
-                yield from nested.items()
-                continue
-        yield key, value
 
 
 def can_be_swept(hint: object) -> bool:

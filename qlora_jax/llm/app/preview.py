@@ -1,6 +1,5 @@
 """`qlora-jax train --preview`: shows rows with their target tokens."""
 
-import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -67,15 +66,15 @@ class _Sequence:
 
 
 def preview(run: Run) -> Preview:
-    """Returns the first `run.config.output.preview` rows of the batches of a run."""
+    """Returns the first `run.config.preview` rows of the batches of a run."""
     rows, num_rows = [], 0
-    settings = dataclasses.replace(run.config.training, epochs=1.0)
-    source = make_source(settings, run.data.train, run.data.mix)
+    config = run.config.replace(epochs=1.0)
+    source = make_source(config, run.data.train, run.data.mix)
     for index in range(len(source)):
         places = [row.place for group in source.groups(index) for row in group]
         for sequence in _split_batch(run, source[index], places):
             num_rows += sequence.starts_row
-            if num_rows > (run.config.output.preview or 0):
+            if num_rows > (run.config.preview or 0):
                 return Preview(tuple(rows))
             row = {
                 "name": f"row {num_rows}{sequence.suffix}",
@@ -90,10 +89,10 @@ def preview(run: Run) -> Preview:
 
 def _split_batch(run: Run, batch: Batch, places: list[str]) -> Iterator[_Sequence]:
     # `places` are those of the rows. Each row has two sequences if it has answers.
-    is_packed, answers = run.config.training.packing, batch.answers
+    is_packed, answers = run.config.packing, batch.answers
     per_row = 1 if answers is None else 2
     sequence_places = (place for place in places for _ in range(per_row))
-    is_labelled = find_objective(run.config.training.objective).rows == "labelled"
+    is_labelled = find_objective(run.config.objective).rows == "labelled"
     for index, segments in enumerate(batch.segment_ids):
         has_target = batch.weights[index] != 0
         # Targets of bad answers have weight 0. In `answers` [rows, sequences, targets],

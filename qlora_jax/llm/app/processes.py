@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from ..printable import printable_lines
 from ..train.loop import Callback, Training
-from .train_groups import DevicesConfig
+from .train_config import TrainConfig
 
 _HEARTBEAT = 60  # seconds without a heartbeat after which the other processes stop
 _MAX_BYTES = 1 << 14  # the maximum size of a text to broadcast
@@ -24,7 +24,7 @@ _SHARED_SECONDS = 60  # the time in which all processes must see a new file
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def start_distributed(config: DevicesConfig) -> None:
+def start_distributed(config: TrainConfig) -> None:
     """Connects the processes of a distributed run."""
     if not config.distributed or jax.distributed.is_initialized():
         return

@@ -37,7 +37,6 @@ from .base_model import (
 )
 from .environment import fastest_dtype
 from .train_config import TrainConfig
-from .train_groups import OptimizerConfig
 
 
 class Program(NamedTuple):
@@ -65,34 +64,34 @@ def make_program(
 
     def make_optimizer(learning_rate: Any) -> optax.GradientTransformation:
         return optimizers.make_optimizer(
-            config.optimizer.name,
-            make_schedule(config.optimizer, config.training.steps, learning_rate),
-            clip=config.optimizer.clip or None,  # 0 turns clipping off
-            weight_decay=config.optimizer.weight_decay,
-            beta1=config.optimizer.beta1,
-            beta2=config.optimizer.beta2,
-            offload=config.optimizer.offload_optimizer,
+            config.optimizer,
+            make_schedule(config, learning_rate),
+            clip=config.clip or None,  # 0 turns clipping off
+            weight_decay=config.weight_decay,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            offload=config.offload_optimizer,
         )
 
     model_options: dict[str, Any] = dict(
-        dtype=jnp.dtype(config.model.dtype),
-        remat=config.model.remat,
-        attention=config.model.attention,
-        stream_dtype=jnp.dtype(config.model.stream_dtype),
-        mlp_tile=config.model.mlp_tile,
-        has_dropout=config.adapter.dropout > 0,
-        has_packed_rows=config.training.packing,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        attention=config.attention,
+        stream_dtype=jnp.dtype(config.stream_dtype),
+        mlp_tile=config.mlp_tile,
+        has_dropout=config.lora_dropout > 0,
+        has_packed_rows=config.packing,
         backend=backend,
     )
     model = engine.make_model(**model_options)
     # The weight of the loss that balances the load of the experts in training.
     balance = 0.0 if engine.experts is None else engine.experts.balance
-    objective = find_objective(config.training.objective)
+    objective = find_objective(config.objective)
     if balance and not objective.balances_experts:
         raise ValueError(
             "`output_router_logits` in config.json must be false for preferences, "
             "because their losses do not include the loss that balances experts. Got "
-            f"`objective` {config.training.objective!r}."
+            f"`objective` {config.objective!r}."
         )
     options = config.to_settings()
     settings = {name: options[name] for name in objective.settings}
@@ -102,7 +101,7 @@ def make_program(
     if balance:
         loss = objective.loss(model, balance=balance, **settings)
     # In a sweep, this optimizer only creates states. Its rate does not affect them.
-    optimizer = make_optimizer(config.optimizer.learning_rate)
+    optimizer = make_optimizer(config.learning_rate)
     if learning_rates is None:
         step = make_step(loss, optimizer)
     else:
@@ -115,18 +114,16 @@ def resolve_dtype(dtype: str, platform: str) -> str:
     return fastest_dtype(platform) if dtype == "auto" else dtype
 
 
-def make_schedule(
-    settings: OptimizerConfig, steps: int | None, learning_rate: Any
-) -> Callable[[Any], Any]:
+def make_schedule(config: TrainConfig, learning_rate: Any) -> Callable[[Any], Any]:
     """Returns the learning rate as a function of the step, with this peak."""
     try:
         return optimizers.make_schedule(
-            settings.schedule,
+            config.schedule,
             learning_rate,
-            steps or 1,  # None if `make_run` has not completed the settings
-            warmup=settings.warmup or 0,
-            end=settings.end_learning_rate,
-            decay=settings.decay,
+            config.steps or 1,  # None if `make_run` has not completed the settings
+            warmup=config.warmup or 0,
+            end=config.end_learning_rate,
+            decay=config.decay,
         )
     except ValueError as error:  # its message names the parameters, not the options
         message = str(error).replace("`end`", "`end_learning_rate`")
@@ -202,16 +199,16 @@ def lower_step(
     data. All its tokens are targets. If the devices are from
     `jax.experimental.topologies`, `backend` must be set.
     """
-    mesh = make_mesh(config.devices.mesh_sizes, devices)
-    place = make_placer(model.engine, mesh, config.model.base_memory, devices[:1])
+    mesh = make_mesh(config.mesh_sizes, devices)
+    place = make_placer(model.engine, mesh, config.base_memory, devices[:1])
     # The shapes and shardings of the base and the adapters.
-    dtype = resolve_dtype(config.model.dtype, devices[0].platform)
+    dtype = resolve_dtype(config.dtype, devices[0].platform)
     config = config.replace(dtype=dtype)
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
-    packing_config = packing_config_for(config.model, model, "nf4")
+    packing_config = packing_config_for(config, model, "nf4")
     if packing_config is not None:
         base, _ = init_shapes(base, packing_config)
-    lora_config = lora_config_for(config.adapter, model, packing_config)
+    lora_config = lora_config_for(config, model, packing_config)
     base, lora = place(*init_shapes(base, lora_config))
     row_sharding = replicated = SingleDeviceSharding(devices[0])
     if mesh is not None:
@@ -224,9 +221,9 @@ def lower_step(
     # The program, and the shapes of its state and of a batch.
     program = make_program(config, model.engine, backend=backend)
     state = State.shapes(lora, program.optimizer, make_loss_scale(dtype))
-    num_sequences = find_objective(config.training.objective).sequences_per_row
-    num_rows = config.training.batch_size * num_sequences
-    width = config.training.max_length
+    num_sequences = find_objective(config.objective).sequences_per_row
+    num_rows = config.batch_size * num_sequences
+    width = config.max_length
 
     def batch_array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding)

@@ -1,19 +1,30 @@
 """Reads rows for an adapter, as the run that trained it read them."""
 
-import dataclasses
 import datetime
 import pathlib
+from typing import NamedTuple
 
 from ..data.chat_tokenizer import Tokenizer, open_tokenizer
 from ..data.dataset import read_rows
 from ..data.encode import Row
+from ..data.kinds import TrainOn
 from ..data.readers import describe_path
 from ..train.objectives import find_objective
 from .base_model import BaseModel, run_configs_of
 from .configs import ExportConfig, GenerateConfig, ScoreConfig
 from .run_folder import read_system_message
 from .train_config import TrainConfig
-from .train_groups import DataConfig
+
+
+class RowSettings(NamedTuple):
+    """How rows are read: the options of `train` with these names."""
+
+    train_on: TrainOn = TrainConfig.train_on
+    keys: dict[str, str] | None = None
+    chat: bool = TrainConfig.chat
+    template: str | None = None
+    date: str | None = None
+
 
 # The configs of commands that read text for an adapter.
 ConfigWithRows = ScoreConfig | ExportConfig | GenerateConfig
@@ -41,7 +52,7 @@ def read_rows_like_run(
 
 def open_tokenizer_like_run(
     config: ConfigWithRows, model: BaseModel
-) -> tuple[Tokenizer, DataConfig]:
+) -> tuple[Tokenizer, RowSettings]:
     """Returns the tokenizer of a model, and the settings with which rows are read.
 
     Both are as in the adapter's run, unless the config sets other values. However,
@@ -77,7 +88,7 @@ def check_template(template: str | None) -> None:
         raise ValueError(f"`template` must be a file. Got {describe_path(template)}.")
 
 
-def _row_settings(config: ConfigWithRows) -> DataConfig:
+def _row_settings(config: ConfigWithRows) -> RowSettings:
     """Returns the settings of the adapter's run, replaced by those that `config` sets.
 
     Several adapters read the same rows, so their runs must agree on the settings that
@@ -88,8 +99,9 @@ def _row_settings(config: ConfigWithRows) -> DataConfig:
     names = ("template",) if is_generate else ("template", "train_on", "keys", "chat")
     options = {name: getattr(config, name, None) for name in names}
     set_options = {name: value for name, value in options.items() if value is not None}
-    run_configs = run_configs_of(config.adapter, config.run)
-    run_settings = [_row_settings_of_run(x) for x in run_configs]
+    run_settings = [
+        _row_settings_of_run(x) for x in run_configs_of(config.adapter, config.run)
+    ]
     for name in options.keys() - set_options.keys():
         values = [str(getattr(settings, name)) for settings in run_settings]
         distinct = {*values}
@@ -101,12 +113,13 @@ def _row_settings(config: ConfigWithRows) -> DataConfig:
                 f"`{name}` must be given if the runs of the adapters have different "
                 f"ones. Got none, and runs with {' and '.join(sorted({*values}))}."
             )
-    settings = run_settings[0] if run_settings else DataConfig(path="")
-    return dataclasses.replace(settings, **set_options)
+    settings = run_settings[0] if run_settings else RowSettings()
+    return settings._replace(**set_options)
 
 
-def _row_settings_of_run(config: TrainConfig) -> DataConfig:
-    if find_objective(config.training.objective).rows == "texts":
-        return config.data
-    # The rows of preferences have other keys and targets than those that are read here.
-    return dataclasses.replace(config.data, keys={}, train_on=DataConfig.train_on)
+def _row_settings_of_run(config: TrainConfig) -> RowSettings:
+    settings = {name: getattr(config, name) for name in RowSettings._fields}
+    if find_objective(config.objective).rows != "texts":
+        # The rows of preferences have other keys and targets than those read here.
+        settings |= {"train_on": TrainConfig.train_on, "keys": None}
+    return RowSettings(**settings)

@@ -40,8 +40,7 @@ from .pushing import check_base, push
 from .row_settings import check_template
 from .run_folder import CONFIG, FAILED, read_run_config
 from .starting import read_initial_lora
-from .train_config import TrainConfig
-from .train_groups import LOGGERS, ModelConfig, TrainingConfig
+from .train_config import LOGGERS, TrainConfig
 
 if TYPE_CHECKING:
     import grain
@@ -75,45 +74,43 @@ def make_run(config: TrainConfig, today: str) -> Run:
     """
     # A resumed run keeps the dtype and the date of its start. Its settings are read
     # first, so that a damaged file is reported before any work.
-    folder, started_config = pathlib.Path(config.output.out), config
-    if config.output.resume:
+    folder, started_config = pathlib.Path(config.out), config
+    if config.resume:
         started_config = read_run_config(folder / CONFIG)
         if started_config.is_sweep:  # and `config` is not
             raise _other_values_error(config, started_config)
-    check_template(config.data.template)
-    _check_libraries(config.output.loggers)
-    _check_devices(config.model)
+    check_template(config.template)
+    _check_libraries(config.loggers)
+    _check_devices(config)
     # The model: its shapes, and the formats of its weights.
-    model = open_model(
-        config.model.path, recode=config.model.recode, engine=config.model.engine
-    )
+    model = open_model(config.model, recode=config.recode, engine=config.engine)
     if isinstance(model.engine, TorchEngine):
         config = _settings_for_torch(config, model.engine)
-    fmt = config.model.fmt or model.stored_fmt or "nf4"
-    if config.output.push_to_hub is not None:
+    fmt = config.fmt or model.stored_fmt or "nf4"
+    if config.push_to_hub is not None:
         check_base(model.name)
         if is_first():
-            push(config.output.push_to_hub)  # fails now rather than after training
-    packing_config = packing_config_for(config.model, model, fmt)
+            push(config.push_to_hub)  # fails now rather than after training
+    packing_config = packing_config_for(config, model, fmt)
     if packing_config is None:
-        _check_unpacked(config.model, model)
+        _check_unpacked(config, model)
     # The adapters.
-    lora_config = lora_config_for(config.adapter, model, packing_config)
+    lora_config = lora_config_for(config, model, packing_config)
     initial_lora = None
-    if config.adapter.path is not None:
-        initial_lora, alpha = read_initial_lora(config.adapter, model, lora_config)
+    if config.adapter is not None:
+        initial_lora, alpha = read_initial_lora(config, model, lora_config)
         config = config.replace(lora_alpha=alpha)
         lora_config = dataclasses.replace(lora_config, alpha=alpha)
-    mesh = make_mesh(config.devices.mesh_sizes, jax.devices())
+    mesh = make_mesh(config.mesh_sizes, jax.devices())
     _check_model_fits(model, lora_config, packing_config, mesh)
-    dtype = config.model.dtype
+    dtype = config.dtype
     if dtype == "auto":
-        dtype = resolve_dtype(started_config.model.dtype, jax.default_backend())
-    date = config.data.date or started_config.data.date or today
+        dtype = resolve_dtype(started_config.dtype, jax.default_backend())
+    date = config.date or started_config.date or today
     # The data.
     now = datetime.datetime.fromisoformat(date)
-    tokenizer = open_tokenizer(model.path, template=config.data.template, now=now)
-    teacher = _open_teacher(config.training, model, packing_config, tokenizer)
+    tokenizer = open_tokenizer(model.path, template=config.template, now=now)
+    teacher = _open_teacher(config, model, packing_config, tokenizer)
     if teacher is not None:  # raises if the mesh cannot split its weights
         make_placer(teacher.engine, mesh, "device")(teacher.base, {})
     data = _read_data(config, tokenizer, model)
@@ -131,7 +128,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
         data,
         stamp=_make_stamp(config, model, data, teacher),
         mesh=mesh,
-        place=make_placer(model.engine, mesh, config.model.base_memory),
+        place=make_placer(model.engine, mesh, config.base_memory),
         folder=folder,
         teacher=teacher,
         initial_lora=initial_lora,
@@ -140,27 +137,25 @@ def make_run(config: TrainConfig, today: str) -> Run:
 
 def _read_data(config: TrainConfig, tokenizer: Tokenizer, model: BaseModel) -> Dataset:
     data = read_dataset(
-        config.data.path,
+        config.data,
         tokenizer,
         vocab_size=model.engine.vocab_size,
-        max_length=config.training.max_length,
-        keys=config.data.keys or None,
-        train_on=config.data.train_on,
-        validation_split=config.data.validation_split,
-        seed=config.training.row_seed,
-        too_long=config.data.too_long,
-        chat=config.data.chat,
-        rows=find_objective(config.training.objective).rows,
+        max_length=config.max_length,
+        keys=config.keys or None,
+        train_on=config.train_on,
+        validation_split=config.validation_split,
+        seed=config.row_seed,
+        too_long=config.too_long,
+        chat=config.chat,
+        rows=find_objective(config.objective).rows,
     )
-    if config.evaluation.keep_best and not data.valid:
-        raise ValueError(
-            f"`keep_best` needs validation rows. {config.data.path} has none."
-        )
+    if config.keep_best and not data.valid:
+        raise ValueError(f"`keep_best` needs validation rows. {config.data} has none.")
     return data
 
 
 def _open_teacher(
-    settings: TrainingConfig,
+    config: TrainConfig,
     model: BaseModel,
     packing_config: ql.QLoRAConfig | None,
     tokenizer: Tokenizer,
@@ -170,8 +165,8 @@ def _open_teacher(
     By default, the teacher is the model itself, whose weights are then read again
     without packing.
     """
-    name = settings.teacher
-    if not find_objective(settings.objective).uses_teacher:
+    name = config.teacher
+    if not find_objective(config.objective).uses_teacher:
         return None
     if name is None:
         if packing_config is None or model.stored_fmt is not None:
@@ -212,28 +207,28 @@ def _check_libraries(loggers: Sequence[str]) -> None:
             ) from error
 
 
-def _check_devices(settings: ModelConfig) -> None:
+def _check_devices(config: TrainConfig) -> None:
     """Checks that the devices support the settings of the computation."""
     platform = jax.default_backend()
-    if settings.attention == "splash" and platform != "tpu":
+    if config.attention == "splash" and platform != "tpu":
         raise ValueError(
             "`attention` must be xla, blocks or cudnn without a TPU, because splash is "
             f"a kernel for TPUs. Got splash, and devices of the platform {platform}."
         )
     device = jax.local_devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
-    if settings.attention == "cudnn" and not has_flash_attention(capability):
+    if config.attention == "cudnn" and not has_flash_attention(capability):
         raise ValueError(
             "`attention` must be xla or blocks without an NVIDIA GPU of compute "
             "capability 8.0 or later, which flash attention in cuDNN needs. Got cudnn, "
             f"and {device.device_kind}."
         )
     reason = "XLA computes wrong gradients if the inputs of layers are in host memory"
-    if settings.remat == "offload" and platform == "gpu":
+    if config.remat == "offload" and platform == "gpu":
         raise ValueError(
             f"`remat` must be true or false on a GPU, where {reason}. Got offload."
         )
-    if settings.base_memory == "host" and platform == "gpu":
+    if config.base_memory == "host" and platform == "gpu":
         raise ValueError(
             "`base_memory` must be device on a GPU, where a base in host memory is not "
             f"tested, and {reason}. Got host."
@@ -249,7 +244,7 @@ def has_flash_attention(capability: str) -> bool:
 def _settings_for_torch(config: TrainConfig, engine: TorchEngine) -> TrainConfig:
     """Checks the settings of a run in PyTorch's code, and adapts them to the model."""
     _check_torch_settings(config, engine)
-    if config.evaluation.eval_examples:
+    if config.eval_examples:
         problem = engine.generation_problem
         if problem is not None:
             log(f"note: no answers to validation rows are generated. {problem}")
@@ -278,7 +273,7 @@ def _check_torch_settings(config: TrainConfig, engine: TorchEngine) -> None:
         if settings[name] not in allowed
     ]:
         raise ValueError(f"with the model in PyTorch's code, {' '.join(problems)}")
-    problem = engine.packing_problem if config.training.packing else None
+    problem = engine.packing_problem if config.packing else None
     if problem is not None:
         raise ValueError(
             f"`packing` must be false for {engine.class_name}, because "
@@ -286,9 +281,9 @@ def _check_torch_settings(config: TrainConfig, engine: TorchEngine) -> None:
         )
 
 
-def _check_unpacked(settings: ModelConfig, model: BaseModel) -> None:
+def _check_unpacked(config: TrainConfig, model: BaseModel) -> None:
     """Checks the settings of a run whose base stays as it is stored."""
-    if settings.base_memory == "host" and model.stored_fmt is None:
+    if config.base_memory == "host" and model.stored_fmt is None:
         raise ValueError(
             "`base_memory` must be device for a float model, because only packed "
             "layers can stay in host memory. Got host, and fmt=none."
@@ -310,37 +305,35 @@ def _check_model_fits(
     make_placer(model.engine, mesh, "device")(base, {})
 
 
-def make_batches(
-    settings: TrainingConfig, data: Dataset
-) -> "grain.DatasetIterator[Batch]":
+def make_batches(config: TrainConfig, data: Dataset) -> "grain.DatasetIterator[Batch]":
     """Returns an iterator over the batches of a run, endless unless it has `epochs`."""
     return batches(
         data.train,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        seed=settings.row_seed,
-        packing=settings.packing,
-        num_epochs=settings.epochs,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        seed=config.row_seed,
+        packing=config.packing,
+        num_epochs=config.epochs,
         mix=data.mix,
     )
 
 
 def make_source(
-    settings: TrainingConfig, rows: Sequence[Row], mix: Sequence[tuple[int, float]] = ()
+    config: TrainConfig, rows: Sequence[Row], mix: Sequence[tuple[int, float]] = ()
 ) -> BatchSource:
     """Returns the batches of a run by index, of which none is made yet."""
-    size, length = settings.batch_size, settings.max_length
-    seed, epochs = settings.row_seed, settings.epochs
-    return BatchSource(rows, size, length, settings.packing, seed, epochs, mix)
+    size, length = config.batch_size, config.max_length
+    seed, epochs = config.row_seed, config.epochs
+    return BatchSource(rows, size, length, config.packing, seed, epochs, mix)
 
 
-def make_eval_batches(settings: TrainingConfig, rows: Sequence[Row]) -> list[Batch]:
+def make_eval_batches(config: TrainConfig, rows: Sequence[Row]) -> list[Batch]:
     """Returns the validation batches of a run. Each row is in one of them."""
     return eval_batches(
         rows,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        packing=settings.packing,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        packing=config.packing,
     )
 
 
@@ -352,14 +345,14 @@ def _complete_settings(
     `stored_packing` is the packing of the model's files if the model is used as it is
     stored. It is None if training packs the model, or if the model is in float.
     """
-    steps, warmup = config.training.steps, config.optimizer.warmup
-    epochs = config.training.epochs or (1.0 if steps is None else None)
+    steps, warmup = config.steps, config.warmup
+    epochs = config.epochs or (1.0 if steps is None else None)
     # Both sources also raise if rows do not fit the batches.
     config = config.replace(epochs=epochs)
-    source = make_source(config.training, data.train, data.mix)
+    source = make_source(config, data.train, data.mix)
     if data.valid:
-        make_source(config.training, data.valid)
-    batch_size = config.training.batch_size
+        make_source(config, data.valid)
+    batch_size = config.batch_size
     num_parts = config.num_row_parts
     # At least two rows, because KTO combines the rows of a batch.
     largest = math.ceil(max(source.epoch_size, 2) / num_parts) * num_parts
@@ -370,7 +363,7 @@ def _complete_settings(
         )
         batch_size = largest
     if source.count is not None:
-        rows_per_step = batch_size * config.training.accumulation
+        rows_per_step = batch_size * config.accumulation
         steps_of_epochs = math.ceil(source.count / rows_per_step)
         if steps not in (None, steps_of_epochs):
             raise ValueError(
@@ -382,15 +375,15 @@ def _complete_settings(
     # `QLoRAConfig` replaces unset values by the defaults of the format, which have no
     # effect with `fmt` none.
     packing = stored_packing or ql.QLoRAConfig(
-        fmt=None if config.model.fmt == "none" else config.model.fmt,
-        block_size=config.model.block_size,
-        double_quant=config.model.double_quant,
+        fmt=None if config.fmt == "none" else config.fmt,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
     )
     resolved = config.replace(
         steps=steps,
         batch_size=batch_size,
         warmup=min(20, steps // 10) if warmup is None else warmup,
-        lora_alpha=config.adapter.alpha or config.adapter.rank,
+        lora_alpha=config.lora_alpha or config.rank,
         block_size=packing.block_size,
         double_quant=packing.double_quant,
     )
@@ -400,8 +393,7 @@ def _complete_settings(
 
 def _check_schedule(config: TrainConfig) -> None:
     """Raises ValueError if the schedule does not fit the steps or the learning rate."""
-    optimizer = config.optimizer
-    make_schedule(optimizer, config.training.steps, optimizer.learning_rate)
+    make_schedule(config, config.learning_rate)
 
 
 # Runs of a sweep
@@ -414,10 +406,10 @@ def member_configs(config: TrainConfig) -> list[TrainConfig]:
     have failed, if the resumed sweep never had one of the runs, or if a seed of a new
     run is too large.
     """
-    seeds = config.training.seed
+    seeds = config.seed
     largest = max(seeds) if isinstance(seeds, list) else seeds
     # Old runs may have larger seeds, and must still resume.
-    if not (SEED.contains(largest) or config.output.resume):
+    if not (SEED.contains(largest) or config.resume):
         raise ValueError(f"`seed` must be {SEED.description}. Got {seeds}.")
     if not config.is_sweep:
         return [config]
@@ -426,19 +418,19 @@ def member_configs(config: TrainConfig) -> list[TrainConfig]:
     for values in itertools.product(*swept.values()):
         settings = dict(zip(swept, values, strict=True))
         name = "_".join(f"{key}={value}" for key, value in settings.items())
-        out = pathlib.Path(config.output.out) / name
-        if not (config.output.resume and (out / FAILED).is_file()):
+        out = pathlib.Path(config.out) / name
+        if not (config.resume and (out / FAILED).is_file()):
             # All runs see the data in the same order.
-            settings |= {"out": str(out), "data_seed": config.training.row_seed}
+            settings |= {"out": str(out), "data_seed": config.row_seed}
             members.append(config.replace(**settings))
     if not members:
         raise ValueError(
             "`out` must have a run to resume. Got a sweep whose runs have all failed; "
-            f"see {FAILED} in the folders in {config.output.out}."
+            f"see {FAILED} in the folders in {config.out}."
         )
-    folders = [pathlib.Path(x.output.out) for x in members]
-    if config.output.resume and not all((x / CONFIG).is_file() for x in folders):
-        started_config = read_run_config(pathlib.Path(config.output.out) / CONFIG)
+    folders = [pathlib.Path(x.out) for x in members]
+    if config.resume and not all((x / CONFIG).is_file() for x in folders):
+        started_config = read_run_config(pathlib.Path(config.out) / CONFIG)
         # With equal values, the sweep was killed before it wrote all of its settings.
         if config.sweepable != started_config.sweepable:
             raise _other_values_error(config, started_config)
@@ -449,7 +441,7 @@ def _other_values_error(config: TrainConfig, started_config: TrainConfig) -> Val
     """Returns the error for a resumed sweep that would have other runs."""
     return ValueError(
         "`resume` must be used with the learning rates and seeds of the run in "
-        f"{config.output.out}. Got {config.sweepable} instead of "
+        f"{config.out}. Got {config.sweepable} instead of "
         f"{started_config.sweepable}. Use the same values, or start a new run in "
         "another `out`."
     )
@@ -457,13 +449,13 @@ def _other_values_error(config: TrainConfig, started_config: TrainConfig) -> Val
 
 def make_sibling(run: Run, config: TrainConfig) -> Run:
     """Returns the run with other settings of the same sweep, from `member_configs`."""
-    config = run.config.replace(out=config.output.out, **config.sweepable)
+    config = run.config.replace(out=config.out, **config.sweepable)
     _check_schedule(config)
     return dataclasses.replace(
         run,
         config=config,
         stamp=run.stamp | config.sweepable,
-        folder=pathlib.Path(config.output.out),
+        folder=pathlib.Path(config.out),
     )
 
 
@@ -483,15 +475,15 @@ def _make_stamp(
         for name, value in config.to_settings().items()
         if not options[name].may_change and value is not None
     }
-    if config.optimizer.schedule == "constant":
+    if config.schedule == "constant":
         del stamp["steps"]  # without decay, a resumed run may have more steps
     # Settings that only other objectives use have no effect. They are left out, and so
     # is the default objective, because states of version 0.2 have neither.
-    objective = find_objective(config.training.objective)
+    objective = find_objective(config.objective)
     names = {name for x in OBJECTIVES.values() for name in x.settings}
     for name in names - {*objective.settings}:
         stamp.pop(name, None)
-    if objective.name == TrainingConfig.objective:
+    if objective.name == TrainConfig.objective:
         del stamp["objective"]
     stamp["model's files"] = hash_files(model.path)
     if model.engine.name != "jax":

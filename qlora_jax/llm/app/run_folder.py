@@ -1,7 +1,6 @@
 """Locks, reads and writes the folder of a run, where Orbax also saves states."""
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import sys
@@ -125,13 +124,13 @@ def write_run_config(
 
     if system is not None:
         write_text(path.with_name(SYSTEM), system)
-    if (template := config.data.template) is not None:
+    if (template := config.template) is not None:
         text = pathlib.Path(template).read_text("utf-8")
         write_text(path.with_name(TEMPLATE), text)
     # Settings of a single call or process are reset, because all processes of a later
     # run read this file.
     transient = {"resume": False, "resume_step": None, "process_id": None}
-    if config.training.epochs is not None:
+    if config.epochs is not None:
         transient["steps"] = None  # they follow from the epochs, which may change
     text = yaml.safe_dump(config.to_settings() | transient, sort_keys=False)
     write_text(path, f"{_FIRST_LINE}{source}.\n{text}")
@@ -149,15 +148,14 @@ def read_run_config(path: pathlib.Path) -> TrainConfig:
     with reading(path):
         text = path.read_text("utf-8")
         config = TrainConfig.from_settings(dict(yaml.safe_load(text)))
-    output, data = dataclasses.replace(config.output, out=str(path.parent)), config.data
-    if data.template is not None:
-        data = dataclasses.replace(data, template=str(path.with_name(TEMPLATE)))
-    return dataclasses.replace(config, output=output, data=data)
+    if config.template is not None:
+        config = config.replace(template=str(path.with_name(TEMPLATE)))
+    return config.replace(out=str(path.parent))
 
 
 def read_system_message(config: TrainConfig) -> str | None:
     """Returns the system message that all rows of a run's data share, if they do."""
-    folder = pathlib.Path(config.output.out)
+    folder = pathlib.Path(config.out)
     ql.io.check_links(folder, [SYSTEM])
     path = folder / SYSTEM
     with reading(path):

@@ -114,20 +114,20 @@ def write_results(
     if is_first():
         state = state._replace(lora=lora)
         sizes = memory_of(base, state.lora, state.opt_state, teacher)
-        model = run.config.model
+        config = run.config
         rows = read_metrics(run.folder / METRICS)
-        result = _make_result(run.config.output.out, rows, sizes, state, best_metrics)
+        result = _make_result(config.out, rows, sizes, state, best_metrics)
         result = dataclasses.replace(result, source=run.model.source)
         save_adapter(
             run.folder / "adapter",
             base,
             state.lora,
             run.model.names,
-            base_model=model.path,
+            base_model=config.model,
             revision=run.model.revision,
             card=_make_card(run, result),
         )
-        title = f"{pathlib.Path(model.path).name}, {model.fmt}"
+        title = f"{pathlib.Path(config.model).name}, {config.fmt}"
         plot_loss(rows, run.folder / "loss.png", title)
         _write_json(run.folder / RESULT, result)
     broadcast_text()  # a barrier: the file is complete
@@ -136,20 +136,20 @@ def write_results(
 
 def _make_card(run: Run, result: TrainResult) -> str:
     config, data = run.config, run.data
-    name = pathlib.Path(config.model.path).name
-    datasets = [pathlib.Path(path).name for path in find_weights(config.data.path)]
+    name = pathlib.Path(config.model).name
+    datasets = [pathlib.Path(path).name for path in find_weights(config.data)]
     settings = config.to_settings()
     teacher = {} if run.teacher is None else {"teacher": run.teacher.source}
     best_step = {} if result.best_step is None else {"best step": result.best_step}
     return model_card(
-        config.model.path,
+        config.model,
         title=f"{name}, fine-tuned on {' and '.join(datasets)}",
         # The stamp leaves out paths and settings that do not affect the adapter.
         settings={k: x for k, x in settings.items() if k in run.stamp},
         data={
             "base model": result.source,
             **teacher,
-            "data": config.data.path,
+            "data": config.data,
             "hash of the tokens": run.stamp["data"],  # identifies the data set
             "kind of rows": data.kind,
             "rows": len(data.train),
@@ -164,7 +164,7 @@ def _make_card(run: Run, result: TrainResult) -> str:
             "exact match before": result.exact_before,
             "exact match after": result.exact_after,
         },
-        is_merge_aware=config.adapter.merge_aware,
+        is_merge_aware=config.merge_aware,
     )
 
 
@@ -262,7 +262,7 @@ def write_sweep_results(
     config: TrainConfig, runs: Sequence[Run], results: Sequence[TrainResult | None]
 ) -> SweepResult:
     """Copies the best adapter, plots the losses and writes the results of a sweep."""
-    folder = pathlib.Path(config.output.out)
+    folder = pathlib.Path(config.out)
     results_by_name = dict(zip((x.folder.name for x in runs), results, strict=True))
     # Add the runs that failed before the sweep was resumed.
     for path in sorted(folder.glob(f"*/{FAILED}")):
@@ -274,14 +274,14 @@ def write_sweep_results(
     }
     best = min(losses, key=losses.__getitem__, default=None)
     adapter = None if best is None else str(folder / "adapter")
-    result = SweepResult(config.output.out, results_by_name, best, adapter)
+    result = SweepResult(config.out, results_by_name, best, adapter)
     if is_first():
         if best is not None and adapter is not None:
             # If the sweep was resumed, the folder may have the adapter of another run.
             shutil.rmtree(adapter, ignore_errors=True)
             shutil.copytree(folder / best / "adapter", adapter)
         rows = {x: read_metrics(folder / x / METRICS) for x in results_by_name}
-        title = f"{pathlib.Path(config.model.path).name}, {runs[0].config.model.fmt}"
+        title = f"{pathlib.Path(config.model).name}, {runs[0].config.fmt}"
         plot_losses(rows, folder / "loss.png", title)
         _write_json(folder / RESULT, result)
     broadcast_text()  # a barrier: the files are complete

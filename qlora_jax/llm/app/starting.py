@@ -13,19 +13,19 @@ from jaxtyping import PyTree
 import qlora_jax as ql
 
 from .base_model import BaseModel, fetch_adapter, init_shapes
-from .train_groups import AdapterConfig
+from .train_config import TrainConfig
 
 
 def read_initial_lora(
-    config: AdapterConfig, model: BaseModel, lora_config: ql.QLoRAConfig
+    config: TrainConfig, model: BaseModel, lora_config: ql.QLoRAConfig
 ) -> tuple[PyTree, float]:
-    """Returns the adapters in `config.path`, and the alpha for the new adapters.
+    """Returns the adapters in `config.adapter`, and the alpha for the new adapters.
 
     With this alpha, the new adapters have the same scaling. Raises ValueError unless
     the adapters have the modules and the rank of the new ones, which `lora_config`
     describes.
     """
-    path = str(config.path)
+    path = str(config.adapter)
     source = dataclasses.replace(model, adapter_path=fetch_adapter(path))
     if source.replaces_weights:
         raise ValueError(
@@ -41,7 +41,7 @@ def read_initial_lora(
     if problems := _list_problems(old, new):
         raise ValueError(
             "`adapter` must have the modules and the rank of the adapters to train, "
-            "which `target_modules` and `lora_r` set, as plain LoRA. Got other ones in "
+            "which `target_modules` and `rank` set, as plain LoRA. Got other ones in "
             f"{path}: {'; '.join(problems)}."
         )
     scaling, *different = {x.scaling for x in old.values()}
@@ -50,11 +50,11 @@ def read_initial_lora(
             f"`adapter` must have one scaling for all modules. Got {path!r}, which has "
             "several."
         )
-    alpha = scaling * config.rank ** (0.5 if config.rank_stabilized else 1)
-    if config.alpha is not None and not math.isclose(config.alpha, alpha):
+    alpha = scaling * config.rank ** (0.5 if config.use_rslora else 1)
+    if config.lora_alpha is not None and not math.isclose(config.lora_alpha, alpha):
         raise ValueError(
             f"`lora_alpha` must be {alpha:.12g} or left out with `adapter`, whose "
-            f"scaling is {scaling:g}. Got {config.alpha}."
+            f"scaling is {scaling:g}. Got {config.lora_alpha}."
         )
     return initial_lora, alpha
 

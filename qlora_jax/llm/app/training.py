@@ -111,15 +111,13 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         >>> result.steps, pathlib.Path(result.adapter).name
         (2, 'adapter')
     """
-    processes.start_distributed(config.devices)
-    if config.output.preview is not None:
+    processes.start_distributed(config)
+    if config.preview is not None:
         return _preview(config)
-    folder = pathlib.Path(config.output.out)
+    folder = pathlib.Path(config.out)
     with contextlib.ExitStack() as stack:
         # The folder is locked and everything is checked before anything is written.
-        stack.enter_context(
-            only_in_first(open_run_folder(config.output.out, config.output.resume))
-        )
+        stack.enter_context(only_in_first(open_run_folder(config.out, config.resume)))
         stack.enter_context(quiet_orbax())
         processes.check_shared(folder)
         runs = _make_runs(config)
@@ -127,7 +125,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         _log_data(first, len(runs))
         # Each run of a sweep has its own folder and saved states.
         checkpoints = [
-            stack.enter_context(Checkpoints(x.folder / STATE, keep=config.output.keep))
+            stack.enter_context(Checkpoints(x.folder / STATE, keep=config.keep))
             for x in runs
         ]
         resume_after = _find_resumed_step(runs, checkpoints)
@@ -135,7 +133,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         # The model is read, and all runs are trained over one base.
         log_rows = [stack.enter_context(open_loggers(x, resume_after)) for x in runs]
         model = first.model.read(
-            dtype=jnp.dtype(first.config.model.dtype),
+            dtype=jnp.dtype(first.config.dtype),
             packing_config=first.packing_config,
             place=lambda base: first.place(base, {})[0],  # places the base alone
             progress=is_first(),
@@ -154,12 +152,12 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
     if config.is_sweep:
         result = write_sweep_results(config, runs, results)
     assert result is not None  # without a sweep, a failure raises
-    if is_first() and config.output.push_to_hub is not None:
+    if is_first() and config.push_to_hub is not None:
         if result.adapter is None:
             log("nothing is pushed, because all runs of the sweep have failed")
         else:
             adapter = pathlib.Path(result.adapter)
-            log(f"pushed to {push(config.output.push_to_hub, adapter)}")
+            log(f"pushed to {push(config.push_to_hub, adapter)}")
     return result
 
 
@@ -168,7 +166,7 @@ def _read_teacher(run: Run) -> PyTree | None:
     if run.teacher is None:
         return None
     place = make_placer(run.teacher.engine, run.mesh, "device")
-    dtype = jnp.dtype(run.config.model.dtype)
+    dtype = jnp.dtype(run.config.dtype)
     teacher = run.teacher.read(
         dtype=dtype, place=lambda base: place(base, {})[0], progress=is_first()
     )
@@ -192,10 +190,10 @@ def _make_runs(config: TrainConfig) -> list[Run]:
     with all_or_none():
         first_config, *configs = member_configs(config)
         first = make_run(first_config, today)
-        if config.is_sweep and config.output.push_to_hub and not first.data.valid:
+        if config.is_sweep and config.push_to_hub and not first.data.valid:
             raise ValueError(
                 "`push_to_hub` needs validation rows if several adapters are trained, "
-                f"because the best one is pushed. {config.data.path} has none."
+                f"because the best one is pushed. {config.data} has none."
             )
         return [first, *(make_sibling(first, x) for x in configs)]
 
@@ -207,7 +205,7 @@ def _log_data(run: Run, num_adapters: int) -> None:
     log(
         f"{plural(len(data.train), 'row')} of {data.kind} and {len(data.valid):,} "
         f"for validation; {data.trained_share:.1%} of the tokens are trained; "
-        f"{plural(run.config.training.steps or 0, 'step')}"
+        f"{plural(run.config.steps or 0, 'step')}"
         + (f" of {num_adapters} adapters" if num_adapters > 1 else ""),
         *data.notes,
     )
@@ -222,13 +220,13 @@ def _find_resumed_step(
     if it is after the last step, or if finished runs lack their metrics.
     """
     config = runs[0].config
-    step, steps = config.output.resume_step, config.training.steps or 0
+    step, steps = config.resume_step, config.steps or 0
     if step is None:  # the newest state that all runs have
         common_steps = set.intersection(*(set(x.steps) for x in checkpoints))
         step = max(common_steps, default=None)
     if step is None:
-        if config.output.resume:
-            missing = f"{config.output.out} has no saved state"
+        if config.resume:
+            missing = f"{config.out} has no saved state"
             if len(runs) > 1:
                 folder = runs[0].folder.parent
                 missing = f"No step has a saved state of every run in {folder}"
@@ -241,7 +239,7 @@ def _find_resumed_step(
         saved_stamps = [{**x.metadata(step)["settings"]} for x in checkpoints]
     with all_or_none():
         for run, saved_stamp in zip(runs, saved_stamps, strict=True):
-            check_stamp(saved_stamp, run.stamp, run.config.output.out)
+            check_stamp(saved_stamp, run.stamp, run.config.out)
             if step > steps:
                 raise ValueError(
                     f"`steps` must be at least {step}, the step from which the run "
@@ -265,10 +263,8 @@ def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
         if is_first():
             if config.is_sweep:
                 # The swept settings are lists, and the others are as in the runs.
-                settings = runs[0].config.replace(
-                    out=config.output.out, **config.sweepable
-                )
-                path = pathlib.Path(config.output.out) / CONFIG
+                settings = runs[0].config.replace(out=config.out, **config.sweepable)
+                path = pathlib.Path(config.out) / CONFIG
                 write_run_config(settings, path, runs[0].model.source, None)
             for run in runs:
                 path, source = run.folder / CONFIG, run.model.source
@@ -283,7 +279,7 @@ class Trainer:
     ):
         """Stores the arguments."""
         self.run, self.checkpoints, self.evaluation = run, checkpoints, evaluation
-        self.best = Best() if run.config.evaluation.keep_best else None
+        self.best = Best() if run.config.keep_best else None
         self.has_failed = False
 
     def make_state(
@@ -298,9 +294,9 @@ class Trainer:
         When a run is resumed, `batches` moves to the position that was saved with the
         state, and later states are deleted.
         """
-        seed = cast(int, self.run.config.training.seed)  # one run has one seed
+        seed = cast(int, self.run.config.seed)  # one run has one seed
         lora = _init_adapters(self.run, base, jax.random.key(seed))
-        loss_scale = make_loss_scale(self.run.config.model.dtype)
+        loss_scale = make_loss_scale(self.run.config.dtype)
         state = State.create(lora, optimizer, seed, loss_scale)
         if resume_after is None:
             # A sweep that was killed while it saved its first states has some of them.
@@ -326,22 +322,21 @@ class Trainer:
         The metrics of a step are written before its state is saved.
         """
         config, best = self.run.config, self.best
-        on_nan, log_every = config.training.on_nan, config.output.log_every or 1
+        on_nan, log_every = config.on_nan, config.log_every or 1
         callbacks: list[Callback] = [CheckFinite(self.checkpoints, metrics, on_nan)]
         if self.evaluation is not None:
-            settings = config.evaluation
             evaluate = Evaluate(
                 self.evaluation,
                 config.eval_steps,
                 best,
-                settings.early_stopping_patience,
-                settings.eval_on_start,
+                config.early_stopping_patience,
+                config.eval_on_start,
             )
             callbacks.append(evaluate)
         if metrics is not None:
             callbacks.append(metrics)
         stamp = {"settings": self.run.stamp}
-        save = SaveStates(self.checkpoints, config.output.save_every, stamp, best)
+        save = SaveStates(self.checkpoints, config.save_every, stamp, best)
         return [*callbacks, LogRows(log_row, log_every), *progress, save]
 
     def fail(self, error: FloatingPointError) -> None:
@@ -351,7 +346,7 @@ class Trainer:
 
     def choose_adapter(self, last: State) -> Outcome:
         """Returns what `write_results` writes: the last or the best adapter."""
-        best, steps = self.best, self.run.config.training.steps or 0
+        best, steps = self.best, self.run.config.steps or 0
         if best is None or self.evaluation is None or best.step is None:
             return last, {}
         if int(last.step) < steps:
@@ -399,9 +394,9 @@ def _fit(
     is decoded only once for all of them.
     """
     first, is_sweep = runs[0], config.is_sweep
-    optimizer, steps = first.config.optimizer, first.config.training.steps or 0
-    rates = [cast(float, x.config.optimizer.learning_rate) for x in runs]
-    schedules = [make_schedule(optimizer, steps, rate) for rate in rates]
+    steps = first.config.steps or 0
+    rates = [cast(float, x.config.learning_rate) for x in runs]
+    schedules = [make_schedule(first.config, rate) for rate in rates]
     program = make_program(
         first.config,
         first.model.engine,
@@ -411,7 +406,7 @@ def _fit(
     # The second argument of a loss, which gets no gradient.
     frozen = base if teacher is None else (base, teacher)
     trainers = _make_trainers(runs, checkpoints, program, base, frozen)
-    batches = make_batches(first.config.training, first.data)
+    batches = make_batches(first.config, first.data)
     states = [
         x.make_state(base, program.optimizer, batches, resume_after) for x in trainers
     ]
@@ -429,7 +424,7 @@ def _fit(
             take_step,
             batches,
             steps=steps,
-            accumulation=first.config.training.accumulation,
+            accumulation=first.config.accumulation,
             schedule=_combine_schedules(schedules) if is_sweep else schedules[0],
             callbacks=[
                 *_open_callbacks(trainers, log_rows, resume_after, is_sweep, stack),
@@ -477,7 +472,7 @@ def _open_callbacks(
     stack: contextlib.ExitStack,
 ) -> list[Callback]:
     """Returns the callbacks of all runs. `stack` closes what they open."""
-    log_every = trainers[0].run.config.output.log_every
+    log_every = trainers[0].run.config.log_every
     progress = [stack.enter_context(ShowProgress(log_every))]
     callbacks = []
     for trainer, log_row in zip(trainers, log_rows, strict=True):
@@ -496,7 +491,7 @@ def _end_at_signal(
     stop: processes.StopAtSignal, step: int, config: TrainConfig
 ) -> None:
     """Prints how to resume the run, and raises the exception of the signal."""
-    out = pathlib.Path(config.output.out)
+    out = pathlib.Path(config.out)
     states = out / STATE  # the runs of a sweep have their own ones, in subfolders
     log(
         f"The state of step {step:,} is saved in "
@@ -507,9 +502,9 @@ def _end_at_signal(
 
 def _resume_command(config: TrainConfig) -> str:
     """Returns the command that resumes a run, to be run in each of its processes."""
-    file = pathlib.Path(config.output.out) / CONFIG
+    file = pathlib.Path(config.out) / CONFIG
     command = f"qlora-jax train --config {shlex.quote(str(file))} --resume"
     # The file has all settings of the run but this one, which differs by process.
-    if config.devices.process_id is None:
+    if config.process_id is None:
         return command
     return f"{command} --process_id ID, in each process with its own ID"

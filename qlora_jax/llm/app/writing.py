@@ -116,8 +116,8 @@ def export(config: ExportConfig) -> Written:
     is_adapter = config.format in (None, *get_args(AdapterFormat))
     if is_adapter and config.server is None:
         for run in run_configs_of(config.adapter, config.run):
-            if not run.adapter.merge_aware:  # which is not exported as an adapter
-                check_base(run.model.path, config.model)
+            if not run.merge_aware:  # which is not exported as an adapter
+                check_base(run.model, config.model)
     # Without a path, `push` uploads nothing. If the repository cannot be written, it
     # fails here, before the export.
     push(config.push_to_hub)

@@ -59,7 +59,7 @@ def _run(arguments: Sequence[str], prepare: Callable[[], None]) -> int:
             return 0
         result = function(config)
         is_train = isinstance(config, app.TrainConfig)
-        if is_train and config.devices.distributed:
+        if is_train and config.distributed:
             from ..app.processes import is_first
 
             if not is_first():

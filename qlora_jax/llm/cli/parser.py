@@ -12,10 +12,17 @@ import yaml
 
 from ... import __version__
 from ..app import configs
-from ..app.options import REQUIRED, Config, Option, describe_type, options_of
+from ..app.options import (
+    REQUIRED,
+    Config,
+    Option,
+    check_names,
+    describe_type,
+    options_of,
+    suggest_option,
+)
 from ..app.run_folder import is_run
 from ..app.train_config import TrainConfig
-from ..models.suggestions import did_you_mean
 from ..printable import printable_lines
 
 # The commands, which are functions in `qlora_jax.llm.app`, and their config classes.
@@ -27,6 +34,7 @@ COMMANDS: dict[str, type[Config]] = {
     "inspect": configs.InspectConfig,
     "check": configs.CheckConfig,
 }
+SHOW_ALL = "--help_all"
 CACHE_HELP = """\
 Compiled programs are cached in ~/.cache/qlora_jax, up to 1 GiB. Set QLORA_JAX_CACHE or
 XDG_CACHE_HOME to move this cache, JAX_COMPILATION_CACHE_DIR to use a cache of your own,
@@ -61,8 +69,11 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
-    """Returns the parser of the program, and those of its commands by name."""
+def make_parsers(show_all: bool = False) -> tuple[Parser, Mapping[str, Parser]]:
+    """Returns the parser of the program, and those of its commands by name.
+
+    With `show_all`, their help lists all options of `train`, and not only common ones.
+    """
     formatter = argparse.RawDescriptionHelpFormatter  # keeps line breaks in the epilog
     settings: dict[str, Any] = dict(formatter_class=formatter, allow_abbrev=False)
     parser = Parser(
@@ -85,11 +96,11 @@ def make_parsers() -> tuple[Parser, Mapping[str, Parser]]:
             epilog="\n  ".join(["examples:", *examples]) + f"\n\n{CACHE_HELP}",
             **settings,
         )
-        _add_options(command, config_type)
+        _add_options(command, config_type, show_all)
     return parser, subparsers.choices
 
 
-def _add_options(parser: Parser, config_type: type[Config]) -> None:
+def _add_options(parser: Parser, config_type: type[Config], show_all: bool) -> None:
     options = options_of(config_type).values()
     required = [option.name for option in options if option.default is REQUIRED]
     is_positional = config_type is configs.InspectConfig  # `qlora-jax inspect PATH`
@@ -102,16 +113,19 @@ def _add_options(parser: Parser, config_type: type[Config]) -> None:
         "--print_config", action="store_true", help="print the settings, and exit"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    sections, group = {}, parser
+    if common := config_type.common:
+        parser.add_argument(SHOW_ALL, action="help", help="list all options, and exit")
+    group: Any = parser
     for option in options:
-        if (title := option.section) is not None:
-            if title not in sections:
-                sections[title] = parser.add_argument_group(title)
-            group = sections[title]
-        _add_option(group, option, is_positional)
+        if option.section is not None:
+            group = parser.add_argument_group(option.section)
+        is_shown = show_all or not common or option.name in common
+        _add_option(group, option, is_positional, is_shown)
 
 
-def _add_option(group: Any, option: Option, is_positional: bool) -> None:
+def _add_option(
+    group: Any, option: Option, is_positional: bool, is_shown: bool
+) -> None:
     """Adds an option to the parser, in a section of `--help`.
 
     The parser keeps a value as text, for `Config.from_settings` to convert. An option
@@ -132,27 +146,27 @@ def _add_option(group: Any, option: Option, is_positional: bool) -> None:
         text = str(default).lower() if isinstance(default, bool) else default
         notes.append(f"default: {text}")
     settings: dict[str, Any] = dict(default=argparse.SUPPRESS, metavar=metavar)
-    settings["help"] = f"{option.help} ({'; '.join(notes)})" if notes else option.help
+    text = f"{option.help} ({'; '.join(notes)})" if notes else option.help
+    settings["help"] = text if is_shown else argparse.SUPPRESS
     if is_positional:
         settings["metavar"] = option.name
         group.add_argument(option.name, nargs="?", **settings)
         return
     if accepts_bool:  # `--resume` is `--resume=true`
         settings |= dict(nargs="?", const="true")
-    flags = [f"--{name}" for name in (option.name, *option.aliases)]
-    group.add_argument(*flags, dest=option.name, **settings)
+    group.add_argument(f"--{option.name}", **settings)
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Config, argparse.Namespace]:
     """Returns the command, its config, and the parsed arguments."""
-    parser, commands = make_parsers()
     arguments = [_normalize_flag(x) for x in arguments]
+    parser, commands = make_parsers(show_all=SHOW_ALL in arguments)
     namespace, unknown = parser.parse_known_args(arguments)
     if (name := namespace.command) is None:
         parser.error(f"the command must be one of {', '.join(COMMANDS)}. Got none.")
     if unknown:
         first = re.sub(r"^--|=.*", "", unknown[0])
-        hint = did_you_mean(first, options_of(COMMANDS[name]))
+        hint = suggest_option(first, options_of(COMMANDS[name]))
         commands[name].error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
     settings, options = {}, options_of(COMMANDS[name])
     try:
@@ -186,9 +200,9 @@ def _normalize_flag(argument: str) -> str:
 
 def _note_other_folder(config: TrainConfig, files: Sequence[str]) -> None:
     """Prints which run is resumed if it is not in the folder of a file of settings."""
-    out = config.output.out
+    out = config.out
     folders = [os.path.realpath(os.path.dirname(file)) for file in files]
-    if config.output.resume and os.path.realpath(out) not in folders:
+    if config.resume and os.path.realpath(out) not in folders:
         print(
             f"The run in {out!r} is resumed, as `out` in {files} says", file=sys.stderr
         )
@@ -209,7 +223,8 @@ def _read_settings(file: str, config_type: type[Config]) -> dict[str, object]:
         settings = yaml.load(pathlib.Path(file).read_bytes(), _UniqueKeyLoader)
         if not isinstance(settings, dict):
             raise ValueError(f"Got {settings!r}.")
-        return config_type.resolve_names(settings)
+        check_names(settings, options_of(config_type))
+        return settings
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = "It is missing." if isinstance(error, FileNotFoundError) else error
         message = f"`config` must be a YAML file of settings. {file}: {reason}"

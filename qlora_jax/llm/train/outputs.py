@@ -347,7 +347,7 @@ def model_card(
     Example:
         >>> from qlora_jax.llm import train
         >>> card = train.model_card(
-        ...     "org/m", title="m", settings={"lora_r": 16}, data={}, results={})
+        ...     "org/m", title="m", settings={"rank": 16}, data={}, results={})
         >>> card.splitlines()[:3]
         ['---', 'base_model: "org/m"', 'library_name: peft']
     """

@@ -52,7 +52,7 @@ def write_letters(folder):
 
 def settings(folder, data, out, **overrides):
     """Returns the settings of a short run that trains two kinds of kernels."""
-    defaults = dict(steps=6, batch_size=4, max_length=16, lora_r=4, learning_rate=2e-2)
+    defaults = dict(steps=6, batch_size=4, max_length=16, rank=4, learning_rate=2e-2)
     defaults |= dict(save_every=2, dtype="float32", remat=False, chat=False)
     # With a constant schedule the step does not depend on `steps`, so that all runs
     # share one compiled program.

@@ -265,8 +265,8 @@ def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, 
     trained = make_run(app.TrainConfig.from_settings(train), "2026-11-28")
     fmt, _, size, *_ = stored.split()
     settings = (
-        trained.config.model.fmt,
-        trained.config.model.block_size,
+        trained.config.fmt,
+        trained.config.block_size,
         trained.packing_config,
     )
     assert settings == (fmt, int(size), None)

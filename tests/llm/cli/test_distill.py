@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 def test_the_packed_model_learns_from_its_float_weights(folder, data, tmp_path, capsys):
     config = settings(folder, data, tmp_path / "run", **OPTIONS, steps=30)
     result = app.train(config)
-    rows = rows_of(config.output.out)
+    rows = rows_of(config.out)
     assert result.valid_loss == rows[-1]["valid_loss"] < 0.8 * rows[0]["valid_loss"]
     assert not any("valid_perplexity" in row for row in rows)
     assert f", validation {result.valid_loss:.4f} at step 30" in capsys.readouterr().err
@@ -73,7 +73,7 @@ def test_the_loss_is_the_divergence_from_another_model(folder, other, tmp_path):
     assert result.bytes["teacher"] == 4 * about["parameters"]  # in float32
     expected = divergence(folder, other, texts, 2.0)
     assert expected > 0.1
-    assert_close(losses(config.output.out)[0], expected, magnitude=10 * expected)
+    assert_close(losses(config.out)[0], expected, magnitude=10 * expected)
 
 
 @pytest.mark.slow

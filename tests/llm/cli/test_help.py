@@ -7,6 +7,7 @@ import pytest
 from commands import run_python
 
 import qlora_jax as ql
+from qlora_jax.llm import app
 from qlora_jax.llm.app.options import options_of
 from qlora_jax.llm.cli.main import main
 from qlora_jax.llm.cli.parser import COMMANDS
@@ -14,11 +15,23 @@ from qlora_jax.llm.cli.parser import COMMANDS
 # Python's names of types and of missing values, which no help text may contain.
 NO_WORDS = r"Any|Union|Optional|Literal|NoneType|None|null|<class|typing|MISSING"
 
+OF_ALL_COMMANDS = {"config", "print_config", "json"}
+
+
+def test_train_shows_the_options_that_people_set(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    listed = re.findall(r"^  --([a-z]\w*)(?=[ ,\n]|$)", out, re.M)
+    assert {*listed} == {*app.TrainConfig.common} | OF_ALL_COMMANDS | {"help_all"}
+    assert len(app.TrainConfig.common) == 25
+
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
 def test_help_is_in_words(capsys, command):
+    flag = "--help-all" if command == "train" else "--help"
     with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"] if command else ["--help"])
+        main([command, flag] if command else [flag])
     out = capsys.readouterr().out
     assert stopped.value.code == 0
     assert re.findall(rf"\b({NO_WORDS})\b", out) == []

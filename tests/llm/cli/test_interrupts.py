@@ -205,13 +205,12 @@ def test_a_signal_after_the_last_step_ends_the_run(
         patch.setattr(training, "fit", fit_and_signal)
         app.train(config)
     assert (
-        f"The state of step 2 is saved in {config.output.out}/state"
-        in capsys.readouterr().err
+        f"The state of step 2 is saved in {config.out}/state" in capsys.readouterr().err
     )
-    file = pathlib.Path(config.output.out) / "config.yaml"
+    file = pathlib.Path(config.out) / "config.yaml"
     status, _, error = commands.run(capsys, "train", "--config", file, "--resume")
     assert status == 0, error
-    assert [row["step"] for row in rows_of(config.output.out)] == [1, 2]
+    assert [row["step"] for row in rows_of(config.out)] == [1, 2]
 
 
 @pytest.mark.slow

@@ -235,7 +235,7 @@ def test_an_ordinary_adapter_starts_a_merge_aware_one(folder, plain, capsys):
 @pytest.mark.parametrize(
     "options, reason",
     [
-        (dict(lora_r=8), "has rank 4 instead of 8"),
+        (dict(rank=8), "has rank 4 instead of 8"),
         (dict(lora_alpha=4.0), "`lora_alpha` must be 8 or left out"),
         (dict(target_modules="q_proj", fmt="nf4"), "mlp/up_proj/kernel is not trained"),
         (dict(adapter="nowhere"), "`adapter` must be a path or a hub id"),

@@ -23,7 +23,7 @@ def test_only_the_registry_names_objectives():
         if registry not in path.parents:
             quoted = re.findall(rf"""["'](?:{names})["']""", path.read_text())
             # The default of the option.
-            assert quoted == ['"sft"'] * (path.name == "train_groups.py"), path
+            assert quoted == ['"sft"'] * (path.name == "train_config.py"), path
 
 
 def confident_loss(model, beta):

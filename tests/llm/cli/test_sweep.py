@@ -37,7 +37,7 @@ def test_each_run_equals_a_run_alone(sweep):
     for name in names[1:3]:
         rate, seed = re.findall(r"=([^_]*)", name)
         overrides = dict(learning_rate=float(rate), seed=int(seed), data_seed=1)
-        paths = config.model.path, config.data.path, work / name
+        paths = config.model, config.data, work / name
         alone = settings(*paths, **OPTIONS, **overrides)
         expected = app.train(alone)
         row_pairs = zip(rows_of(work / "out" / name), rows_of(work / name), strict=True)
@@ -71,7 +71,7 @@ def test_a_sweep_resumes_and_goes_on_without_a_failed_run(sweep, capfd):
     config, _, work = sweep
     rates = dict(learning_rate=[0.02, 1e38], seed=3, data_seed=1)
     options = dict(OPTIONS, eval_examples=0, **rates)
-    paths = config.model.path, config.data.path, work / "again"
+    paths = config.model, config.data, work / "again"
     first = app.train(settings(*paths, **options | dict(steps=3)))
     good, bad = "learning_rate=0.02", "learning_rate=1e+38"
     assert first.runs[bad] is None and first.best == good

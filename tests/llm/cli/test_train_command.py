@@ -1,6 +1,5 @@
 """`qlora-jax train`: results, files, wrong settings, and interrupted runs."""
 
-import dataclasses
 import json
 import math
 import os
@@ -182,7 +181,7 @@ def state_of(out):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(lora_r=8), "lora_r was 4, is 8"),
+        (dict(rank=8), "rank was 4, is 8"),
         (dict(seed=1, learning_rate=0.1), "learning_rate was 0.02, is 0.1; seed was"),
         (dict(steps=31), "steps was 30, is 31"),
         (dict(target_modules=["q_proj"]), r"target_modules was 'all-linear', is \['q"),
@@ -259,7 +258,7 @@ def test_a_resumed_run_keeps_its_dtype_on_another_processor(
     )
     monkeypatch.setattr(environment, "read_cpuinfo", lambda: AMD)
     resumed = config.replace(resume=True, steps=3)
-    assert make_run(resumed, "").config.model.dtype == "float32"
+    assert make_run(resumed, "").config.dtype == "float32"
     assert app.train(resumed).steps == 3
 
 
@@ -319,7 +318,7 @@ def test_rows_that_are_held_out_are_part_of_what_a_run_is(folder, data, tmp_path
     assert (len(run.data.train), len(run.data.valid)) == (30, 10)
     held_out = {row.place for row in run.data.valid}
     assert not held_out & {row.place for row in run.data.train}
-    one_epoch = dataclasses.replace(run.config.training, epochs=1)
+    one_epoch = run.config.replace(epochs=1)
     batches = [*make_batches(one_epoch, run.data)]
     assert sum(batch.num_tokens for batch in batches) == sum(
         len(row.ids) for row in run.data.train
@@ -442,7 +441,7 @@ def test_what_is_wrong_is_refused_before_the_model_is_read(
     config = settings(folder, data, tmp_path / "run")
     monkeypatch.chdir(data)
     with pytest.raises(ValueError, match=message):
-        app.train(config.replace(**options))
+        app.train(app.TrainConfig.from_settings(config.to_settings() | options))
     assert not (tmp_path / "run").exists()
 
 
@@ -452,7 +451,7 @@ def test_runs_with_seeds_that_were_accepted_resume(folder, data, tmp_path):
     config = settings(folder, data, out, seed=2**32 + 1, resume=True)
     write_run_config(config, out / "config.yaml", "a folder", None)
     assert member_configs(config) == [config]
-    assert read_run_config(out / "config.yaml").training.seed == 2**32 + 1
+    assert read_run_config(out / "config.yaml").seed == 2**32 + 1
 
 
 def test_batches_are_counted_without_being_made(folder, data, tmp_path, monkeypatch):
@@ -471,7 +470,7 @@ def test_epochs_are_a_decimal_number_of_passes(folder, data, tmp_path):
     rows.write_text(f"{text}\n" * 100)
     options = dict(steps=None, epochs=1.1, batch_size=2)
     config = settings(folder, rows, tmp_path / "run", **options)
-    assert make_run(config, "2026-01-01").config.training.steps == 55
+    assert make_run(config, "2026-01-01").config.steps == 55
 
 
 @pytest.mark.parametrize(
@@ -487,8 +486,8 @@ def test_epochs_train_on_each_row_equally_often(
     options = dict(batch_size=batch_size, accumulation=accumulation)
     options |= dict(steps=None, epochs=epochs, max_length=16)
     run = make_run(settings(folder, rows, tmp_path / "run", **options), "2026-01-01")
-    batches = [*make_batches(run.config.training, run.data)]
-    assert run.config.training.steps == steps == math.ceil(len(batches) / accumulation)
+    batches = [*make_batches(run.config, run.data)]
+    assert run.config.steps == steps == math.ceil(len(batches) / accumulation)
     lengths = [n for x in batches for n in (x.segment_ids == 1).sum(axis=1) if n]
     assert len(lengths) == count
     times = [lengths.count(len(row.ids)) for row in run.data.train]
@@ -497,7 +496,7 @@ def test_epochs_train_on_each_row_equally_often(
     (tmp_path / "run").mkdir()
     write_run_config(run.config, tmp_path / "run" / "config.yaml", "a folder", None)
     again = make_run(read_run_config(tmp_path / "run" / "config.yaml"), "2026-01-01")
-    assert again.stamp == run.stamp and again.config.training == run.config.training
+    assert again.stamp == run.stamp and again.config == run.config
 
 
 @pytest.mark.parametrize("packing, size", [(False, 9), (True, 3)])
@@ -509,8 +508,8 @@ def test_a_batch_has_at_most_the_rows_of_an_epoch(
     rows.write_text("".join(f'{{"text": "{"a" * n}"}}\n' for n in range(1, 10)))
     options = dict(batch_size=60, packing=packing, max_length=20, out=tmp_path / "run")
     run = make_run(settings(folder, rows, **options), "2026-01-01")
-    assert run.config.training.batch_size == size
-    batch = next(make_batches(run.config.training, run.data))
+    assert run.config.batch_size == size
+    batch = next(make_batches(run.config, run.data))
     assert (batch.segment_ids[:, 0] > 0).all() and len(batch.ids) == size
     assert f"`batch_size` is {size} instead of 60" in capsys.readouterr().err
 
@@ -555,8 +554,7 @@ def test_steps_and_epochs_must_agree(folder, data, tmp_path):
 def test_ten_evaluations_take_little_time(options, every, chosen):
     config = settings("model", "data", "out", **options)
     assert config.eval_steps == every
-    training = config.training
-    trained = (training.steps or 0) * training.accumulation
+    trained = (config.steps or 0) * config.accumulation
     assert evaluation.sample_batches([*range(8)], trained) == chosen
 
 
@@ -592,7 +590,7 @@ def test_two_runs_in_one_folder_are_refused(folder, data, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_explodes_exits_with_the_step(folder, data, tmp_path, capsys):
     out = tmp_path / "run"
-    options = ["--steps=9", "--batch-size=4", "--max-length=16", "--lora-r=1"]
+    options = ["--steps=9", "--batch-size=4", "--max-length=16", "--rank=1"]
     options += ["--learning-rate=1e38", "--warmup=0", "--save-every=5", "--chat=false"]
     options += ["--target-modules=[q_proj]", "--data", data / "train.jsonl"]
     arguments = "train", "--model", folder, "--out", out, *options
@@ -608,7 +606,7 @@ def test_a_process_trains_from_a_yaml_file(folder, data, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(
         f"model: {folder}\ndata: {data}\nout: nowhere\nsteps: 3\nbatch_size: 4\n"
-        "target_modules: [q_proj, mlp.down_proj]\nlora_r: 2\nmax_length: 16\n"
+        "target_modules: [q_proj, mlp.down_proj]\nrank: 2\nmax_length: 16\n"
         "chat: false\n"
     )
     arguments = "train", "--json", "--config", file, "--out", tmp_path / "run"

@@ -16,7 +16,7 @@ from tokenizer_helpers import write_rows
 from tolerances import assert_close
 
 from qlora_jax.llm import app
-from qlora_jax.llm.app.train_groups import parse_mesh
+from qlora_jax.llm.app.train_config import parse_mesh
 from qlora_jax.llm.app.training import Trainer
 from qlora_jax.llm.models.tiny import save_tiny
 
@@ -114,11 +114,11 @@ def free_port():
 # JAX's own handler of SIGTERM would let the process continue.
 SIGNAL = """
 import os, signal, sys, time
-from qlora_jax.llm.app import DevicesConfig
+from qlora_jax.llm.app import TrainConfig
 from qlora_jax.llm.app.processes import start_distributed
 options = dict(coordinator_address=sys.argv[1], num_processes=1, process_id=0)
 options |= dict(mesh="fsdp=1", distributed=True)
-start_distributed(DevicesConfig(**options))
+start_distributed(TrainConfig("m", "d", "o", **options))
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(60)
 """

@@ -39,7 +39,7 @@ def files(tmp_path_factory):
     (folder / "one_line.json").write_text(json.dumps(wrapped))
     (folder / "list.yaml").write_text("- a\n")
     (folder / "wrong.yaml").write_text("fmt: nf5\n")
-    (folder / "twice.yaml").write_text("adapter:\n  rank: 4\n  rank: 8\n")
+    (folder / "twice.yaml").write_text("rank: 4\nrank: 8\n")
     (folder / "no_run").mkdir()
     (folder / "no_run" / "notes.txt").write_text("mine")
     return folder

@@ -169,7 +169,7 @@ def test_there_is_no_second_model_in_memory():
     model = BaseModel(engine, engine.shapes)
 
     def memory_of(objective):
-        options = dict(objective=objective, batch_size=1, max_length=32, lora_r=4)
+        options = dict(objective=objective, batch_size=1, max_length=32, rank=4)
         options |= dict(model="model", data="data", out="out", steps=9, warmup=1)
         options |= dict(dtype="bfloat16")
         config = TrainConfig.from_settings(options)
