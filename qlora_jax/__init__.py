@@ -13,7 +13,7 @@ from .adapters.apply import apply, lookup
 from .adapters.base import AdaptedKernel
 from .adapters.config import QLoRAConfig
 from .adapters.dora import DoRA
-from .adapters.lora import LoRA, SharedLoRA
+from .adapters.lora import LoRA
 from .adapters.merge_aware import MergeAware
 from .adapters.product import ragged_dot
 from .adapters.trained import Trained, TrainedRows
@@ -44,7 +44,6 @@ __all__ = [
     "MergeAware",
     "QLoRAConfig",
     "QTensor",
-    "SharedLoRA",
     "StraightThrough",
     "Trained",
     "TrainedRows",

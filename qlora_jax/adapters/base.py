@@ -62,8 +62,6 @@ class Adapter(TreeLeaf, abc.ABC):
     trained_as: ClassVar[str] = "lora"  # the label of its arrays in `lora_labels`
     # Whether its change of the kernel is `scaling * A B`.
     is_linear: ClassVar[bool] = False
-    # Whether one adapter serves all matrices along the last batch axis.
-    is_shared: ClassVar[bool] = False
     can_be_in_bank: ClassVar[bool] = False
     can_be_ragged: ClassVar[bool] = False  # whether `product` supports `call.offsets`
     # The names of leaves that are not trained, such as the ids of a `Selected`.
@@ -115,16 +113,6 @@ class Adapter(TreeLeaf, abc.ABC):
         """
         adapters = jax.tree.map(take, self)
         return jax.vmap(lambda lora, ids: lora.lookup(ids, kernel))(adapters, ids)
-
-    def unshared(self, kernel: PyTree) -> "Adapter":
-        """Returns an equal adapter that has separate arrays for each matrix of a stack.
-
-        An adapter that is not shared is returned as it is.
-
-        Args:
-            kernel: The kernel, or a `jax.ShapeDtypeStruct`.
-        """
-        return self
 
     @property
     def scalings(self) -> np.ndarray:
@@ -277,8 +265,6 @@ def misfit_reason(lora: Adapter, leaf: PyTree) -> str | None:
             f"it was made for {adapter_roles!r}."
         )
     *batch, k, n = lora.geometry.matrix_shape(shape)
-    if lora.is_shared and batch:
-        batch[-1] = 1
 
     # 2. Every array must have the shape that follows from the roles of its axes. In the
     #    error, "r" stands for the rank, because any rank fits.

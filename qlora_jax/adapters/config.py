@@ -70,12 +70,8 @@ class QLoRAConfig:
         freeze_base: False trains the float kernels too, through a straight-through
             quantizer.
         dropout: Rate of dropout on the adapter's input, in [0, 1).
-        rank_pattern: Ranks by pattern: the first pattern that matches wins. A sequence
-            sets a rank for each expert of a stack. A and B then have the largest rank.
-            Beyond the rank of an expert they are zero, and stay zero in training.
+        rank_pattern: Ranks by pattern: the first pattern that matches wins.
         alpha_pattern: Alphas by pattern: the first pattern that matches wins.
-        shared: Pattern, or several, of stacks of experts. All experts of such a stack
-            share one adapter.
         rank_stabilized: Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA,
             Kalajdzievski 2023).
         use_dora: Train the magnitude of each output apart from its direction (DoRA, Liu
@@ -131,9 +127,8 @@ class QLoRAConfig:
     trainable_rows: Mapping[Pattern, Sequence[int]] = field(default_factory=dict)
     freeze_base: bool = True
     dropout: float = 0.0
-    rank_pattern: Mapping[Pattern, int | Sequence[int]] = field(default_factory=dict)
+    rank_pattern: Mapping[Pattern, int] = field(default_factory=dict)
     alpha_pattern: Mapping[Pattern, float] = field(default_factory=dict)
-    shared: Pattern | Sequence[Pattern] = ()
     rank_stabilized: bool = False
     use_dora: bool = False
     merge_aware: bool = False
@@ -146,11 +141,11 @@ class QLoRAConfig:
             object.__setattr__(self, name, value)
 
         # 1. Convert patterns to tuples, and check and convert the settings by pattern.
-        for name in ("targets", "exclude", "trainable", "shared"):
+        for name in ("targets", "exclude", "trainable"):
             set_field(name, as_patterns(name, getattr(self, name)))
         if not isinstance(self.contract, Mapping):
             set_field("contract", {".*": self.contract})
-        converters = {"contract": check_contract, "rank_pattern": _as_ranks}
+        converters = {"contract": check_contract, "rank_pattern": as_rank}
         converters |= {"trainable_rows": _as_rows, "alpha_pattern": _as_alpha}
         for name, convert in converters.items():
             set_field(name, settings_by_pattern(name, getattr(self, name), convert))
@@ -168,10 +163,6 @@ class QLoRAConfig:
             raise ValueError(
                 "`freeze_base` must be True where `fmt` is None: a float base that is "
                 "trained needs no quantizer. Got freeze_base=False."
-            )
-        if self.shared and self.use_dora:
-            raise ValueError(
-                "`use_dora` must be False where `shared` is set. Got True."
             )
         self._check_merge_aware()
         formats = (self.fmt, self.target_fmt, "nf4")
@@ -197,14 +188,14 @@ class QLoRAConfig:
                 "`target_fmt` must be set with `merge_aware` where `fmt` is None, "
                 "because kernels in float have no format to be packed in. Got None."
             )
-        settings = {"use_dora": self.use_dora, "shared": self.shared}
-        settings |= {"dropout": self.dropout, "freeze_base": not self.freeze_base}
+        settings = {"use_dora": self.use_dora, "dropout": self.dropout}
+        settings |= {"freeze_base": not self.freeze_base}
         if wrong := [name for name, is_set in settings.items() if is_set]:
             values = ", ".join(f"{name}={getattr(self, name)}" for name in wrong)
             raise ValueError(
-                "`merge_aware` must be False with DoRA, with shared adapters, with a "
-                "base that is trained, and with dropout, which packed weights cannot "
-                f"reproduce. Got {values}."
+                "`merge_aware` must be False with DoRA, with a base that is trained, "
+                "and with dropout, which packed weights cannot reproduce. Got "
+                f"{values}."
             )
 
     @property
@@ -273,40 +264,25 @@ class QLoRAConfig:
     def rank_of(self, path: str) -> int:
         """Returns the rank of the adapter of the kernel at `path`.
 
-        If experts have different ranks, this is the largest one.
-
         Args:
             path: The path of a kernel.
         """
-        rank = first_match(self.rank_pattern, path, self.rank)
-        return rank if isinstance(rank, int) else max(rank)
+        return first_match(self.rank_pattern, path, self.rank)
 
-    def ranks_of(self, path: str) -> tuple[int, ...] | None:
-        """Returns the ranks of experts, by `rank_pattern`; None for one rank.
-
-        Args:
-            path: The path of a kernel.
-        """
-        rank = first_match(self.rank_pattern, path, self.rank)
-        return rank if isinstance(rank, tuple) else None
-
-    def scaling_of(self, path: str) -> float | tuple[float, ...]:
+    def scaling_of(self, path: str) -> float:
         """Returns the scaling of the adapter of the kernel at `path`.
 
-        It is alpha / rank, or alpha / sqrt(rank) if `rank_stabilized`; a tuple if
-        experts have different ranks.
+        It is alpha / rank, or alpha / sqrt(rank) if `rank_stabilized`.
 
         Args:
             path: The path of a kernel.
         """
-        alpha = first_match(self.alpha_pattern, path, self.alpha)
+        rank, alpha = (
+            self.rank_of(path),
+            first_match(self.alpha_pattern, path, self.alpha),
+        )
         power = 0.5 if self.rank_stabilized else 1
-
-        def scaling(rank: int) -> float:
-            return float((rank if alpha is None else alpha) / rank**power)
-
-        ranks = self.ranks_of(path)
-        return tuple(map(scaling, ranks)) if ranks else scaling(self.rank_of(path))
+        return float((rank if alpha is None else alpha) / rank**power)
 
     def contract_of(self, path: str) -> tuple[int, ...] | str | None:
         """Returns the contracted axes of the kernel at `path`, or roles as letters.
@@ -327,8 +303,7 @@ def is_table(path: str) -> bool:
 def setting_patterns(config: QLoRAConfig) -> tuple[Pattern, ...]:
     """Returns all patterns of settings for targets; each must match a target."""
     contract = cast(Mapping[Pattern, Contract], config.contract)
-    shared = cast(tuple[Pattern, ...], config.shared)
-    return (*config.rank_pattern, *config.alpha_pattern, *contract, *shared)
+    return (*config.rank_pattern, *config.alpha_pattern, *contract)
 
 
 def check_config(config: object) -> None:
@@ -353,12 +328,6 @@ def as_dropout(dropout: object) -> float:
     if not isinstance(dropout, numbers.Real) or not 0 <= float(dropout) < 1:
         raise ValueError(f"`dropout` must be in [0, 1). Got {dropout!r}.")
     return float(dropout)
-
-
-def _as_ranks(ranks: int | Sequence[int]) -> int | tuple[int, ...]:
-    if isinstance(ranks, Sequence) and not isinstance(ranks, str) and ranks:
-        return tuple(map(as_rank, ranks))
-    return as_rank(ranks)
 
 
 def _as_rows(rows: Iterable[int]) -> tuple[int, ...]:

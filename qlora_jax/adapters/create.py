@@ -1,19 +1,16 @@
 """Creates the adapters that a config describes."""
 
-import math
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array
 
 from ..quant.kernel import Kernel
 from ..quant.views import take_rows
 from .base import Adapter
-from .config import QLoRAConfig, is_table, matches
+from .config import QLoRAConfig, is_table
 from .dora import DoRA, column_norms
-from .lora import SETTINGS, LoRA, SharedLoRA
+from .lora import SETTINGS, LoRA
 from .merge_aware import MergeAware
 from .trained import TrainedRows, new_trained
 
@@ -42,7 +39,7 @@ def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> A
 def _new_low_rank(
     key: Array, kernel: Kernel, config: QLoRAConfig, path: str
 ) -> Adapter:
-    """Returns a new LoRA, SharedLoRA, MergeAware or DoRA of a kernel of the base tree.
+    """Returns a new LoRA, MergeAware or DoRA of a kernel of the base tree.
 
     A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`: Kaiming-uniform with a = sqrt(5) (He et
     al. 2015), PEFT's default. B is zero. Magnitudes start as the norms of the columns.
@@ -51,9 +48,6 @@ def _new_low_rank(
     """
     *batch, k, n = kernel.matrix_shape
     rank, scaling = config.rank_of(path), config.scaling_of(path)
-    is_shared = matches(config.shared, path)
-    if is_shared:
-        batch[-1] = 1
     # 1. Initial A [*batch, K, r] and B [*batch, r, N].
     bound, dtype = 1 / max(k, 1) ** 0.5, config.lora_dtype
     dropout = 0.0 if is_table(path) else config.dropout
@@ -63,22 +57,14 @@ def _new_low_rank(
     else:
         a = jax.random.uniform(key, (*batch, k, rank), jnp.float32, -bound, bound)
         b = jnp.zeros((*batch, rank, n), dtype)
-    # 2. For experts of different ranks, set A and B to zero beyond each rank.
-    if ranks := config.ranks_of(path):
-        is_used = np.arange(rank) < np.array(ranks)[:, None]  # [E, r]
-        a = jnp.where(jnp.broadcast_to(is_used[:, None, :], a.shape), a, 0)
-        b = jnp.where(jnp.broadcast_to(is_used[:, :, None], b.shape), b, 0)
-    if isinstance(scaling, tuple):  # of the experts: repeat it for each layer
-        scaling = scaling * math.prod(batch[:-1])
     if (packing := config.merged_packing(kernel.packing)) is not None:
         packing.check_rows(k)
         settings = scaling, 0.0, kernel.geometry, packing
         return MergeAware(a.astype(dtype), b, *settings)
-    kind = SharedLoRA if is_shared else LoRA
-    lora = kind(a.astype(dtype), b, scaling, dropout, kernel.geometry)
+    lora = LoRA(a.astype(dtype), b, scaling, dropout, kernel.geometry)
     if not config.use_dora:
         return lora
-    # 3. The magnitudes of a DoRA.
+    # 2. The magnitudes of a DoRA.
     dtype = jnp.promote_types(dtype, jnp.float32)
     m = jax.jit(column_norms)(lora, kernel).astype(dtype)
     return DoRA(**lora.arrays, m=m, **{name: getattr(lora, name) for name in SETTINGS})

@@ -1,7 +1,6 @@
 """LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, PyTree
+from jaxtyping import Array, Float, Float32
 
 from .._jax.modes import split_as
 from ..product.floats import float_product, ragged_float_product
@@ -217,59 +216,8 @@ class LoRA(LowRank):
 register_adapter(LoRA)
 
 
-class SharedLoRA(LowRank):
-    """One LoRA for all experts of a stack `[*batch, E, K, N]`.
-
-    `init` makes it for the kernels that the config's `shared` matches. It has the
-    attributes of a `LoRA`, with A `[*batch, 1, K, r]` and B `[*batch, 1, r, N]`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, qlora_jax as ql
-        >>> params = {"up": jnp.ones((8, 64, 16))}
-        >>> config = ql.QLoRAConfig(rank=4, targets="up", shared="up")
-        >>> _, lora = ql.init(jax.random.key(0), params, config)
-        >>> lora["up"].a.shape, lora["up"].b.shape
-        ((1, 64, 4), (1, 4, 16))
-    """
-
-    label = "shared lora"
-    is_linear = True
-    is_shared = True
-    can_be_ragged = True
-
-    def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
-        if call.offsets is None:
-            return self.unshared(kernel).product(x, kernel, call)
-        y = call.multiply(x, kernel)
-        x = apply_dropout(x, self.dropout, call.dropout_key)
-        # The rows of all experts are one group. Rows after the group give zeros.
-        ends = call.offsets[jnp.array([0, -1])]
-        change = lora_product(x, self, kernel, call.precision, ends)
-        return add_change(y, change)
-
-    def unshared(self, kernel: PyTree) -> LoRA:  # noqa: D102
-        num_experts = self.geometry.matrix_shape(kernel.shape)[-3]
-        repeat = functools.partial(jnp.repeat, repeats=num_experts, axis=-3)
-
-        def repeat_experts(x: Array) -> Array:
-            is_shape = isinstance(x, jax.ShapeDtypeStruct)
-            return jax.eval_shape(repeat, x) if is_shape else repeat(x)
-
-        scaling = self.scaling
-        if isinstance(scaling, tuple):
-            scaling = tuple(s for s in scaling for _ in range(num_experts))
-        elif self.untrained_leaves:  # the scaling is an array, [*batch, 1]
-            scaling = jnp.repeat(jnp.asarray(scaling), num_experts, axis=-1)
-        a, b = repeat_experts(self.a), repeat_experts(self.b)
-        settings = scaling, self.dropout, self.geometry
-        return LoRA(a, b, *settings, untrained_leaves=self.untrained_leaves)
-
-
-register_adapter(SharedLoRA)
-
-
 def is_low_rank(lora: Adapter) -> TypeGuard[LowRank]:
-    """Whether an adapter is low-rank, such as a LoRA, a DoRA or a SharedLoRA."""
+    """Whether an adapter is low-rank, such as a LoRA or a DoRA."""
     return isinstance(lora, LowRank)
 
 

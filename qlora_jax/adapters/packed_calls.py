@@ -81,7 +81,7 @@ class _ExpertsView:
 
         q = replace(slice_arrays(q), placement=None)
         lora = self.lora
-        if lora is not None and not lora.is_shared:
+        if lora is not None:
             lora = slice_arrays(lora.sliceable())
         return replace(self, kernel=q, lora=lora)
 

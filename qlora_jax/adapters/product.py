@@ -69,7 +69,7 @@ def check_real(name: str, w: PyTree) -> None:
 def _check_ragged(lora: Adapter) -> None:
     if not lora.can_be_ragged:
         raise NotImplementedError(
-            "a ragged product supports LoRA, SharedLoRA and MergeAware adapters, "
+            "a ragged product supports LoRA and MergeAware adapters, "
             f"and none from a bank. Got {type(lora).__name__}."
         )
 

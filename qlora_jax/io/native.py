@@ -41,7 +41,7 @@ LeafJson = dict[str, Any]  # describes a leaf
 # The errors that may occur while reading a description that `save` did not write.
 _DESCRIPTION_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError)
 _DESCRIPTION_ERRORS += (TypeError, ValueError)
-_PATTERN_LISTS = ("targets", "exclude", "trainable", "shared")
+_PATTERN_LISTS = ("targets", "exclude", "trainable")
 _PATTERN_DICTS = ("rank_pattern", "alpha_pattern", "contract", "trainable_rows")
 _FLAGS = {"a": re.A, "i": re.I, "m": re.M, "s": re.S, "x": re.X}
 _PACKING = ("fmt", "block_size", "double_quant")  # in the order of `Packing`'s fields
@@ -387,8 +387,6 @@ def _config_to_json(config: QLoRAConfig) -> dict[str, Any]:
         # lists; `_config_from_json` restores them.
         pairs = [(_pattern_text(p), value) for p, value in values[name].items()]
         values[name] = [[p, [*x] if isinstance(x, tuple) else x] for p, x in pairs]
-    if not config.shared:
-        del values["shared"]  # older versions reject unknown keys
     return values
 
 
@@ -396,6 +394,8 @@ def _config_from_json(stored: dict[str, Any]) -> QLoRAConfig:
     settings = dict(stored)
     if (rule := settings.pop("scales", "absmax")) != "absmax":  # from older versions
         raise ValueError(f"`scales` must be 'absmax'. Got {rule!r}.")
+    if patterns := settings.pop("shared", ()):  # from older versions
+        raise ValueError(f"`shared` is not supported. Got {patterns}.")
     for name in _PATTERN_DICTS:
         pairs = settings.get(name, ())
         settings[name] = {p: tuple(x) if isinstance(x, list) else x for p, x in pairs}

@@ -65,13 +65,6 @@ def check_lora_trees(trees: object) -> None:
         )
 
 
-def unshared_adapters(base: Tree, lora: Tree) -> dict[str, Adapter]:
-    """Returns checked adapters, where each expert has a copy of a shared adapter."""
-    kernels = leaves_by_path(base)
-    adapters = checked_adapters(base, lora).items()
-    return {path: adapter.unshared(kernels[path]) for path, adapter in adapters}
-
-
 def adapters_by_path(lora: Tree) -> dict[str, Adapter]:
     """Returns the adapters of a lora tree by path; raises for any other leaf."""
     leaves = leaves_by_path(lora)

@@ -416,8 +416,8 @@ _METHODS = {"cat": _cat, "svd": _svd, "linear": _linear}
 
 def _mismatch(pairs: list[_WeightedLoRA], method: str) -> str | None:
     loras = [lora for lora, _ in pairs]
-    # Of the kinds of this library, only `LoRA` is linear and not shared.
-    if other_kinds := [x.label for x in loras if not x.is_linear or x.is_shared]:
+    # Of the kinds of this library, only `LoRA` is linear.
+    if other_kinds := [x.label for x in loras if not x.is_linear]:
         return f"each must be a lora. Got {other_kinds}."
     if len({(x.matrix_shape, x.geometry) for x in loras}) > 1:
         shapes = [x.matrix_shape for x in loras]

@@ -48,7 +48,6 @@ def find_targets(
             leaf_roles = (axis_roles or {}).get(path)
             geometries[path] = _checked_geometry(path, leaf, config, leaf_roles, accept)
             shape = geometries[path].matrix_shape(leaf.shape)
-            _check_experts(path, shape, config)
             _check_merged(as_kernel(leaf), shape[-2], config)
         except (TypeError, ValueError) as error:
             problems.setdefault(path, str(error))
@@ -84,24 +83,9 @@ def _check_patterns(
         )
     if unmatched := unmatched_by(setting_patterns(config), targets):
         raise ValueError(
-            "patterns of `rank_pattern`, `alpha_pattern`, `contract` and `shared` must "
+            "patterns of `rank_pattern`, `alpha_pattern` and `contract` must "
             f"match a target. Got {unmatched}, which match none of {sorted(targets)}."
         )
-
-
-def _check_experts(path: str, shape: tuple[int, ...], config: QLoRAConfig) -> None:
-    is_shared, batch = matches(config.shared, path), shape[:-2]  # of [*batch, K, N]
-    if is_shared and not batch:
-        raise ValueError("`shared` needs a stack of experts.")
-    # The last batch axis has the experts; layers come before it.
-    num_adapters = 1 if is_shared or not batch else batch[-1]
-    ranks = config.ranks_of(path)  # None unless they are a sequence
-    if ranks is None or len(ranks) == num_adapters:
-        return
-    expected = f", or one for each of {num_adapters} experts"
-    if num_adapters == 1:
-        expected = " unless a kernel has several experts with adapters of their own"
-    raise ValueError(f"`rank_pattern` must have one rank{expected}. Got {ranks}.")
 
 
 def _check_merged(kernel: Kernel, k: int, config: QLoRAConfig) -> None:

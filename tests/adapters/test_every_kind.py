@@ -36,8 +36,6 @@ GROUP_SIZES = np.array([2, 0, 3])
 
 def new_lora(kind, q, seed):
     *batch, k, n = q.matrix_shape
-    if kind is ql.SharedLoRA:
-        batch[-1] = 1
     a, b = normal(seed, (*batch, k, RANK)), normal(seed + 1, (*batch, RANK, n))
     return kind(a, b, SCALING, 0.0, q.geometry)
 
@@ -60,13 +58,12 @@ def new_merge_aware(q, seed):
 
 NEW_ADAPTER = {
     "LoRA": functools.partial(new_lora, ql.LoRA),
-    "SharedLoRA": functools.partial(new_lora, ql.SharedLoRA),
     "DoRA": new_dora,
     "MergeAware": new_merge_aware,
     "Trained": lambda q, seed: ql.Trained(normal(seed, q.shape)),
     "TrainedRows": new_trained_rows,
 }
-FITS = {"SharedLoRA": ["bkn"], "TrainedRows": ["kn", "bkn", "float kn"]}
+FITS = {"TrainedRows": ["kn", "bkn", "float kn"]}
 
 
 def test_every_kind_is_in_the_table():
@@ -99,9 +96,9 @@ def refusal_of(kind, operation, roles, selection):
     if selection != "alone" and kind not in ("LoRA", "DoRA"):
         return "cannot be in a bank"
     if operation == "ragged" and (
-        selection != "alone" or kind not in ("LoRA", "SharedLoRA", "MergeAware")
+        selection != "alone" or kind not in ("LoRA", "MergeAware")
     ):
-        return "supports LoRA, SharedLoRA and MergeAware adapters, and none from a bank"
+        return "supports LoRA and MergeAware adapters, and none from a bank"
     if selection == "by row" and operation == "merged":
         return "`ids` must be one number where weights are merged"
     if selection == "by row" and roles == "bkn":

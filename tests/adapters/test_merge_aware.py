@@ -389,7 +389,6 @@ def test_kernels_that_do_not_fit_the_target_are_listed():
         ({"dropout": 0.1}, "dropout=0.1"),
         ({"use_dora": True}, "use_dora=True"),
         ({"freeze_base": False}, "freeze_base=False"),
-        ({"shared": ".*"}, "shared="),
         ({"target_fmt": "q4_k"}, "`target_fmt` must be one of .*'q4_0'"),
         ({"target_fmt": "int4_f16"}, "blocks of 128, which must divide"),
     ],

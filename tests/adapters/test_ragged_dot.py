@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from helpers import fast_and_slow, normal, randomized
 from tolerances import assert_close
@@ -17,7 +16,6 @@ ROWS, EXPERTS, K, N, RANK = 40, 5, 128, 24, 4
 SIZES = jnp.array([8, 0, 13, 1, 16])
 KERNEL = jnp.asarray(normal(0, (EXPERTS, K, N)))
 CONFIG = ql.QLoRAConfig(rank=RANK, alpha=8)
-SHARED = dataclasses.replace(CONFIG, shared=".*")
 
 
 def trees(config=CONFIG):
@@ -38,7 +36,7 @@ def loss(product, x, *args):
 @pytest.mark.parametrize("dtype", fast_and_slow(["float32"], ["bfloat16"]))
 @pytest.mark.parametrize(
     "config, scaling",
-    [(CONFIG, 2.0), (CONFIG, (1.0, 2.0, 0.5, 4.0, 3.0)), (SHARED, 2.0)],
+    [(CONFIG, 2.0), (CONFIG, (1.0, 2.0, 0.5, 4.0, 3.0))],
 )
 def test_product_and_gradients(dtype, config, scaling):
     q, lora = trees(config)
@@ -70,7 +68,7 @@ def test_product_and_gradients(dtype, config, scaling):
 @pytest.mark.newest
 @pytest.mark.parametrize(
     "mapped, config",
-    [*((name, CONFIG) for name in ("x", "lora", "sizes")), ("sizes", SHARED)],
+    [(name, CONFIG) for name in ("x", "lora", "sizes")],
 )
 def test_vmap(mapped, config):
     q, lora = trees(config)
@@ -104,33 +102,6 @@ def test_vmap(mapped, config):
         want = run(reference, *member_operands)
         for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
             assert_close(a[i], b)
-
-
-def test_what_experts_do_not_use_of_the_largest_rank_stays_zero():
-    ranks = (4, 1, 2, 4, 3)
-    config = dataclasses.replace(CONFIG, rank_pattern={".*": ranks})
-    layers = {"kernel": jnp.stack([KERNEL, KERNEL])}
-    _, lora = ql.init(jax.random.key(0), layers, config)
-    assert lora["kernel"].scaling == tuple(8 / r for r in ranks) * 2
-    used = np.arange(RANK) < np.array(ranks)[:, None]
-    np.testing.assert_array_equal((lora["kernel"].a != 0).any(-2), [used, used])
-    base, lora = ql.init(jax.random.key(0), {"kernel": KERNEL}, config)
-    optimizer = optax.adamw(0.1, weight_decay=0.1)
-    x, sizes = jnp.asarray(normal(1, (ROWS, K))), jnp.full(EXPERTS, 8)
-
-    def step(carry, _):
-        lora, state = carry
-
-        def lora_loss(lora):
-            return loss(ql.ragged_dot, x, base["kernel"], sizes, lora["kernel"])
-
-        change, state = optimizer.update(jax.grad(lora_loss)(lora), state, lora)
-        return (optax.apply_updates(lora, change), state), None
-
-    start = lora, optimizer.init(lora)
-    lora = jax.lax.scan(step, start, length=3)[0][0]["kernel"]
-    np.testing.assert_array_equal((lora.a != 0).any(-2), used)
-    np.testing.assert_array_equal((lora.b != 0).any(-1), used)
 
 
 def test_layer_of_a_stack():
@@ -206,19 +177,6 @@ def test_adapters_of_other_kinds_and_shapes_are_refused():
         ql.ragged_dot(x, KERNEL, SIZES, trained)
     with pytest.raises(TypeError, match=r"Got 2 kernels in \['int4', 'nf4'\]"):
         ql.ragged_dot(x, [ql.quantize(KERNEL[0], fmt) for fmt in ("nf4", "int4")], [1])
-    with pytest.raises(ValueError, match="`shared` needs a stack of experts"):
-        ql.init(jax.random.key(0), {"kernel": KERNEL[0]}, SHARED)
-    with pytest.raises(ValueError, match="`use_dora` must be False where `shared`"):
-        dataclasses.replace(SHARED, use_dora=True)
-    for config in (CONFIG, SHARED):
-        config = dataclasses.replace(config, rank_pattern={".*": (4, 2)})
-        expected = f", or one for each of {EXPERTS} experts"
-        if config.shared:
-            expected = " unless a kernel has several experts with adapters of their own"
-        with pytest.raises(ValueError, match=f"must have one rank{expected}. Got"):
-            ql.init(jax.random.key(0), {"kernel": KERNEL}, config)
-    with pytest.raises(ValueError, match="a shared lora cannot be in a bank"):
-        ql.bank([{"kernel": trees(SHARED)[1]}])
     single_adapter = jax.tree.map(lambda a: a[:1], lora)
     with pytest.raises(ValueError, match="`lora` must be the adapter of the experts"):
         ql.ragged_dot(x, q, SIZES, single_adapter)

@@ -124,8 +124,6 @@ def in_nnx(reads, config):
 
 
 SETTINGS = {"packed": {}, "trained": {"freeze_base": False}, "float": {"fmt": None}}
-RANKS = {".*/down|down": (4, 2, 1, 3, 4, 4, 2, 4)}
-SETTINGS |= {"shared": {"shared": "(.*/)?up", "rank_pattern": RANKS, "alpha": 8}}
 
 
 @pytest.mark.parametrize("make", [linen, in_nnx])
@@ -138,8 +136,6 @@ SETTINGS |= {"shared": {"shared": "(.*/)?up", "rank_pattern": RANKS, "alpha": 8}
             (False, "bfloat16", "packed"),
             (False, "float32", "float"),
             ("one", "float32", "packed"),
-            (False, "float32", "shared"),
-            ("one", "float32", "shared"),
         ],
     ),
 )

@@ -54,9 +54,7 @@ TRAINED = {"trainable": ["norm", "linear.*"]}
 TRAINED |= {"trainable_rows": {"odd/0/kernel": [4, 2]}}
 CONFIGS = {
     "double": CONFIG,
-    "plain": ql.QLoRAConfig(
-        rank=2, fmt="fp4", double_quant=False, targets="stack/k.*", shared="stack/.*"
-    ),
+    "plain": ql.QLoRAConfig(rank=2, fmt="fp4", double_quant=False, targets="stack/k.*"),
     "int8": ql.QLoRAConfig(
         rank=2, fmt="int8", block_size=32, targets="stack/kernel", **TRAINED
     ),

@@ -377,34 +377,26 @@ def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_experts_share_or_have_their_own_ranks(fused, tmp_path):
-    """Each expert gets a copy of the shared factors, and the rank that it uses."""
+def test_adapters_of_experts_are_read_back_and_merged(fused, tmp_path):
     names, kinds = ql.io.Names(EXPERTS), ("gate", "up", "down")
     params = {name: {"kernel": jnp.ones((3, 8, 8))} for name in kinds}
-    ranks = {} if fused else {"down/.*": (1, 2, 4)}
-    shared = dict(shared="(gate|up)/.*", rank_pattern=ranks)
-    config = ql.QLoRAConfig(rank=2, alpha=4, fmt=None, **shared)
+    config = ql.QLoRAConfig(rank=2, alpha=4, fmt=None, targets=".*")
     _, lora = ql.init(jax.random.key(0), params, config)
 
     def give_b(x):
         return dataclasses.replace(x, b=x.a.swapaxes(-1, -2))
 
     def is_lora(x):
-        return isinstance(x, ql.LoRA | ql.SharedLoRA)
+        return isinstance(x, ql.LoRA)
 
     lora = jax.tree.map(give_b, lora, is_leaf=is_lora)
     config = ql.io.peft_config(params, lora, names, fused=fused)
     ql.io.save_peft(tmp_path / "new", params, lora, names, config)
-    if not fused:
-        modules = [f"experts.{i}.down" for i in range(3)]
-        assert [*map(config.rank_of, modules)] == [1, 2, 4]
-        assert [*map(config.scaling_of, modules)] == [4.0, 2.0, 1.0]
     _, loaded, _ = ql.io.load_peft(tmp_path / "new", params, names)
     assert type(loaded["gate"]["kernel"]) is ql.LoRA
     for name in kinds:
         a = np.asarray(lora[name]["kernel"].a)
-        scaling = np.reshape(lora[name]["kernel"].scaling, (-1, 1, 1))
-        want = 1 + np.broadcast_to(scaling * a @ a.swapaxes(1, 2), (3, 8, 8))
+        want = 1 + 2 * a @ a.swapaxes(1, 2)
         for tree in (lora, loaded):
             kernel = ql.merge(params, tree)[name]["kernel"]
             assert_close(kernel, want, terms=64)

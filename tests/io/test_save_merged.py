@@ -106,30 +106,6 @@ def test_dtypes_of_integers_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        ql.io.Entry("experts.{expert}.weight", numbers={"expert": (4, 5, 6)}),
-        ql.io.Entry(tuple(f"experts.{i}.weight" for i in (4, 5, 6)), "bkn"),
-    ],
-)
-def test_the_table_may_determine_the_experts_of_a_shared_adapter(entry, tmp_path):
-    names = ql.io.Names({"up/kernel": entry})
-    params = {"up": {"kernel": jnp.zeros((3, 4, 2))}}
-    config = ql.QLoRAConfig(fmt=None, rank=1, alpha=2, shared="up/.*")
-    base, lora = ql.init(jax.random.key(0), params, config)
-    lora = jax.tree.map(jnp.ones_like, lora)
-    settings = {"model_type": "mine"}
-    ql.io.save_merged(tmp_path / "base", base, {}, names, settings, progress=False)
-    arguments = tmp_path / "base", lora, names
-    ql.io.save_merged(tmp_path / "new", *arguments, progress=False)
-    tensors = ql.io.open_safetensors(tmp_path / "new")
-    for i in (4, 5, 6):  # alpha / rank is 2
-        np.testing.assert_array_equal(
-            tensors[f"experts.{i}.weight"], np.full((2, 4), 2)
-        )
-
-
 def write_folder(path, tensors, config):
     path.mkdir()
     ql.io.write_safetensors(path / "model.safetensors", tensors)

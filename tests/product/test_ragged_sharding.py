@@ -88,12 +88,6 @@ def test_gradients_of_adapters(mesh, layout):
     check_gradients(mesh, layout)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["experts and row", "fsdp and experts"])
-def test_gradients_of_a_shared_adapter(mesh, layout):
-    check_gradients(mesh, layout, shared="w")
-
-
 def check_gradients(mesh, layout, **settings):
     """Compares with gradients of `lax.ragged_dot` and LoRA's formula on one device."""
     q, lora, x, sizes = placed(mesh, layout, **settings)

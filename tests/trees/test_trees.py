@@ -106,24 +106,6 @@ class TestInit:
         assert "layers/0" not in text
 
     @pytest.mark.parametrize(
-        ("shape", "settings", "message"),
-        [
-            ((64, 8), {}, "unless a kernel has several experts"),
-            ((1, 64, 8), {}, "unless a kernel has several experts"),
-            ((3, 64, 8), {"shared": ".*"}, "experts with adapters of their own. Got"),
-            ((3, 64, 8), {}, "one for each of 3 experts. Got (1, 2)."),
-        ],
-    )
-    def test_ranks_that_do_not_fit_the_experts_are_refused(
-        self, shape, settings, message
-    ):
-        tree = {"kernel": jnp.ones(shape)}
-        contract = "bkn"[-len(shape) :]
-        ranks = {"kernel": [1, 2]}
-        run = functools.partial(init, tree, contract=contract, rank_pattern=ranks)
-        refusal(functools.partial(run, **settings), TARGETS, message)
-
-    @pytest.mark.parametrize(
         ("settings", "message"),
         [
             ({"trainable": "eps"}, "must be float arrays. Got:\n  eps: float"),

@@ -141,7 +141,7 @@ def _merged_tensors(
             # An embedding is a table [V, D] in the tree and in the file. A kernel
             # [K, N] is transposed in the file.
             is_table = "k" not in names.roles(path)
-            batch_shape = _batch_shape(path, lora, names, tensors)
+            batch_shape = lora.batch_shape
             tensor_names = names.of(path, batch_shape)
         except ValueError as error:
             problems.append(f"{path}: {error}")
@@ -161,8 +161,7 @@ def _merged_tensors(
                     f"{path}: {name} must be {_FLOAT_REQUIREMENT}, is {x.dtype}."
                 )
                 continue
-            # A shared adapter has a single position for all experts of a layer.
-            matrix_lora = lora.at((*index[:-1], 0) if lora.is_shared else index)
+            matrix_lora = lora.at(index)
             kernel_shape = x.shape if is_table else x.shape[::-1]
             kernel = jax.ShapeDtypeStruct(kernel_shape, x.dtype)
             if reason := misfit_reason(matrix_lora, kernel):
@@ -188,21 +187,6 @@ def _next_names(path: str, batch_shape: tuple[int, ...], names: Names) -> list[s
             # One name is enough: the last one is a tensor of the additional index.
             next_names += names.of(path, tuple(shape)).ravel().tolist()[-1:]
     return next_names
-
-
-def _batch_shape(
-    path: str, lora: Adapter, names: Names, tensors: Mapping[str, Any]
-) -> tuple[int, ...]:
-    if not lora.is_shared:
-        return lora.batch_shape
-    # A shared adapter does not store the number of experts. If the table does not
-    # determine it either, count their tensors.
-    *layers, num_experts = lora.batch_shape
-    if (sizes := names.batch_sizes(path)) and sizes[-1] is not None:
-        return *layers, sizes[-1]
-    while names.of(path, (*layers, num_experts + 1)).flat[-1] in tensors:
-        num_experts += 1
-    return *layers, num_experts
 
 
 def _merge_tensor(

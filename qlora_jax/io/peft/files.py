@@ -17,7 +17,7 @@ from ...adapters.lora import LowRank, is_low_rank
 from ...adapters.trained import TrainedRows, new_trained
 from ...quant.formats import check_dtype
 from ...quant.kernel import Kernel, as_kernel, is_kernel, is_packed
-from ...trees.adapters import unshared_adapters, with_trained
+from ...trees.adapters import checked_adapters, with_trained
 from ...trees.paths import Tree, map_by_path, nested, raise_if_any
 from ..files import CheckpointError, Path, member, new_folder, refuse, write_json
 from ..names import BatchIndex, Names
@@ -251,7 +251,7 @@ def adapter_tensors(
     base: Tree, lora: Tree, names: Names, config: PeftConfig
 ) -> dict[str, np.ndarray]:
     """Returns the tensors that PEFT stores for adapters with these settings, by key."""
-    adapters = unshared_adapters(base, lora)
+    adapters = checked_adapters(base, lora)
     refuse_merge_aware(adapters)
     adapters = jax.tree.map(np.asarray, adapters)
     # Leaves that are `Trained` replace those of the base, so that they are written.

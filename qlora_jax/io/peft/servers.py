@@ -11,7 +11,7 @@ import numpy as np
 from ...adapters.base import Adapter
 from ...adapters.config import is_table
 from ...adapters.lora import LoRA
-from ...trees.adapters import unshared_adapters
+from ...trees.adapters import checked_adapters
 from ...trees.paths import Tree, nested, raise_if_any
 from ..files import Path, member, new_folder, read_json, refuse, require, write_json
 from ..names import Names
@@ -54,7 +54,7 @@ def portable(base: Tree, lora: Tree) -> Tree:
         >>> new["down"].a.shape, new["down"].scaling
         ((8, 4), 1.0)
     """
-    adapters = unshared_adapters(base, lora)
+    adapters = checked_adapters(base, lora)
     unsupported = {
         path: type(x).__name__ + " of a table" * is_table(path)
         for path, x in adapters.items()

@@ -15,7 +15,7 @@ from ...adapters.base import Adapter, used_ranks
 from ...adapters.dora import DoRA
 from ...adapters.lora import LoRA, LowRank, is_low_rank
 from ...adapters.merge_aware import is_merge_aware
-from ...trees.adapters import unshared_adapters
+from ...trees.adapters import checked_adapters
 from ...trees.paths import Tree, raise_if_any
 from ..files import refuse
 from ..names import Names
@@ -401,7 +401,7 @@ def peft_config(
         raise ValueError(
             f"`modules_to_save` must be a list of names. Got {modules_to_save!r}."
         )
-    adapters = unshared_adapters(base, lora)
+    adapters = checked_adapters(base, lora)
     refuse_merge_aware(adapters)
     model = NamedBase.of(base, names)
     # First, separate the adapters that are not low-rank.
