@@ -4,7 +4,7 @@ A file consists of the header's length (8 bytes), the header (JSON with the dtyp
 shape and the byte offsets of each tensor) and the tensors' bytes without gaps.
 
 The reader of the `safetensors` package (0.8) is not used. It needs far more memory to
-read a large file in pieces (the section "Files" of docs/development/design_notes.md has
+read a large file in pieces (the section "Files" of docs/development/design.md has
 measurements), and it cannot return float8 as NumPy arrays.
 """
 
