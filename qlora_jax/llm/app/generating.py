@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib
-import itertools
 import json
 import pathlib
 import signal
@@ -19,8 +18,8 @@ import jax.numpy as jnp
 
 from ..data.chat_tokenizer import Tokenizer
 from ..data.encode import Example
-from ..data.kinds import Fields, check_text, find_messages
-from ..data.rows import convert_rows, open_file
+from ..data.kinds import check_text, to_conversation
+from ..data.readers import convert_rows, open_file
 from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
 from ..train.answers import generate_answers
@@ -332,14 +331,12 @@ def _encode_messages(
         raise ValueError(f"the row must have `prompt` or `messages`. Got {keys}.")
     if isinstance(value, str):
         value = [{"role": "user", "content": check_text("prompt", value)}]
-    values = {"messages": value, "system": row.get("system") or system}
-    values |= {"tools": row.get("tools")}
-    # "tools", and lists of messages by the names that errors use, such as "system".
-    parts: Any = find_messages(Fields("messages", values, []), is_chat=True)
-    tools, messages = parts.pop("tools"), [*itertools.chain(*parts.values())]
+    values = {"system": row.get("system") or system, "tools": row.get("tools")}
+    conversation = to_conversation({"messages": value}, values)
+    messages, tools = conversation.messages, conversation.tools
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message of the row must not be an answer.")
-    tokenizer.chat.check_roles(parts, tools)
+    tokenizer.chat.check_roles(conversation.groups, tools)
     return _encode_rendered(tokenizer, messages, tools)
 
 

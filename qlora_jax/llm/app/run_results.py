@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from ..data.rows import find_weights
+from ..data.sources import find_weights
 from ..train.arrays import gather
 from ..train.outputs import (
     memory_of,

@@ -12,14 +12,8 @@ import numpy as np
 from .chat_tokenizer import Tokenizer
 from .encode import Encoded, Encoder, Example, Row
 from .kinds import TrainOn
-from .rows import (
-    Source,
-    convert_rows,
-    find_sources,
-    find_weights,
-    listing,
-    open_file,
-)
+from .readers import Source, convert_rows, listing, open_file
+from .sources import find_sources, find_weights
 
 
 class Dataset(NamedTuple):
@@ -237,43 +231,44 @@ class _Reader:
 
     def _read_split(self, split: str, source: Source) -> str:
         # Reads the rows of a split, and returns their kind.
-        too_long = "split" if source.is_text else self.too_long
-        limit = None if source.is_text else self.max_length
         splits = self.train_splits if split == "train" else itertools.repeat(split)
-        rows, kind = _encode_rows(source, self.encoder, splits, limit), ""
-        cut_rows = _cut_rows(source.name, rows, self.max_length, too_long, self.notes)
-        for row_split, pieces in cut_rows:
+        limit = None if source.is_text else self.max_length
+        too_long = "split" if source.is_text else self.too_long
+        cutter, kind = _Cutter(source.name, self.max_length, too_long), ""
+        for row_split, encoded in _encode_rows(source, self.encoder, splits, limit):
+            kind = encoded.kind  # the same for all rows
             # Each piece of a long text becomes a row. The first piece gets the split
             # that was drawn for the text, and each later piece takes the next one.
-            for index, piece in enumerate(pieces):
+            for index, piece in enumerate(cutter.cut(encoded)):
                 self._add(piece, next(splits) if index else row_split)
-                kind = piece.kind  # the same for all rows
+        self.notes += cutter.finish()
         return kind
 
     def _add(self, piece: Encoded, split: str) -> None:
         row, example, straddles, *_ = piece
         self.num_straddling += straddles
         self.examples[split] += [example] if example else []
+        sequences = row.sequences
         if split != "test":
-            self._hash(row)
+            for sequence in sequences:
+                self._hash(sequence)
         if split == "train":
-            self.num_targets += sum(x.num_trained for x in row.sequences)
-            self.num_tokens += sum(len(x.ids) for x in row.sequences)
+            self.num_targets += sum(x.num_trained for x in sequences)
+            self.num_tokens += sum(len(x.ids) for x in sequences)
         if self.separates_pairs:
-            self.rows[split] += [x._replace(rejected=None) for x in row.sequences]
+            self.rows[split] += [x._replace(rejected=None) for x in sequences]
         else:
             self.rows[split].append(row)
 
-    def _hash(self, row: Row) -> None:
-        for sequence in row.sequences:
-            # The length comes first, so that rows cannot run into each other.
-            ids, labels, *_ = sequence.uncut or sequence
-            self.hasher.update(np.int64(len(ids)).tobytes())
-            for x in (ids, labels):
-                self.hasher.update(np.asarray(x, np.int32).tobytes())
-            if sequence.label is not None:
-                start = np.int64(sequence.start).tobytes()
-                self.hasher.update(bytes([sequence.label]) + start)
+    def _hash(self, sequence: Row) -> None:
+        # The length comes first, so that rows cannot run into each other.
+        ids, labels, *_ = sequence.uncut or sequence
+        self.hasher.update(np.int64(len(ids)).tobytes())
+        for x in (ids, labels):
+            self.hasher.update(np.asarray(x, np.int32).tobytes())
+        if sequence.label is not None:
+            start = np.int64(sequence.start).tobytes()
+            self.hasher.update(bytes([sequence.label]) + start)
 
     def all_notes(self) -> tuple[str, ...]:
         """Returns the notes on data sets, unused keys and straddling tokens."""
@@ -337,7 +332,7 @@ def read_rows(
     rows = _encode_rows(source, encoder, itertools.repeat("train"), None)
     encoded = [x for _, x in rows]
     if source.is_text and max_length is not None:
-        encoded = [y for x in encoded for y in cut_row(x, max_length, "split")]
+        encoded = [y for x in encoded for y in _split_row(x, max_length)]
     return [x.row for x in encoded]
 
 
@@ -355,87 +350,92 @@ def _encode_rows(
     for split, encoded in convert_rows(source, encode_row):
         kind = encoded.kind
         yield split, encoded
-    if kind is None:
-        raise ValueError(f"{source.name} must have rows. Got none.")
 
 
-def cut_row(encoded: Encoded, max_length: int, too_long: str) -> list[Encoded]:
-    """Returns a row in pieces of at most `max_length` tokens.
-
-    Returns the row itself if it fits, or if the caller will refuse it as too long, and
-    an empty list if the row is dropped.
-    """
-    ids, labels, place, *_ = row = encoded.row
-    is_refused = too_long == "refuse"
-    is_refused |= too_long == "split" and encoded.kind != "text"
-    if row.longest <= max_length or is_refused:
+def _split_row(encoded: Encoded, size: int) -> list[Encoded]:
+    # Neighboring pieces overlap by one token: the last token of a piece is also the
+    # first of the next. The first token of a piece is never a target, so each token of
+    # the text, except the first, is a target in exactly one piece.
+    ids, labels, place, *_ = encoded.row
+    if len(ids) <= size:
         return [encoded]
-    if too_long == "split":
-        # Neighboring pieces overlap by one token: the last token of a piece is also the
-        # first of the next. The first token of a piece is never a target, so each token
-        # of the text, except the first, is a target in exactly one piece.
-        starts = range(0, len(ids) - 1, max_length - 1)
-        spans = [slice(start, start + max_length) for start in starts]
-        pieces = [Row(ids[span], labels[span], place) for span in spans]
-        return [encoded._replace(row=piece, example=None) for piece in pieces]
-    row = row.truncated(max_length)
-    # A truncated row has no example, since its answer may be cut.
-    is_kept = too_long == "truncate" and row.is_trained
-    return [encoded._replace(row=row, example=None)] if is_kept else []
+    starts = range(0, len(ids) - 1, size - 1)
+    spans = [slice(start, start + size) for start in starts]
+    pieces = [Row(ids[span], labels[span], place) for span in spans]
+    return [encoded._replace(row=piece, example=None) for piece in pieces]
 
 
-def _cut_rows(
-    name: str,
-    rows: Iterator[tuple[str, Encoded]],
-    max_length: int,
-    too_long: str,
-    notes: list[str],
-) -> Iterator[tuple[str, list[Encoded]]]:
-    # Yields the split and the pieces of each row. At the end, rejects rows that are too
-    # long or have no target, or adds a note about the rows that were cut or dropped.
-    num_rows = num_pieces = num_long = longest = 0
-    at_least = ""  # before the length of the longest row, if it was not read to its end
-    # The places of rows that are too long, and of rows without a target.
-    refused, untrained = [], []
-    for split, encoded in rows:
-        pieces = cut_row(encoded, max_length, too_long)
-        size, place = encoded.row.longest, encoded.row.place
-        num_rows, num_pieces = num_rows + 1, num_pieces + len(pieces)
-        num_long, longest = num_long + (size > max_length), max(longest, size)
+@dataclass(eq=False)
+class _Cutter:
+    """Splits, truncates or drops the long rows of a split of a data set."""
+
+    name: str  # of the split, for errors and notes
+    max_length: int
+    too_long: str  # as in `read_dataset`
+    num_rows: int = 0
+    num_pieces: int = 0
+    num_long: int = 0
+    longest: int = 0
+    at_least: str = ""  # before `longest`, if a row was not read to its end
+    refused: list[str] = field(default_factory=list)  # rows that are too long
+    untrained: list[str] = field(default_factory=list)  # rows without a target
+
+    def cut(self, encoded: Encoded) -> list[Encoded]:
+        """Returns a row in pieces of at most `max_length` tokens: none if dropped."""
+        row, size, pieces = encoded.row, encoded.row.longest, [encoded]
         bound = "at least " * encoded.is_cut
-        at_least = at_least or bound
-        # `cut_row` returns a row unchanged if it must be refused.
-        if size > max_length and pieces and pieces[0] is encoded:
-            refused.append(f"{place} ({bound}{size:,} tokens)")
-            pieces = []  # any number of them need not fit into memory
-        untrained += [place for x in pieces if not x.row.is_trained]
-        yield split, pieces
-    if refused:
-        raise ValueError(
-            f"rows must have at most `max_length` = {max_length} tokens; the longest "
-            f"has {at_least}{longest:,}. Raise it, or set `too_long` to drop or "
-            "truncate, or to split, which is for rows of `text`.\n  " + listing(refused)
+        if size > self.max_length:
+            self.num_long, pieces = self.num_long + 1, []
+            if self.too_long == "split" and encoded.kind == "text":
+                pieces = _split_row(encoded, self.max_length)
+            elif self.too_long in ("refuse", "split"):
+                self.refused.append(f"{row.place} ({bound}{size:,} tokens)")
+            elif self.too_long == "truncate":
+                # A truncated row has no example, since its answer may be cut.
+                row = row.truncated(self.max_length)
+                pieces = [encoded._replace(row=row, example=None)]
+                pieces = pieces if row.is_trained else []
+        self.longest = max(self.longest, size)
+        self.at_least = self.at_least or bound
+        self.num_rows, self.num_pieces = (
+            self.num_rows + 1,
+            self.num_pieces + len(pieces),
         )
-    if not num_pieces:
-        limit = "a target among their first" if too_long == "truncate" else "at most"
-        raise ValueError(
-            f"{name} must have rows with {limit} `max_length` = {max_length} tokens. "
-            f"None of the {num_rows:,} rows has; the longest has {longest:,} tokens."
-        )
-    if untrained:
-        raise ValueError(
-            f"rows of {name} must have a token to train on. These have none:\n  "
-            + listing(untrained)
-        )
-    if num_long and too_long == "split":
-        notes.append(
-            f"{name}: texts of more than {max_length} tokens continue in the next row: "
-            f"{num_pieces:,} rows of {num_rows:,} texts."
-        )
-    elif num_long:
-        num_dropped = num_rows - num_pieces
-        notes.append(
-            f"{name}: of {num_long:,} rows with more than {max_length} tokens, "
-            f"{num_dropped:,} are dropped and {num_long - num_dropped:,} truncated; "
-            f"the longest has {at_least}{longest:,}."
-        )
+        self.untrained += [row.place for x in pieces if not x.row.is_trained]
+        return pieces
+
+    def finish(self) -> list[str]:
+        """Rejects rows that are too long or have no target. Returns notes on others."""
+        name, limit = self.name, self.max_length
+        longest = f"{self.at_least}{self.longest:,}"
+        if self.refused:
+            raise ValueError(
+                f"rows must have at most `max_length` = {limit} tokens; the longest "
+                f"has {longest}. Raise it, or set `too_long` to drop or truncate, or "
+                f"to split, which is for rows of `text`.\n  {listing(self.refused)}"
+            )
+        if not self.num_pieces:
+            is_cut = self.too_long == "truncate"
+            need = "a target among their first" if is_cut else "at most"
+            raise ValueError(
+                f"{name} must have rows with {need} `max_length` = {limit} tokens. "
+                f"None of the {self.num_rows:,} rows has; the longest has {longest}."
+            )
+        if self.untrained:
+            raise ValueError(
+                f"rows of {name} must have a token to train on. These have none:\n  "
+                + listing(self.untrained)
+            )
+        if not self.num_long:
+            return []
+        if self.too_long == "split":
+            return [
+                f"{name}: texts of more than {limit} tokens continue in the next row: "
+                f"{self.num_pieces:,} rows of {self.num_rows:,} texts."
+            ]
+        num_dropped = self.num_rows - self.num_pieces
+        return [
+            f"{name}: of {self.num_long:,} rows with more than {limit} tokens, "
+            f"{num_dropped:,} are dropped and {self.num_long - num_dropped:,} "
+            f"truncated; the longest has {longest}."
+        ]

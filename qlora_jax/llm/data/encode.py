@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from . import kinds
-from .chat_tokenizer import AnswerSpans, MessageGroups, Tokenizer, encode_with_offsets
-from .kinds import TrainOn
+from .chat_tokenizer import AnswerSpans, Tokenizer, encode_with_offsets
+from .kinds import Conversation, Text, TrainOn
 from .model_files import ModelError
 from .omissions import check_nothing_omitted
 
@@ -149,11 +149,6 @@ class Encoder:
         self.tokenizer, self.vocab_size, self.train_on = tokenizer, vocab_size, train_on
         self.makes_messages, self.ends_text = chat, ends_text
         self.splits_text = splits_text
-        self.is_preference = rows != "texts"
-        if rows not in kinds.FORMS:
-            raise ValueError(
-                f"`rows` must be one of {', '.join(kinds.FORMS)}. Got {rows!r}."
-            )
         self.kinds = kinds.FORMS[rows]
         self.keys = kinds.check_keys(keys, self.kinds)
         self.unused: dict[str, None] = {}  # the unused keys so far, in order
@@ -188,71 +183,52 @@ class Encoder:
             )
         self.unused |= dict.fromkeys(fields.unused)  # for a note after the last row
         if fields.kind == "input_ids":
-            encoded = Encoded(self._encode_ids(fields, place))
-        elif fields.kind == "text":
-            encoded = self._encode_text(
-                fields, place, None if self.splits_text else max_length
+            row = self._take_ids(fields.values, place)
+            return Encoded(row, kind=fields.kind)
+        is_text = fields.kind == "text"
+        is_chat = not is_text and self.makes_messages and self.tokenizer.has_template
+        if is_text and self.splits_text:
+            max_length = None
+        first, *second = [
+            self._encode_sequence(sequence, label, place, max_length, with_example)
+            for sequence, label in kinds.to_sequences(fields, is_chat)
+        ]
+        row = first.row._replace(rejected=second[0].row if second else None)
+        straddles = any(x.straddles for x in (first, *second))
+        # Sequences whose ends are missing may be equal, or lack an answer, by that.
+        is_cut = any(x.is_cut for x in (first, *second))
+        if row.label is not None and not row.is_trained and not is_cut:
+            raise ValueError(
+                "the answers must have tokens, and those of a pair must differ."
             )
-        elif self.is_preference:
-            encoded = self._encode_preference(fields, place, with_example, max_length)
-        else:
-            encoded = self._encode_answers(fields, place, with_example, max_length)
-        return encoded._replace(kind=fields.kind)
+        return Encoded(row, first.example, straddles, fields.kind, is_cut)
 
-    def _encode_ids(self, fields: kinds.Fields, place: str) -> Row:
-        ids = self._check_ids("input_ids", fields.values["input_ids"])
-        labels = ids
-        if fields.values["labels"] is not None:
-            labels = fields.values["labels"]
-            labels = self._check_ids("labels", labels, allow_ignored=True)
+    def _take_ids(self, values: Mapping[str, Any], place: str) -> Row:
+        labels = ids = self._to_array("input_ids", values["input_ids"])
+        if values["labels"] is not None:
+            labels = self._to_array("labels", values["labels"], (IGNORED,))
         if len(labels) != len(ids):
             raise ValueError(f"the row must have {len(ids)} labels. Got {len(labels)}.")
         return Row(ids, labels, place)
 
-    def _encode_text(
-        self, fields: kinds.Fields, place: str, max_length: int | None
+    def _encode_sequence(
+        self,
+        sequence: Text | Conversation,
+        label: bool | None,
+        place: str,
+        max_length: int | None,
+        with_example: bool,
     ) -> Encoded:
-        text = kinds.check_text("text", fields.values["text"])
-        encoding, is_cut = encode_with_offsets(self.tokenizer, text, True, max_length)
-        ids = encoding.ids
-        eos = self.tokenizer.eos_id  # some tokenizers have already added it
-        ends_text = self.ends_text and not is_cut
-        if ends_text and eos is not None and ids[-1:] != [eos]:
-            ids.append(eos)
-        ids = self._check_ids("the ids of its text", ids)
-        return Encoded(Row(ids, ids, place), is_cut=is_cut)
-
-    def _encode_preference(self, fields, place, with_example, max_length) -> Encoded:
-        completions: list[Encoded] = []
-        for name, is_good, completion_fields in kinds.split_preference(fields):
-            has_example = with_example and is_good
-            try:
-                encoded = self._encode_answers(
-                    completion_fields, place, has_example, max_length
-                )
-            except ModelError:
-                raise
-            except ValueError as error:
-                # Name the key in the user's row: "chosen" or "rejected".
-                message = str(error).replace("`completion", f"`{name}")
-                raise ValueError(message) from error
-            row = encoded.row._replace(label=is_good)
-            completions.append(encoded._replace(row=row))
-        rejected = completions[1].row if len(completions) > 1 else None
-        row = completions[0].row._replace(rejected=rejected)
-        # Sequences whose ends are missing may be equal, or lack an answer, by that.
-        is_cut = any(x.is_cut for x in completions)
-        if not row.is_trained and not is_cut:
-            raise ValueError(
-                "the answers must have tokens, and those of a pair must differ."
-            )
-        straddles = any(x.straddles for x in completions)
-        return completions[0]._replace(row=row, straddles=straddles, is_cut=is_cut)
-
-    def _encode_answers(self, fields, place, with_example, max_length) -> Encoded:
+        if isinstance(sequence, Conversation):
+            located = self._render(sequence, label)
+        elif sequence.start is None:
+            return self._encode_text(sequence.text, place, max_length)
+        else:
+            self.system_messages.add(None)
+            answer = (sequence.start, len(sequence.text))
+            located = AnswerSpans(sequence.text, [answer], False)
         # The text is tokenized as a whole, because tokenizing its parts separately can
         # give different tokens. Answers are found in it by their characters.
-        located = self._locate_answers(fields)
         tokens = self._tokenize(located.text, located.is_rendered, max_length)
         is_answer, last_answer, straddles = self._find_answer_tokens(tokens, located)
         ids = [*tokens.ids]
@@ -263,47 +239,38 @@ class Encoder:
                 raise ModelError("the model must name a token that ends a text.")
             if ids[-1:] != [eos]:
                 ids, is_answer = [*ids, eos], np.append(is_answer, True)
-        ids = self._check_ids(f"the ids of its {fields.kind}", ids)
+        ids = self._to_array("the ids of the row", ids)
         is_target = is_answer | (self.train_on == "all")
         labels = np.where(is_target, ids, IGNORED).astype(np.int32)
-        has_example = with_example and located.answers and not tokens.is_cut
-        example = self._make_example(located, last_answer) if has_example else None
-        start = 0
-        if self.is_preference:
+        start, example = 0, None
+        if label is not None:
             start = int(is_answer.argmax()) if is_answer.any() else len(ids)
-        row = Row(ids, labels, place, start)
+        is_example = with_example and label is not False and not tokens.is_cut
+        if is_example and located.answers:
+            example = self._make_example(located, last_answer)
+        row = Row(ids, labels, place, start, label)
         return Encoded(row, example, straddles, is_cut=tokens.is_cut)
 
-    def _locate_answers(self, fields: kinds.Fields) -> AnswerSpans:
-        # Returns the text with its answers. Rows of the kind "text" come from
-        # `kinds.split_preference` here, and stay texts.
-        is_chat = self.makes_messages and self.tokenizer.has_template
-        groups = kinds.find_messages(fields, is_chat and fields.kind != "text")
-        self.system_messages.add(kinds.find_system_message(groups))
-        if isinstance(groups, tuple):
-            prompt, completion = groups
-            text = prompt + completion
-            return AnswerSpans(text, [(len(prompt), len(text))], False)
-        tools = groups.pop("tools")
-        return self._render(groups, tools)
+    def _encode_text(self, text: str, place: str, max_length: int | None) -> Encoded:
+        encoding, is_cut = encode_with_offsets(self.tokenizer, text, True, max_length)
+        ids, eos = encoding.ids, self.tokenizer.eos_id
+        if self.ends_text and not is_cut and eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)  # some tokenizers have already added it
+        ids = self._to_array("the ids of its text", ids)
+        return Encoded(Row(ids, ids, place), is_cut=is_cut)
 
-    def _render(self, groups: MessageGroups, tools: list[Any] | None) -> AnswerSpans:
-        chat = self.tokenizer.chat
+    def _render(self, conversation: Conversation, label: bool | None) -> AnswerSpans:
+        chat, (groups, tools, start, skipped) = self.tokenizer.chat, conversation
         chat.check_roles(groups, tools)
-        # 1. Remove `weight` and `train`, and adapt contents to the template.
-        pairs = [
-            kinds.take_train_keys(f"{name}[{index}]", dict(message))
-            for name, group in groups.items()
-            for index, message in enumerate(group)
-        ]
-        messages, may_train = zip(*pairs, strict=True)
-        if self.train_on == "all" and not all(may_train):
+        if self.train_on == "all" and skipped:
             raise ValueError(
                 "messages must not have a `weight` of 0 or `train: false` where all "
                 "tokens are trained (`train_on`)."
             )
-        messages = chat.adapt_contents(messages, tools)
-        # 2. Render the messages, and check that the text contains all parts of the row.
+        first = conversation.messages[0]
+        has_system = first["role"] == "system" and isinstance(first["content"], str)
+        self.system_messages.add(first["content"] if has_system else None)
+        messages = chat.adapt_contents(conversation.messages, tools)
         rendering = chat.render(messages, tools)
         iterator = iter(messages)  # puts the messages back into their groups
         row: dict[str, Any] = {
@@ -318,13 +285,10 @@ class Encoder:
         source = chat.template(tools).source
         row["tools"] = tools
         check_nothing_omitted(render_variant, row, rendering.text, source)
-        # 3. Find the answers to train on. A completion is the last group. If there is
-        # one, messages of the assistant before it belong to the prompt.
-        first = len(messages) - len(row["completion"]) if "completion" in row else 0
         roles = enumerate(message["role"] for message in messages)
-        turns = [i for i, role in roles if role == "assistant" and i >= first]
+        turns = [i for i, role in roles if role == "assistant" and i >= start]
         turns = turns[-1:] if self.train_on == "last" else turns
-        turns = [turn for turn in turns if may_train[turn]]
+        turns = [turn for turn in turns if turn not in skipped]
         try:
             return chat.find_answers(rendering, messages, turns, tools)
         except ModelError:
@@ -332,7 +296,7 @@ class Encoder:
         except ValueError:
             # With "all", every token is a target, so the answers need not be found.
             # Rows of preferences need them in any case.
-            if self.train_on != "all" or self.is_preference:
+            if self.train_on != "all" or label is not None:
                 raise
             return AnswerSpans(rendering.text, [], True)
 
@@ -389,12 +353,17 @@ class Encoder:
         text = self.tokenizer.decode([x for x in answer_ids if x not in end_ids])
         return Example(ids, text, end_ids)
 
-    def _check_ids(self, name: str, ids: Any, allow_ignored=False) -> np.ndarray:
-        def is_id(x):  # `type(x) is int` excludes booleans
-            is_ignored = allow_ignored and x == IGNORED
-            return type(x) is int and (is_ignored or 0 <= x < self.vocab_size)
-
-        wrong = [x for x in ids if not is_id(x)] if isinstance(ids, list) else [ids]
+    def _to_array(
+        self, name: str, ids: Any, others: tuple[int, ...] = ()
+    ) -> np.ndarray:
+        # `type(x) is int` excludes booleans.
+        wrong = [ids]
+        if isinstance(ids, list):
+            wrong = [
+                x
+                for x in ids
+                if type(x) is not int or not (x in others or 0 <= x < self.vocab_size)
+            ]
         if wrong:
             raise ValueError(
                 f"{name} must be a list of integers below {self.vocab_size}. Got "

@@ -5,14 +5,79 @@ import importlib
 import pathlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
+
+from tqdm import tqdm
 
 import qlora_jax as ql
+
+from .model_files import ModelError
 
 MAX_BYTES = 64 << 20  # of a line, or of a file with one text
 _BOM = b"\xef\xbb\xbf"  # Windows programs write it at the start of UTF-8 files
 # Yields the number of each row, and the row as it is in the file, or an error.
 RawRows = Iterator[tuple[int, Any]]
+MAX_LISTED, _MAX_CHARACTERS = 10, 500  # problems in a list, and characters of each
+_MAX_NUMBERS = 5  # the numbers that are listed of rows with the same problem
+
+
+class Source(NamedTuple):
+    """A file or a split of a data set."""
+
+    name: str
+    unit: str  # in which rows are counted: "line" or "row"
+    rows: RawRows
+    is_text: bool = False  # whether the whole file is one text
+
+
+def convert_rows(source: Source, convert: Callable[[int, Any], Any]) -> Iterator[Any]:
+    """Yields `convert(number, row)` for each row, and at the end rejects bad rows."""
+    # A `ModelError` is raised at once. Other errors are collected, since a user wants
+    # to fix all of them together. For each message, `errors` has the first error with
+    # this message, and the numbers of all rows that cause it.
+    errors: dict[str, tuple[Exception, list[int]]] = {}
+    bar = tqdm(
+        source.rows,
+        f"reading {source.name}",
+        unit=" rows",
+        disable=None,  # shown only if stderr is a terminal
+        delay=2,
+        leave=False,
+    )
+    number = None
+    for number, raw in bar:
+        try:
+            if isinstance(raw, Exception):
+                raise raw
+            row = convert(number, raw)
+        except ModelError:
+            raise
+        except (ValueError, RecursionError) as error:
+            # Errors that differ only in numbers and after "Got" are listed together.
+            message = re.sub(r"\d+", "0", str(error).partition(" Got ")[0])
+            errors.setdefault(message, (error, []))[1].append(number)
+        else:
+            yield row
+    if number is None:
+        raise ValueError(f"{source.name} must have rows. Got none.")
+    unit, lines = source.unit, []
+    for error, (first, *repeats) in errors.values():
+        lines.append(f"{unit} {first}: {error!s:.{_MAX_CHARACTERS}}")
+        if repeats:
+            s = "s" if len(repeats) > 1 else ""
+            numbers = ", ".join(map(str, repeats[:_MAX_NUMBERS]))
+            numbers += ", ..." if len(repeats) > _MAX_NUMBERS else ""
+            lines[-1] += f" ... and {len(repeats):,} more row{s} like it, "
+            lines[-1] += f"{unit}{s} {numbers}"
+    if lines:
+        raise ValueError(f"{unit}s of {source.name} are wrong:\n  {listing(lines)}")
+
+
+def listing(lines: list[str]) -> str:
+    """Returns the first few lines, and the number of the remaining ones."""
+    num_hidden = len(lines) - MAX_LISTED
+    ending = [f"and {num_hidden:,} more"] if num_hidden > 0 else []
+    return "\n  ".join([*lines[:MAX_LISTED], *ending])
 
 
 def is_readable(path: pathlib.Path) -> bool:
@@ -20,13 +85,23 @@ def is_readable(path: pathlib.Path) -> bool:
     return path.suffix.lower() in READERS
 
 
-def open_rows(path: pathlib.Path) -> tuple[str, RawRows]:
-    """Returns the unit of row numbers ("line" from 1, "row" from 0) and the rows."""
+def open_file(
+    path: str | pathlib.Path, option: str = "data", alternatives: str = ""
+) -> Source:
+    """Returns the rows of a file, without reading it.
+
+    In error messages, `option` is the name of the setting with the path, and
+    `alternatives` lists what this setting accepts instead of a file.
+    """
+    path = pathlib.Path(path)
     suffix = path.suffix.lower()
+    if not (path.is_file() and suffix in READERS):
+        expected = f"a file ({FILES}){alternatives}"
+        raise ValueError(f"`{option}` must be {expected}. Got {describe_path(path)}.")
     unit, read = READERS[suffix]
     if suffix == ".json" and _has_row_per_line(path):
         unit, read = READERS[".jsonl"]
-    return unit, _read_file(path, read)
+    return Source(str(path), unit, _read_file(path, read), suffix == ".txt")
 
 
 def _has_row_per_line(path: pathlib.Path) -> bool:
@@ -41,18 +116,13 @@ def describe_path(path: str | pathlib.Path) -> str:
 
 
 def _read_file(path: pathlib.Path, read: Callable[[BinaryIO], RawRows]) -> RawRows:
-    is_empty = True
     with path.open("rb") as file:
         try:
-            for row in read(file):
-                is_empty = False
-                yield row
+            yield from read(file)
         except (ValueError, OSError) as error:
             if getattr(error, "errno", None):  # from the disk, and not from the reader
                 raise
             raise ValueError(f"{path} must be a {path.suffix} file. {error}") from error
-    if is_empty:
-        raise ValueError(f"{path} must have rows. Got none.")
 
 
 def _read_jsonl(file: BinaryIO) -> RawRows:

@@ -119,11 +119,6 @@ CASES = {
             "one?⟦two<|im_end|>⟧",
         ],
     ),
-    "a stream": (
-        {"text": "abc"},
-        {"stream": True},
-        ["row 1, d.jsonl:1: 4 tokens, 3 targets", "a⟦bc<|im_end|>⟧"],
-    ),
 }
 
 

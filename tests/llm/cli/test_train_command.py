@@ -728,7 +728,7 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys
         "qlora_jax.llm.app.base_model.fetch", lambda name: pathlib.Path(folder)
     )
     out, options = tmp_path / "run", dict(keep_best=True, early_stopping_patience=2)
-    options |= dict(push_to_hub="some/new", stream=True)
+    options |= dict(push_to_hub="some/new")
     options |= dict(steps=30, eval_every=1, save_every=30, eval_examples=2)
     weights = f"{data}=3,{data / 'train.jsonl'}=1"
     config = settings("some/base", weights, out, **options)

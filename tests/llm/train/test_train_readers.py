@@ -202,7 +202,7 @@ LONG_LINE = b'{"text": "' + b"a" * 4000 + b'"}\n{"text": "b"}'
         (
             "d.json",
             b'{"data": [{"text": "a"}]}',
-            "line 1: the row must be a single row. Got an object whose `data` is",
+            "line 1: .* Got an object whose `data` is a list of rows",
         ),
         ("d.jsonl", b"", "must have rows. Got none"),
         ("d.jsonl", b"\n \n", "must have rows. Got none"),
@@ -254,7 +254,7 @@ def test_a_csv_file_has_long_fields_and_other_readers_their_limit(tokenizer, tmp
     limit = csv.field_size_limit()
     rows = [{"text": "a" * (limit + 1)}]
     (tmp_path / "d.csv").write_text(as_csv(rows))
-    _, read_back = readers.open_rows(tmp_path / "d.csv")
+    read_back = readers.open_file(tmp_path / "d.csv").rows
     assert next(read_back) == (2, rows[0]) and csv.field_size_limit() == limit
 
 

@@ -5,17 +5,19 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from tqdm import tqdm
+from .readers import (
+    FILES,
+    MAX_LISTED,
+    Source,
+    describe_path,
+    is_readable,
+    open_file,
+    without_none,
+)
 
-from . import readers
-from .model_files import ModelError
-from .readers import FILES, RawRows, describe_path, is_readable
-
-_MAX_LISTED, _MAX_CHARACTERS = 10, 500  # problems in a list, and characters of each
-_MAX_NUMBERS = 5  # the numbers that are listed of rows with the same problem
 # The names of the files in a folder, without suffix, for each split.
 SPLITS = {
     "train": ("train",),
@@ -23,62 +25,6 @@ SPLITS = {
     "test": ("test",),
 }
 _HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(:[\w.-]+)?")
-
-
-class Source(NamedTuple):
-    """A file or a split of a data set."""
-
-    name: str
-    unit: str  # in which rows are counted: "line" or "row"
-    rows: RawRows
-    is_text: bool = False  # whether the whole file is one text
-
-
-def convert_rows(source: Source, convert: Callable[[int, Any], Any]) -> Iterator[Any]:
-    """Yields `convert(number, row)` for each row, and at the end rejects bad rows."""
-    # A `ModelError` is raised at once. Other errors are collected, since a user wants
-    # to fix all of them together. For each message, `errors` has the first error with
-    # this message, and the numbers of all rows that cause it.
-    errors: dict[str, tuple[Exception, list[int]]] = {}
-    bar = tqdm(
-        source.rows,
-        f"reading {source.name}",
-        unit=" rows",
-        disable=None,  # shown only if stderr is a terminal
-        delay=2,
-        leave=False,
-    )
-    for number, raw in bar:
-        try:
-            if isinstance(raw, Exception):
-                raise raw
-            row = convert(number, raw)
-        except ModelError:
-            raise
-        except (ValueError, RecursionError) as error:
-            # Errors that differ only in numbers and after "Got" are listed together.
-            message = re.sub(r"\d+", "0", str(error).partition(" Got ")[0])
-            errors.setdefault(message, (error, []))[1].append(number)
-        else:
-            yield row
-    unit, lines = source.unit, []
-    for error, (first, *repeats) in errors.values():
-        lines.append(f"{unit} {first}: {error!s:.{_MAX_CHARACTERS}}")
-        if repeats:
-            s = "s" if len(repeats) > 1 else ""
-            numbers = ", ".join(map(str, repeats[:_MAX_NUMBERS]))
-            numbers += ", ..." if len(repeats) > _MAX_NUMBERS else ""
-            lines[-1] += f" ... and {len(repeats):,} more row{s} like it, "
-            lines[-1] += f"{unit}{s} {numbers}"
-    if lines:
-        raise ValueError(f"{unit}s of {source.name} are wrong:\n  {listing(lines)}")
-
-
-def listing(lines: list[str]) -> str:
-    """Returns the first few lines, and the number of the remaining ones."""
-    num_hidden = len(lines) - _MAX_LISTED
-    ending = [f"and {num_hidden:,} more"] if num_hidden > 0 else []
-    return "\n  ".join([*lines[:_MAX_LISTED], *ending])
 
 
 def find_weights(data: str | pathlib.Path | Mapping[str, float]) -> dict[str, float]:
@@ -158,7 +104,7 @@ def _assign_splits(
         suffixes = f" ({FILES})" if kind == "file" else ""
         raise ValueError(
             f"{owner} must have a {kind} named train{suffixes}. Got "
-            f"{[*all_names][:_MAX_LISTED]}."
+            f"{[*all_names][:MAX_LISTED]}."
         )
     if ignored := [name for name in stems if name not in splits.values()]:
         names = ", ".join(name for allowed in SPLITS.values() for name in allowed)
@@ -167,22 +113,6 @@ def _assign_splits(
             + ", ".join(ignored)
         )
     return splits
-
-
-def open_file(
-    path: str | pathlib.Path, option: str = "data", alternatives: str = ""
-) -> Source:
-    """Returns the rows of a file, without reading it.
-
-    In error messages, `option` is the name of the setting with the path, and
-    `alternatives` lists what this setting accepts instead of a file.
-    """
-    path = pathlib.Path(path)
-    if not (path.is_file() and is_readable(path)):
-        expected = f"a file ({FILES}){alternatives}"
-        raise ValueError(f"`{option}` must be {expected}. Got {describe_path(path)}.")
-    unit, rows = readers.open_rows(path)
-    return Source(str(path), unit, rows, path.suffix.lower() == ".txt")
 
 
 def _open_from_hub(name: str, notes: list[str]) -> dict[str, Source]:
@@ -211,7 +141,7 @@ def sources_of(
 
     def rows(hub_split):
         for index, row in enumerate(splits[hub_split]):
-            yield index, readers.without_none(row)
+            yield index, without_none(row)
 
     hub_splits = _assign_splits({x: x for x in splits}, name, "split", splits, notes)
     return {
