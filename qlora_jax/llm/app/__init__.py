@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .pairing import Pair
     from .preview import Preview
     from .repacking import FileLosses, Repacked
-    from .run_results import SweepResult, TrainResult
+    from .run_results import TrainResult
     from .scoring import Score, Scores, score
     from .training import train
     from .writing import Written, export
@@ -41,7 +41,6 @@ __all__ = [
     "Score",
     "ScoreConfig",
     "Scores",
-    "SweepResult",
     "TrainConfig",
     "TrainResult",
     "Written",

@@ -43,7 +43,6 @@ from .processes import log
 from .run_folder import (
     CONFIG,
     STATE,
-    describe_sweep,
     is_run,
     quiet_orbax,
     read_run_config,
@@ -417,7 +416,7 @@ def run_configs_of(
         except (OSError, ValueError):
             # Without the settings of a run, its base would be packed differently. In
             # other folders, the file may not exist or belong to another program.
-            if is_run(folder) or describe_sweep(folder):
+            if is_run(folder):
                 raise
     return run_configs
 
@@ -461,7 +460,7 @@ def open_run(
     if not (folder / CONFIG).is_file() or not (folder / STATE).is_dir():
         raise ValueError(
             f"`run` must be the folder of a run of train, with {CONFIG} and a folder "
-            f"{STATE}. Got {describe_path(folder)}.{describe_sweep(folder)}"
+            f"{STATE}. Got {describe_path(folder)}."
         )
     ql.io.check_links(folder)
     run_config = read_run_config(folder / CONFIG)

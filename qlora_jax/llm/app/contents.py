@@ -19,7 +19,6 @@ from .run_folder import (
     CONFIG,
     METRICS,
     RESULT,
-    describe_sweep,
     is_run,
     read_run_config,
 )
@@ -117,8 +116,6 @@ def inspect(config: InspectConfig) -> Contents:
     # of these checks matters.
     if is_run(path):
         return _inspect_run(path)
-    if sweep := describe_sweep(path):
-        raise ValueError(f"`path` must be the folder of one run. Got {path}.{sweep}")
     if (path / "adapter_config.json").is_file():
         return _inspect_adapter(path)
     if (path / "config.json").is_file():

@@ -1,6 +1,5 @@
 """Evaluates a run on its validation rows: loss, answers and samples."""
 
-import copy
 import json
 import math
 import sys
@@ -66,12 +65,6 @@ class Evaluation:
             longest = max(map(len, expected_ids), default=0)
             max_new_tokens = longest + _EXTRA_TOKENS
         self._max_new_tokens = max_new_tokens
-
-    def for_run(self, run: Run) -> "Evaluation":
-        """Returns the evaluation of another run on the same rows."""
-        evaluation = copy.copy(self)  # shares the batches and the compiled programs
-        evaluation._path = run.folder / ANSWERS
-        return evaluation
 
     def __call__(self, state: State, is_full: bool = False) -> dict[str, float]:
         """Returns the losses, the perplexity and the share of exact answers.

@@ -1,7 +1,6 @@
 """Logs the metrics of each step to TensorBoard, W&B and trackio."""
 
 import contextlib
-import contextvars
 import importlib
 import secrets
 import sys
@@ -79,9 +78,7 @@ def _open_wandb_like(
     with contextlib.redirect_stdout(sys.stderr):
         try:
             init = importlib.import_module(name).init
-            # trackio ends a run that is still open in the same context, as other runs
-            # of a sweep are. Therefore, each run gets a context of its own.
-            logger = contextvars.Context().run(init, project=_PROJECT, **settings)
+            logger = init(project=_PROJECT, **settings)
         except Exception as error:  # each library has its own exceptions
             raise ValueError(
                 f"`log` must name loggers that can start. {name}: {error}"

@@ -214,25 +214,6 @@ def _read_help(config_type: type, field: str) -> str:
     return ""
 
 
-def can_be_swept(hint: object) -> bool:
-    """Returns whether an option of this type may have several values, for a sweep."""
-    return get_args(hint) in ((float, list[float]), (int, list[int]))
-
-
-def normalize_swept(config: Config, name: str) -> None:
-    """Replaces a list of one value by the value, in an option that a sweep may vary.
-
-    Raises ValueError if the list is empty or has equal values.
-    """
-    value = getattr(config, name)
-    if isinstance(value, list | tuple):
-        option = options_of(type(config))[name]
-        if not value or len({*value}) < len(value):
-            raise _value_error(option, value)
-        # `config` is a frozen dataclass, and is still being initialized.
-        object.__setattr__(config, name, value[0] if len(value) == 1 else [*value])
-
-
 def _convert_option(option: Option, value: object) -> Any:
     try:
         return convert(option.hint, value)
@@ -241,12 +222,6 @@ def _convert_option(option: Option, value: object) -> Any:
 
 
 def _value_error(option: Option, value: object) -> ValueError:
-    if can_be_swept(option.hint):
-        type_name = get_args(option.hint)[0].__name__
-        return ValueError(
-            f"`{option.name}` must be of type {type_name}, or several different values "
-            f"separated by commas. Got {value!r}."
-        )
     expected = describe_type(option.hint)
     return ValueError(f"`{option.name}` must be {expected}. Got {value}.")
 
@@ -303,8 +278,6 @@ def _convert_items(kind: type, type_args: tuple[Any, ...], value: Any) -> Any:
 def describe_type(hint: object) -> str:
     """Returns a type in words, such as "an integer", or its values: "a, b or c"."""
     type_args = get_args(hint)
-    if can_be_swept(hint):
-        return f"{_TYPE_NAMES[type_args[0]]}, or several separated by commas"
     if get_origin(hint) is Literal:
         *first, last = type_args
         return f"{', '.join(first)} or {last}" if first else last

@@ -54,25 +54,8 @@ def make_program(
     engine: Engine,
     teacher: Engine | None = None,
     backend: str | Sequence[str] | None = None,
-    learning_rates: Sequence[float] | None = None,
 ) -> Program:
-    """Returns the model, loss, optimizer and step; `backend` is as in `ql.matmul`.
-
-    With `learning_rates`, the step trains the adapters of a sweep together, each with
-    its own learning rate.
-    """
-
-    def make_optimizer(learning_rate: Any) -> optax.GradientTransformation:
-        return optimizers.make_optimizer(
-            config.optimizer,
-            make_schedule(config, learning_rate),
-            clip=config.clip or None,  # 0 turns clipping off
-            weight_decay=config.weight_decay,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            offload=config.offload_optimizer,
-        )
-
+    """Returns the model, loss, optimizer and step; `backend` is as in `ql.matmul`."""
     model_options: dict[str, Any] = dict(
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
@@ -100,13 +83,16 @@ def make_program(
     eval_loss = loss = objective.loss(model, **settings)
     if balance:
         loss = objective.loss(model, balance=balance, **settings)
-    # In a sweep, this optimizer only creates states. Its rate does not affect them.
-    optimizer = make_optimizer(config.learning_rate)
-    if learning_rates is None:
-        step = make_step(loss, optimizer)
-    else:
-        step = make_step(loss, make_optimizer, learning_rates)
-    return Program(model, eval_loss, optimizer, step)
+    optimizer = optimizers.make_optimizer(
+        config.optimizer,
+        make_schedule(config),
+        clip=config.clip or None,  # 0 turns clipping off
+        weight_decay=config.weight_decay,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        offload=config.offload_optimizer,
+    )
+    return Program(model, eval_loss, optimizer, make_step(loss, optimizer))
 
 
 def resolve_dtype(dtype: str, platform: str) -> str:
@@ -114,12 +100,12 @@ def resolve_dtype(dtype: str, platform: str) -> str:
     return fastest_dtype(platform) if dtype == "auto" else dtype
 
 
-def make_schedule(config: TrainConfig, learning_rate: Any) -> Callable[[Any], Any]:
-    """Returns the learning rate as a function of the step, with this peak."""
+def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
+    """Returns the learning rate as a function of the step."""
     try:
         return optimizers.make_schedule(
             config.schedule,
-            learning_rate,
+            config.learning_rate,
             config.steps or 1,  # None if `make_run` has not completed the settings
             warmup=config.warmup or 0,
             end=config.end_learning_rate,

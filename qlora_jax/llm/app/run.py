@@ -1,13 +1,11 @@
-"""Prepares the runs of `train`, and checks them before the model is read."""
+"""Prepares a run of `train`, and checks it before the model is read."""
 
 import dataclasses
 import datetime
 import importlib
-import itertools
-import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,23 +20,21 @@ from ..data.chat_tokenizer import Tokenizer, open_tokenizer
 from ..data.dataset import Dataset, read_dataset
 from ..data.encode import Row
 from ..models.torch_decoder import TorchEngine
-from ..train.arrays import describe_changes
 from ..train.objectives import OBJECTIVES, find_objective
 from ..train.outputs import plural
 from .base_model import (
     BaseModel,
-    hash_files,
     init_shapes,
     lora_config_for,
     open_model,
     packing_config_for,
 )
-from .options import SEED, options_of
 from .processes import is_first, log
 from .program import make_mesh, make_placer, make_schedule, resolve_dtype
 from .pushing import check_base, push
+from .resuming import make_fingerprint
 from .row_settings import check_template
-from .run_folder import CONFIG, FAILED, read_run_config
+from .run_folder import CONFIG, read_run_config
 from .starting import read_initial_lora
 from .train_config import LOGGERS, TrainConfig
 
@@ -57,13 +53,17 @@ class Run:
     lora_config: ql.QLoRAConfig  # the adapters to create
     tokenizer: Tokenizer
     data: Dataset
-    stamp: dict[str, Any]  # what must be the same when the run is resumed, as JSON
+    fingerprint: dict[str, Any]  # must be the same when the run is resumed, as JSON
     mesh: Mesh | None  # None for one device
     # Puts a base and a lora tree on the devices.
     place: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
-    folder: pathlib.Path
     teacher: BaseModel | None  # for an objective that uses one
     initial_lora: PyTree | None  # the adapters to start from, if they are not new
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The folder of the run."""
+        return pathlib.Path(self.config.out)
 
 
 def make_run(config: TrainConfig, today: str) -> Run:
@@ -74,11 +74,9 @@ def make_run(config: TrainConfig, today: str) -> Run:
     """
     # A resumed run keeps the dtype and the date of its start. Its settings are read
     # first, so that a damaged file is reported before any work.
-    folder, started_config = pathlib.Path(config.out), config
+    started_config = config
     if config.resume:
-        started_config = read_run_config(folder / CONFIG)
-        if started_config.is_sweep:  # and `config` is not
-            raise _other_values_error(config, started_config)
+        started_config = read_run_config(pathlib.Path(config.out) / CONFIG)
     check_template(config.template)
     _check_libraries(config.loggers)
     _check_devices(config)
@@ -126,10 +124,9 @@ def make_run(config: TrainConfig, today: str) -> Run:
         lora_config,
         tokenizer,
         data,
-        stamp=_make_stamp(config, model, data, teacher),
+        fingerprint=make_fingerprint(config, model, data, teacher),
         mesh=mesh,
         place=make_placer(model.engine, mesh, config.base_memory),
-        folder=folder,
         teacher=teacher,
         initial_lora=initial_lora,
     )
@@ -387,142 +384,5 @@ def _complete_settings(
         block_size=packing.block_size,
         double_quant=packing.double_quant,
     )
-    _check_schedule(resolved)
+    make_schedule(resolved)  # raises if it does not fit the steps or the rate
     return resolved
-
-
-def _check_schedule(config: TrainConfig) -> None:
-    """Raises ValueError if the schedule does not fit the steps or the learning rate."""
-    make_schedule(config, config.learning_rate)
-
-
-# Runs of a sweep
-
-
-def member_configs(config: TrainConfig) -> list[TrainConfig]:
-    """Returns the settings of each run of a sweep; without one, those of the run.
-
-    Runs that failed are left out when the others are resumed. Raises ValueError if all
-    have failed, if the resumed sweep never had one of the runs, or if a seed of a new
-    run is too large.
-    """
-    seeds = config.seed
-    largest = max(seeds) if isinstance(seeds, list) else seeds
-    # Old runs may have larger seeds, and must still resume.
-    if not (SEED.contains(largest) or config.resume):
-        raise ValueError(f"`seed` must be {SEED.description}. Got {seeds}.")
-    if not config.is_sweep:
-        return [config]
-    swept = {name: x for name, x in config.sweepable.items() if isinstance(x, list)}
-    members = []
-    for values in itertools.product(*swept.values()):
-        settings = dict(zip(swept, values, strict=True))
-        name = "_".join(f"{key}={value}" for key, value in settings.items())
-        out = pathlib.Path(config.out) / name
-        if not (config.resume and (out / FAILED).is_file()):
-            # All runs see the data in the same order.
-            settings |= {"out": str(out), "data_seed": config.row_seed}
-            members.append(config.replace(**settings))
-    if not members:
-        raise ValueError(
-            "`out` must have a run to resume. Got a sweep whose runs have all failed; "
-            f"see {FAILED} in the folders in {config.out}."
-        )
-    folders = [pathlib.Path(x.out) for x in members]
-    if config.resume and not all((x / CONFIG).is_file() for x in folders):
-        started_config = read_run_config(pathlib.Path(config.out) / CONFIG)
-        # With equal values, the sweep was killed before it wrote all of its settings.
-        if config.sweepable != started_config.sweepable:
-            raise _other_values_error(config, started_config)
-    return members
-
-
-def _other_values_error(config: TrainConfig, started_config: TrainConfig) -> ValueError:
-    """Returns the error for a resumed sweep that would have other runs."""
-    return ValueError(
-        "`resume` must be used with the learning rates and seeds of the run in "
-        f"{config.out}. Got {config.sweepable} instead of "
-        f"{started_config.sweepable}. Use the same values, or start a new run in "
-        "another `out`."
-    )
-
-
-def make_sibling(run: Run, config: TrainConfig) -> Run:
-    """Returns the run with other settings of the same sweep, from `member_configs`."""
-    config = run.config.replace(out=config.out, **config.sweepable)
-    _check_schedule(config)
-    return dataclasses.replace(
-        run,
-        config=config,
-        stamp=run.stamp | config.sweepable,
-        folder=pathlib.Path(config.out),
-    )
-
-
-# What must stay the same when a run is resumed
-
-
-def _make_stamp(
-    config: TrainConfig, model: BaseModel, data: Dataset, teacher: BaseModel | None
-) -> dict[str, Any]:
-    """Returns everything that determines the adapter that a run trains, as JSON values.
-
-    This stamp is saved with each state. A run is only resumed if it has not changed.
-    """
-    options = options_of(TrainConfig)
-    stamp = {
-        name: value
-        for name, value in config.to_settings().items()
-        if not options[name].may_change and value is not None
-    }
-    if config.schedule == "constant":
-        del stamp["steps"]  # without decay, a resumed run may have more steps
-    # Settings that only other objectives use have no effect. They are left out, and so
-    # is the default objective, because states of version 0.2 have neither.
-    objective = find_objective(config.objective)
-    names = {name for x in OBJECTIVES.values() for name in x.settings}
-    for name in names - {*objective.settings}:
-        stamp.pop(name, None)
-    if objective.name == TrainConfig.objective:
-        del stamp["objective"]
-    stamp["model's files"] = hash_files(model.path)
-    if model.engine.name != "jax":
-        # The option may change, such as from auto to torch, but not the actual engine.
-        # Stamps of version 0.2 lack the engine, which was always "jax".
-        stamp["engine"] = model.engine.name
-    if teacher is not None:
-        stamp["teacher's files"] = hash_files(teacher.path)
-    if data.mix:
-        stamp["rows and weights"] = data.mix
-    stamp["data"] = data.hash
-    return json.loads(json.dumps(stamp))
-
-
-def check_stamp(saved: Mapping[str, Any], current: Mapping[str, Any], out: str) -> None:
-    """Raises ValueError if a run is resumed with other settings, and lists them.
-
-    `saved` is the stamp from the state, and `current` is that of the resumed run.
-    """
-    # A state from an earlier version lacks the options that were added since. It was
-    # trained with what are now their defaults.
-    options = options_of(TrainConfig).values()
-    defaults = {
-        option.name: option.default for option in options if not option.may_change
-    }
-    saved, current = defaults | {**saved}, defaults | {**current}
-    differences = describe_changes(saved, current, _describe_value, missing="not set")
-    if differences:
-        raise ValueError(
-            f"`resume` must be used with the settings of the run in {out}. Got others: "
-            f"{'; '.join(differences)}. Use the same settings, or start a new run in "
-            "another `out`."
-        )
-
-
-def _describe_value(value: object) -> str:
-    if value is None:
-        return "not set"
-    # The same number may be 16 in one stamp and 16.0 in the other.
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return repr(value)

@@ -13,7 +13,6 @@ from .train_config import TrainConfig
 
 STATE, CONFIG, METRICS = "state", "config.yaml", "metrics.jsonl"
 ANSWERS, RESULT = "answers.jsonl", "result.json"
-FAILED = "failed.txt"  # the reason why one run of a sweep ended early
 TEMPLATE = "template.jinja"  # a copy of the file in the option `template`
 SYSTEM = "system.txt"  # the system message, if all rows of the data share one
 _FIRST_LINE = "# The weights of the model: "  # of `CONFIG`
@@ -23,15 +22,6 @@ LOG_ID = "log_id"  # identifies the run for W&B and trackio
 def is_run(folder: pathlib.Path) -> bool:
     """Returns whether a folder is the folder of a training run."""
     return (folder / CONFIG).is_file() and (folder / METRICS).is_file()
-
-
-def describe_sweep(folder: pathlib.Path) -> str:
-    """Returns a sentence that names the runs of a sweep; empty for other folders."""
-    # The folders of a sweep's runs have names such as learning_rate=0.0001.
-    names = sorted(path.parent.name for path in folder.glob(f"*=*/{CONFIG}"))
-    if not (folder / CONFIG).is_file() or not names:
-        return ""
-    return f" It is a sweep, whose runs are in its folders {', '.join(names)}."
 
 
 @contextlib.contextmanager
@@ -112,9 +102,7 @@ def _lock(folder: pathlib.Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def write_run_config(
-    config: TrainConfig, path: pathlib.Path, source: str, system: str | None
-) -> None:
+def write_run_config(config: TrainConfig, source: str, system: str | None) -> None:
     """Writes the settings as a file for `--config`, and the source of the weights.
 
     Commands that use the run find its chat template and the system message of its rows
@@ -122,6 +110,7 @@ def write_run_config(
     """
     import yaml
 
+    path = pathlib.Path(config.out) / CONFIG
     if system is not None:
         write_text(path.with_name(SYSTEM), system)
     if (template := config.template) is not None:

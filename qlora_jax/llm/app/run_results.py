@@ -1,10 +1,9 @@
-"""Writes the results of runs and sweeps: adapters, model cards, plots and numbers."""
+"""Writes the results of a run: the adapter, its model card, plots and numbers."""
 
 import dataclasses
 import json
 import pathlib
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +16,14 @@ from ..train.outputs import (
     memory_of,
     model_card,
     plot_loss,
-    plot_losses,
     plural,
     read_metrics,
     save_adapter,
 )
 from ..train.step import State
-from .processes import broadcast_text, is_first, log
+from .processes import broadcast_text, is_first
 from .run import Run
-from .run_folder import FAILED, METRICS, RESULT, write_text
-from .train_config import TrainConfig
+from .run_folder import METRICS, RESULT, write_text
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,8 @@ def write_results(
         )
         title = f"{pathlib.Path(config.model).name}, {config.fmt}"
         plot_loss(rows, run.folder / "loss.png", title)
-        _write_json(run.folder / RESULT, result)
+        text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False)
+        write_text(run.folder / RESULT, text + "\n")
     broadcast_text()  # a barrier: the file is complete
     return TrainResult(**json.loads((run.folder / RESULT).read_text("utf-8")))
 
@@ -144,13 +142,13 @@ def _make_card(run: Run, result: TrainResult) -> str:
     return model_card(
         config.model,
         title=f"{name}, fine-tuned on {' and '.join(datasets)}",
-        # The stamp leaves out paths and settings that do not affect the adapter.
-        settings={k: x for k, x in settings.items() if k in run.stamp},
+        # The fingerprint leaves out paths and settings that do not affect the adapter.
+        settings={k: x for k, x in settings.items() if k in run.fingerprint},
         data={
             "base model": result.source,
             **teacher,
             "data": config.data,
-            "hash of the tokens": run.stamp["data"],  # identifies the data set
+            "hash of the tokens": run.fingerprint["data"],  # identifies the data set
             "kind of rows": data.kind,
             "rows": len(data.train),
             "validation rows": len(data.valid),
@@ -198,96 +196,3 @@ def _make_result(
         bytes=sizes,
         best_step=last.get("best_step"),
     )
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """The result of several runs that were trained side by side.
-
-    Attributes:
-        out: The folder of the runs.
-        runs: The result of each run, by the name of its folder in `out`; None if the
-            run failed.
-        best: The name of the run with the lowest validation loss; None without
-            validation rows.
-        adapter: The folder of the best run's adapter.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> result = app.TrainResult(
-        ...     "runs/seed=0", "runs/seed=0/adapter", steps=9, skipped=0, loss=0.02,
-        ...     valid_loss=0.03, exact_before=None, exact_after=None, step_seconds=2.5,
-        ...     tokens_per_s=600, bytes={})
-        >>> runs = {"seed=0": result, "seed=1": None}
-        >>> print(app.SweepResult("runs", runs, "seed=0", "runs/adapter"))
-        seed=0  loss 0.0200  validation 0.0300
-        seed=1  failed
-        the adapter of seed=0, of the lowest validation loss, is in runs/adapter
-    """
-
-    out: str
-    runs: Mapping[str, TrainResult | None]
-    best: str | None
-    adapter: str | None
-
-    def __str__(self):
-        width = max(map(len, self.runs))  # aligns the numbers
-        lines = [f"{name:{width}}  {_summarize(x)}" for name, x in self.runs.items()]
-        if self.best is not None:
-            lines.append(
-                f"the adapter of {self.best}, of the lowest validation loss, is in "
-                f"{self.adapter}"
-            )
-        return "\n".join(lines)
-
-
-def _summarize(result: TrainResult | None) -> str:
-    if result is None:
-        return "failed"
-    numbers = {"loss": result.loss, "validation": result.valid_loss}
-    parts = [f"{name} {x:.4f}" for name, x in numbers.items() if x is not None]
-    if result.exact_after is not None:
-        parts.append(f"exact {result.exact_after:.1%}")
-    return "  ".join(parts)
-
-
-def note_failure(run: Run, error: FloatingPointError) -> None:
-    """Prints that a run of a sweep failed, and writes the reason in its folder."""
-    log(f"{run.folder.name} failed: {error}")
-    if is_first():
-        write_text(run.folder / FAILED, f"{error}\n")
-
-
-def write_sweep_results(
-    config: TrainConfig, runs: Sequence[Run], results: Sequence[TrainResult | None]
-) -> SweepResult:
-    """Copies the best adapter, plots the losses and writes the results of a sweep."""
-    folder = pathlib.Path(config.out)
-    results_by_name = dict(zip((x.folder.name for x in runs), results, strict=True))
-    # Add the runs that failed before the sweep was resumed.
-    for path in sorted(folder.glob(f"*/{FAILED}")):
-        results_by_name.setdefault(path.parent.name, None)
-    losses = {
-        name: result.valid_loss
-        for name, result in results_by_name.items()
-        if result is not None and result.valid_loss is not None
-    }
-    best = min(losses, key=losses.__getitem__, default=None)
-    adapter = None if best is None else str(folder / "adapter")
-    result = SweepResult(config.out, results_by_name, best, adapter)
-    if is_first():
-        if best is not None and adapter is not None:
-            # If the sweep was resumed, the folder may have the adapter of another run.
-            shutil.rmtree(adapter, ignore_errors=True)
-            shutil.copytree(folder / best / "adapter", adapter)
-        rows = {x: read_metrics(folder / x / METRICS) for x in results_by_name}
-        title = f"{pathlib.Path(config.model).name}, {runs[0].config.fmt}"
-        plot_losses(rows, folder / "loss.png", title)
-        _write_json(folder / RESULT, result)
-    broadcast_text()  # a barrier: the files are complete
-    return result
-
-
-def _write_json(path: pathlib.Path, result: TrainResult | SweepResult) -> None:
-    text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False)
-    write_text(path, text + "\n")

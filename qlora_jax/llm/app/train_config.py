@@ -3,7 +3,7 @@
 import datetime
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ..data.kinds import TrainOn
 from ..models.constraints import MESH_AXES, ROW_AXES
@@ -15,9 +15,9 @@ from .options import (
     PATH,
     POSITIVE,
     REQUIRED,
+    SEED,
     Config,
     Limit,
-    normalize_swept,
     option,
 )
 
@@ -86,8 +86,7 @@ class TrainConfig(Config):
             data must have no validation rows then. `data_seed` selects the rows.
         too_long: What to do with rows of more than `max_length` tokens: refuse, drop,
             truncate; or split, for rows of `text`.
-        learning_rate: Peak learning rate. With several, such as 1e-4,3e-4, one adapter
-            is trained for each, side by side on one base, in subfolders of `out`.
+        learning_rate: Peak learning rate.
         steps: Number of training steps; alternatively, set `epochs`.
         epochs: Passes over the data, which decide `steps`. The last step has the rows
             that remain. 1 if `steps` is not set either.
@@ -101,9 +100,8 @@ class TrainConfig(Config):
         accumulation: Gradient accumulation steps: batches in a training step.
         max_length: Maximum number of tokens of a sequence.
         packing: Whether several sequences share a row.
-        seed: Seed of the adapters, the order of the data and the dropout. With several,
-            one adapter is trained for each, as for `learning_rate`.
-        data_seed: Seed of the order of the data; by default the first `seed`.
+        seed: Seed of the adapters, the order of the data and the dropout.
+        data_seed: Seed of the order of the data; by default `seed`.
         objective: sft for supervised fine-tuning, distill for distillation, or a
             preference loss: dpo, ipo, orpo, simpo or kto, whose reference model is the
             base without the adapter.
@@ -220,9 +218,7 @@ class TrainConfig(Config):
     validation_split: float | None = None
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse"
 
-    learning_rate: float | list[float] = option(
-        2e-4, limit=POSITIVE, section="training"
-    )
+    learning_rate: float = option(2e-4, limit=POSITIVE, section="training")
     steps: int | None = option(None, limit=COUNT)
     epochs: float | None = option(None, limit=POSITIVE)
     schedule: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
@@ -235,7 +231,7 @@ class TrainConfig(Config):
     accumulation: int = option(1, limit=COUNT)
     max_length: int = option(1024, limit=COUNT)
     packing: bool = False
-    seed: int | list[int] = option(0, limit=NOT_NEGATIVE)
+    seed: int = option(0, limit=SEED)
     data_seed: int | None = option(None, limit=NOT_NEGATIVE)
 
     objective: str = option("sft", section="objective")
@@ -292,8 +288,6 @@ class TrainConfig(Config):
     process_id: int | None = option(None, may_change=True)
 
     def __post_init__(self):
-        for name in self.sweepable:
-            normalize_swept(self, name)
         super().__post_init__()
         self._check_adapters()
         self._check_objective()
@@ -351,12 +345,6 @@ class TrainConfig(Config):
                 "`keep_best` must be set with `early_stopping_patience`. Got "
                 f"{patience}."
             )
-        if patience is not None and self.is_sweep:
-            raise ValueError(
-                "`early_stopping_patience` must be left out if several adapters are "
-                "trained side by side, because all are trained to the last step. Got "
-                f"{patience}."
-            )
         if self.resume_step is not None and not self.resume:
             raise ValueError(
                 f"`resume` must be set with `resume_step`. Got {self.resume_step}."
@@ -402,20 +390,8 @@ class TrainConfig(Config):
 
     @property
     def row_seed(self) -> int:
-        """The seed of the order of the rows; in a sweep, the same for all runs."""
-        if self.data_seed is not None:
-            return self.data_seed
-        return self.seed[0] if isinstance(self.seed, list) else self.seed
-
-    @property
-    def sweepable(self) -> dict[str, Any]:
-        """The options that may have a list of values, for a sweep, and their values."""
-        return {"learning_rate": self.learning_rate, "seed": self.seed}
-
-    @property
-    def is_sweep(self) -> bool:
-        """Whether several adapters are trained side by side."""
-        return any(isinstance(value, list) for value in self.sweepable.values())
+        """The seed of the order of the rows."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def eval_steps(self) -> int:

@@ -99,19 +99,6 @@ def test_a_run_resumes_with_the_same_teacher(folder, other, data, tmp_path, caps
 
 
 @pytest.mark.slow
-def test_a_sweep_shares_the_teacher(folder, other, data, tmp_path):
-    options = OPTIONS | dict(teacher=other, learning_rate=[1e-3, 2e-2], data_seed=0)
-    result = app.train(settings(folder, data, tmp_path / "sweep", **options))
-    for rate in (0.001, 0.02):
-        alone = settings(
-            folder, data, tmp_path / str(rate), **options | {"learning_rate": rate}
-        )
-        name = f"learning_rate={rate}"
-        assert_close(result.runs[name].valid_loss, app.train(alone).valid_loss)
-        assert_close(losses(tmp_path / "sweep" / name), losses(alone.output.out))
-
-
-@pytest.mark.slow
 def test_a_mesh_splits_the_teacher(folder, other, data, tmp_path):
     options = OPTIONS | dict(teacher=other, steps=3, block_size=16)
     alone = settings(folder, data, tmp_path / "alone", **options)

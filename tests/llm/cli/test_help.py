@@ -56,7 +56,7 @@ def test_help_is_in_words(capsys, command):
         assert ("--data DATA Required." in words) == (command == "score")
     if command != "train":
         return
-    assert "(a number, or several separated by commas; default: 0.0002)" in words
+    assert "(a number; default: 0.0002)" in words
     assert "(an integer; default: 16)" in words
     usage = "usage: qlora-jax train --model MODEL --data DATA --out OUT [options]\n"
     assert out.startswith(usage)

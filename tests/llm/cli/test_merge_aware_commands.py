@@ -110,20 +110,6 @@ def test_each_file_has_the_loss_of_training(folder, tmp_path, capsys, fmt, targe
     assert is_near(written["losses"]["file"], trained)
 
 
-@pytest.mark.slow
-def test_a_sweep_trains_merge_aware_adapters(folder):
-    options = dict(fmt="none", merge_aware=True, target_fmt="nf4")
-    options |= dict(learning_rate=[1e-2, OPTIONS["learning_rate"]])
-    runs = train(folder, folder / "sweep", **options).runs
-    assert len({result.valid_loss for result in runs.values()}) == 2
-    for name, result in runs.items():
-        config = app.ScoreConfig(
-            run=str(folder / "sweep" / name), data=str(folder / "valid.jsonl")
-        )
-        assert is_near(app.score(config).loss, result.valid_loss)
-    assert (folder / "sweep" / "adapter" / "adapter.safetensors").is_file()
-
-
 def test_other_programs_cannot_take_it_for_a_lora(aware, capsys):
     names = {path.name for path in (aware / "adapter").iterdir()}
     assert names == {"README.md", "adapter.safetensors"}  # no adapter_config.json

@@ -230,9 +230,6 @@ def test_an_adapter_is_not_read_without_the_damaged_settings_of_its_run(
     with pytest.raises(ValueError, match="config.yaml cannot be read"):
         open_model_and_adapters(config)
     (tmp_path / "run" / "metrics.jsonl").unlink()  # then it is another program's folder
-    # So it is beside a folder of Hydra's settings, which is no run of a sweep.
-    (tmp_path / "run" / ".hydra").mkdir()
-    (tmp_path / "run" / ".hydra" / "config.yaml").write_text("{}")
     assert open_model_and_adapters(config)[2] == {}
 
 

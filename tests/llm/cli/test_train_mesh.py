@@ -205,7 +205,7 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill_and_a_signal(
 
 
 @pytest.mark.slow
-def test_two_processes_compare_preferences_of_two_rates_as_one(folder, tmp_path):
+def test_two_processes_compare_preferences_as_one(folder, tmp_path):
     rows = [
         {"prompt": f"{a}{b}=", "chosen": a, "rejected": a + b}
         for a, b in itertools.permutations("abcd", 2)
@@ -213,7 +213,7 @@ def test_two_processes_compare_preferences_of_two_rates_as_one(folder, tmp_path)
     for name in ("train", "valid"):
         write_rows(tmp_path / f"{name}.jsonl", rows)
     single, distributed = tmp_path / "one", tmp_path / "two"
-    options = dict(objective="dpo", learning_rate=[2e-3, 2e-2])
+    options = dict(objective="dpo", learning_rate=2e-2)
     options |= dict(steps=4, save_every=2, eval_every=2, eval_examples=0)
     config = settings(folder, tmp_path, single, **options, keep_best=True)
     file = tmp_path / "run.yaml"
@@ -221,21 +221,12 @@ def test_two_processes_compare_preferences_of_two_rates_as_one(folder, tmp_path)
     wait_for_two(start_two(file, distributed), distributed)
     expected = app.train(config)
     result = json.loads((distributed / "result.json").read_text())
-    assert (
-        result["best"] == expected.best
-        and result["runs"].keys() == expected.runs.keys()
-    )
-    for name in expected.runs:
-        for row, distributed_row in zip(
-            rows_of(single / name), rows_of(distributed / name), strict=True
-        ):
-            # At first all pairs are ties, so rounding decides what is accurate.
-            unequal = [key for key in row if key.endswith("accuracies")]
-            for key in {*row} - {"seconds", "tokens_per_s", *unequal}:
-                # Rewards are differences of log probabilities, which are above 1.
-                magnitude = max(1.0, abs(row[key]))
-                assert_close(distributed_row[key], row[key], magnitude=magnitude)
-        assert sorted(x.name for x in (distributed / name / "state").iterdir()) == [
-            "2",
-            "4",
-        ]
+    assert result["best_step"] == expected.best_step
+    for row, distributed_row in zip(rows_of(single), rows_of(distributed), strict=True):
+        # At first all pairs are ties, so rounding decides what is accurate.
+        unequal = [key for key in row if key.endswith("accuracies")]
+        for key in {*row} - {"seconds", "tokens_per_s", *unequal}:
+            # Rewards are differences of log probabilities, which are above 1.
+            magnitude = max(1.0, abs(row[key]))
+            assert_close(distributed_row[key], row[key], magnitude=magnitude)
+    assert sorted(x.name for x in (distributed / "state").iterdir()) == ["2", "4"]
