@@ -1,11 +1,13 @@
 """Tests tiny random models of the causal language models of transformers.
 
     PYTHONPATH=.:tests python tests/pytorch/sweep.py [KIND ...]
-    PYTHONPATH=.:tests python tests/pytorch/sweep.py --page
 
-The first command tests the given model types, or by default all that have not passed
-yet, and writes the results to `docs/reports/torch_models.tsv`. The second command
-writes `docs/torch_models.md` from these results.
+This tests the given model types, or by default all that have not passed yet, and writes
+the results to `docs/reports/torch_models.tsv`. The cells of a type that passed are the
+relative differences of logits, loss and gradients (of the adapter with the largest
+one), the number of packed weights, and the weights that were merged instead of passed
+to PEFT, which cannot adapt weights that several modules share or that another module
+reads.
 
 For each model type, the sweep compares the logits of float weights with PyTorch's. It
 also compares the loss and the gradients of adapters on packed weights with those that
@@ -49,43 +51,6 @@ from qlora_jax.torch.init import kernel_roles
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 ROWS = DOCS / "reports" / "torch_models.tsv"
 LARGEST_ERROR = rounding(TERMS)
-PAGE = """# PyTorch models that were tested
-
-This page is the result of a sweep over the {kinds} types of causal language models in
-transformers. For each type, the sweep ran a tiny model with random weights in
-`ql.torch` and in PyTorch, and compared three results: the logits of float weights, the
-loss on packed weights with adapters, and the gradients of A and B of these adapters.
-The weights are spread four times as widely as transformers initializes them, so that
-functions such as softplus also get large inputs. A type passed if rounding explains all
-differences. {passed} types passed.
-
-The reference for the loss and the gradients is PEFT, with the same adapters on the
-decoded weights. The weights of products and lookups are its `target_modules`, and all
-others, such as those of experts, are its `target_parameters`. PEFT cannot adapt a
-weight that several modules share, or that the code of another module reads. The sweep
-merged the adapters of such weights, and PyTorch computed their gradients. The column
-"without PEFT" lists these weights.
-
-The columns "logits", "loss" and "gradients" show relative differences (in the Frobenius
-norm), and for gradients, that of the adapter with the largest difference. The column
-"packed weights" shows how many weights of the tiny model were packed and adapted.
-`tests/pytorch/sweep.py` runs the models and writes this page. The slow tests repeat the
-sweep for ten of the {passed} types that passed, a different ten each day.
-
-| model type | logits | loss | gradients | packed weights | without PEFT |
-|---|---|---|---|---|---|
-"""
-FAILED = """
-## Types that did not pass
-
-Each reason begins with the step that failed. With "no model", the tiny model cannot be
-created, or does not run in PyTorch. With "fails", it runs in PyTorch, but an error
-ended the comparison with `ql.torch`. With "differs", rounding does not explain a
-difference.
-
-| model type | reason |
-|---|---|
-"""
 
 
 def check(module, ids, expected):
@@ -191,30 +156,11 @@ def write_rows(rows):
     ROWS.write_text("".join(lines), "utf-8")
 
 
-def write_page():
-    rows = sorted(read_rows().items())
-    passed = [(kind, cells) for kind, (status, *cells) in rows if status == "ok"]
-    text = PAGE.format(kinds=len(KINDS), passed=len(passed))
-    for kind, (*numbers, merged) in passed:
-        if merged != "none":
-            merged = ", ".join(f"`{name}`" for name in merged.split())
-        text += f"| `{kind}` | {' | '.join([*numbers, merged])} |\n"
-    text += FAILED
-    for kind, row in rows:
-        if row[0] != "ok":
-            reason = " ".join(row).replace("|", "/").replace("`", "'")
-            text += f"| `{kind}` | {reason} |\n"
-    (DOCS / "torch_models.md").write_text(text, "utf-8")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kinds", nargs="*", help="by default, all that have not passed")
-    parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--seconds", type=int, default=100, help="CPU time of a model")
     args = parser.parse_args()
-    if args.page:
-        return write_page()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
