@@ -1,11 +1,8 @@
 """`qlora-jax check`: compares the results on this machine's devices with references."""
 
 import contextlib
-import dataclasses
 import itertools
-import json
 import math
-import pathlib
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +27,6 @@ from ..train.optimizer import make_optimizer
 from ..train.step import State, make_step
 from .configs import CheckConfig, Fmt
 from .environment import read_cpuinfo
-from .run_folder import write_text
 
 _PACKAGES = "jax", "jaxlib", "flax", "optax", "libtpu"
 _PACKAGES += "jax-cuda12-plugin", "jax-cuda13-plugin", "numpy"
@@ -117,32 +113,20 @@ def check(config: CheckConfig) -> Checked:
     with the same steps on a CPU.
 
     Args:
-        config: Where to write the report.
-
-    Raises:
-        ValueError: If `config.out` is a folder.
-        OSError: If the report cannot be written.
+        config: The settings, of which there are none.
 
     Example:
         >>> from qlora_jax.llm import app
         >>> app.check(app.CheckConfig()).is_wrong
         False
     """
-    path = None if config.out is None else pathlib.Path(config.out)
-    if path is not None and path.is_dir():
-        raise ValueError(f"`out` must be a file. Got the folder {config.out}.")
-    report = Checked(
+    return Checked(
         _read_versions(),
         f"{platform.system()} {platform.machine()}, {_describe_processor()}",
         _describe_devices(),
         check_products(),
         check_step(),
     )
-    if path is not None:
-        contents = dataclasses.asdict(report) | {"is_wrong": report.is_wrong}
-        text = json.dumps(contents, allow_nan=False)
-        write_text(path, text + "\n")
-    return report
 
 
 def _read_versions() -> dict[str, str]:

@@ -358,14 +358,8 @@ class GenerateConfig(Config):
 class CheckConfig(Config):
     """Checks the results of this machine's devices: matrix products and training.
 
-    Attributes:
-        out: File to write the report to as JSON. Attach it to an issue, or add it to
-            the table in docs/compatibility.
-
     Example:
         >>> from qlora_jax.llm import app
-        >>> app.CheckConfig(out="report.json").out
-        'report.json'
+        >>> app.CheckConfig()
+        CheckConfig()
     """
-
-    out: str | None = option(None, limit=PATH)

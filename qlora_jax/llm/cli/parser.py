@@ -56,7 +56,7 @@ qlora-jax generate --model base --adapter adapter --prompt Hello --temperature 0
 qlora-jax generate --model base --prompts prompts.jsonl --out answers.jsonl
 qlora-jax inspect adapter
 qlora-jax inspect base-4bit --json
-qlora-jax check --out report.json"""
+qlora-jax check --json"""
 
 
 class Parser(argparse.ArgumentParser):

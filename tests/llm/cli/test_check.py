@@ -11,6 +11,7 @@ import pytest
 from commands import ROOT
 
 import qlora_jax as ql
+from qlora_jax.llm import app
 from qlora_jax.llm.app import checking
 
 
@@ -22,14 +23,14 @@ def small(monkeypatch):
     monkeypatch.setattr(checking, "check_step", lambda: step)
 
 
-def test_a_right_device_passes(small, tmp_path, capsys):
-    file = tmp_path / "report.json"
-    status, out, _ = commands.run(capsys, "check", "--out", file)
-    report = json.loads(file.read_text())
+def test_a_right_device_passes(small, capsys):
+    status, out, _ = commands.run(capsys, "check", "--json")
+    report = json.loads(out)
     names = {x["format"] for x in report["products"]}
     assert (status, names) == (0, {"nf4", "nf4 double", "mxfp4"})
-    assert not report["is_wrong"] and report["versions"]["jax"] == jax.__version__
-    assert "products: 24 of 24 are right, with at most 0." in out
+    assert report["versions"]["jax"] == jax.__version__
+    checked = app.Checked(**report)
+    assert "products: 24 of 24 are right, with at most 0." in str(checked)
     assert {x["backend"] for x in report["products"]} == {"tiled"}
     row = runpy.run_path(str(ROOT / "docs" / "ran_on.py"))["row"](report)
     assert row[2:4] == ["24 of 24", "tiled"]
@@ -50,7 +51,7 @@ def test_a_step_is_compared_with_the_cpu(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["scaled", "rounded", "not finite"])
-def test_a_wrong_product_is_found(small, fault, monkeypatch, tmp_path, capsys):
+def test_a_wrong_product_is_found(small, fault, monkeypatch, capsys):
     faults = {
         "scaled": lambda y: y * 1.01,
         "rounded": lambda y: y.astype("bfloat16").astype(y.dtype),
@@ -63,11 +64,10 @@ def test_a_wrong_product_is_found(small, fault, monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(ql, "matmul", faulty_matmul)
     checking._compute_products.clear_cache()
-    file = tmp_path / "report.json"
-    status, out, _ = commands.run(capsys, "check", "--out", file)
+    status, out, _ = commands.run(capsys, "check", "--json")
     checking._compute_products.clear_cache()
-    assert status == 1 and "wrong: {'format': 'nf4'" in out
-    products = json.loads(file.read_text())["products"]
+    products = json.loads(out)["products"]
+    assert status == 1 and not products[0]["is_right"]
     missed = [x for x in products if x["is_right"]]
     # Products in bfloat16 are rounded even without the fault.
     assert not [x for x in missed if (fault, x["dtype"]) != ("rounded", "bfloat16")]

@@ -16,8 +16,8 @@ from tokenizer_helpers import write_rows
 from tolerances import assert_close
 
 from qlora_jax.llm import app
+from qlora_jax.llm.app import training
 from qlora_jax.llm.app.train_config import parse_mesh
-from qlora_jax.llm.app.training import Trainer
 from qlora_jax.llm.models.tiny import save_tiny
 
 SIZES = dict(hidden_size=128, intermediate_size=256, vocab_size=260)
@@ -56,12 +56,13 @@ def test_a_run_goes_on_on_another_mesh(
 
     In the last part the optimizer state is in host memory.
     """
-    choose_adapter, final_states = Trainer.choose_adapter, []
+    write_results, final_states = training.write_results, []
 
-    def record_state(trainer, state):
-        return final_states.append(state) or choose_adapter(trainer, state)
+    def record_state(run, base, teacher, state, best_metrics):
+        final_states.append(state)
+        return write_results(run, base, teacher, state, best_metrics)
 
-    monkeypatch.setattr(Trainer, "choose_adapter", record_state)
+    monkeypatch.setattr(training, "write_results", record_state)
     free_programs()
     single = app.train(settings(folder, data, tmp_path / "one", steps=7))
     paged = dict(optimizer="adamw", offload_optimizer=True)

@@ -117,8 +117,6 @@ WRONG = [
         ["generate", *BASE, "--prompts=rows.jsonl", "--out="],
         "`out` must be a path. Got",
     ),
-    (["check", "--out="], "`out` must be a path. Got ''."),
-    (["check", "--out=base"], "`out` must be a file. Got the folder base."),
     (["score", *BASE, *ROWS, "--batch-tokens=1"], "`batch_tokens` must be at least 2"),
     (["score", *BASE, "--data=base"], "or .parquet). Got 'base'"),
     (["train", *BASE, *OUT, "--data=wrapped.json"], "an object with ['data']."),
