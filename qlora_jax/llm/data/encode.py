@@ -112,16 +112,6 @@ class Encoded(NamedTuple):
     is_cut: bool = False  # whether it has only the first of too many tokens
 
 
-class _Tokens(NamedTuple):
-    """Tokens, and the characters of the text that each of them covers."""
-
-    ids: list[int]
-    starts: np.ndarray  # moved back over text, such as spaces, that no token covers
-    ends: np.ndarray
-    added: np.ndarray  # whether the tokenizer added the token, which covers no text
-    is_cut: bool  # whether only the beginning of the text has been tokenized
-
-
 class Encoder:
     """Turns raw rows into tokens, with the settings of `read_dataset`."""
 
@@ -229,11 +219,15 @@ class Encoder:
             located = AnswerSpans(sequence.text, [answer], False)
         # The text is tokenized as a whole, because tokenizing its parts separately can
         # give different tokens. Answers are found in it by their characters.
-        tokens = self._tokenize(located.text, located.is_rendered, max_length)
-        is_answer, last_answer, straddles = self._find_answer_tokens(tokens, located)
-        ids = [*tokens.ids]
+        encoding, is_cut = encode_with_offsets(
+            self.tokenizer, located.text, not located.is_rendered, max_length
+        )
+        is_answer, last_answer, straddles = self._find_targets(
+            encoding, located, is_cut
+        )
+        ids = encoding.ids
         # Without a chat template, nothing ends the answer.
-        if not located.is_rendered and not tokens.is_cut:
+        if not located.is_rendered and not is_cut:
             eos = self.tokenizer.eos_id
             if eos is None:
                 raise ModelError("the model must name a token that ends a text.")
@@ -245,11 +239,11 @@ class Encoder:
         start, example = 0, None
         if label is not None:
             start = int(is_answer.argmax()) if is_answer.any() else len(ids)
-        is_example = with_example and label is not False and not tokens.is_cut
+        is_example = with_example and label is not False and not is_cut
         if is_example and located.answers:
             example = self._make_example(located, last_answer)
         row = Row(ids, labels, place, start, label)
-        return Encoded(row, example, straddles, is_cut=tokens.is_cut)
+        return Encoded(row, example, straddles, is_cut=is_cut)
 
     def _encode_text(self, text: str, place: str, max_length: int | None) -> Encoded:
         encoding, is_cut = encode_with_offsets(self.tokenizer, text, True, max_length)
@@ -300,12 +294,12 @@ class Encoder:
                 raise
             return AnswerSpans(rendering.text, [], True)
 
-    def _tokenize(
-        self, text: str, is_rendered: bool, max_length: int | None = None
-    ) -> _Tokens:
-        encoding, is_cut = encode_with_offsets(
-            self.tokenizer, text, not is_rendered, max_length
-        )
+    def _find_targets(
+        self, encoding: Any, located: AnswerSpans, is_cut: bool
+    ) -> tuple[np.ndarray, list[int], bool]:
+        # Returns which tokens belong to answers, the tokens of the last answer, and
+        # whether a token covers both the end of a prompt and the start of its answer.
+        ids = encoding.ids
         starts, ends = np.array(encoding.offsets, int).reshape(-1, 2).T
         # Special tokens that are written in the text cover characters. Special tokens
         # that the tokenizer adds do not.
@@ -315,14 +309,6 @@ class Encoder:
         ends = np.maximum.accumulate(np.where(added, 0, ends))
         covered = np.concatenate([[0], ends])[:-1]
         starts = np.where(added, covered, np.minimum(starts, covered))
-        return _Tokens(encoding.ids, starts, ends, added, is_cut)
-
-    def _find_answer_tokens(
-        self, tokens: _Tokens, located: AnswerSpans
-    ) -> tuple[np.ndarray, list[int], bool]:
-        # Returns which tokens belong to answers, the tokens of the last answer, and
-        # whether a token covers both the end of a prompt and the start of its answer.
-        ids, starts, ends, added, is_cut = tokens
         is_answer, straddles = np.zeros(len(ids), bool), False
         end_ids = self.tokenizer.end_ids if located.is_rendered else ()
         indices = np.zeros(0, int)
@@ -345,10 +331,14 @@ class Encoder:
     def _make_example(self, located: AnswerSpans, answer_ids: list[int]) -> Example:
         start, _ = located.answers[-1]
         # The prompt is tokenized without the answer, as it will be at inference.
-        prompt = self._tokenize(located.text[:start], located.is_rendered)
-        ids = [*prompt.ids]
-        while len(ids) > 1 and prompt.added[len(ids) - 1]:
-            ids.pop()  # the tokenizer added an end token
+        encoding, _ = encode_with_offsets(
+            self.tokenizer, located.text[:start], not located.is_rendered
+        )
+        # Leave out an end token that the tokenizer added, which covers no text.
+        ids, special = encoding.ids, encoding.special_tokens_mask
+        covers = [start < end for start, end in encoding.offsets]
+        while len(ids) > 1 and special[len(ids) - 1] and not covers[len(ids) - 1]:
+            ids.pop()
         end_ids = self.tokenizer.end_ids
         text = self.tokenizer.decode([x for x in answer_ids if x not in end_ids])
         return Example(ids, text, end_ids)
@@ -356,14 +346,11 @@ class Encoder:
     def _to_array(
         self, name: str, ids: Any, others: tuple[int, ...] = ()
     ) -> np.ndarray:
-        # `type(x) is int` excludes booleans.
-        wrong = [ids]
+        allowed, wrong = range(self.vocab_size), [ids]
         if isinstance(ids, list):
-            wrong = [
-                x
-                for x in ids
-                if type(x) is not int or not (x in others or 0 <= x < self.vocab_size)
-            ]
+            integers = [x for x in ids if type(x) is int]  # booleans are excluded
+            outside = [x for x in integers if x not in allowed and x not in others]
+            wrong = outside or [x for x in ids if type(x) is not int]
         if wrong:
             raise ValueError(
                 f"{name} must be a list of integers below {self.vocab_size}. Got "
