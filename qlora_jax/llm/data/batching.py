@@ -86,29 +86,22 @@ def batches(
 
     Each epoch has each row once, in an order that depends only on `seed` and the epoch.
     The last rows of an epoch share a batch with the first rows of the next one. If the
-    number of rows in all epochs is not a multiple of `batch_size`, one batch is filled
-    up with padding rows. It is near the end, but not always the last, since batches are
-    shuffled. Batches have at most eight shapes, and nine for KTO.
-
-    With `packing`, several sequences share a row of at most `max_length` tokens, by
-    best-fit decreasing. Otherwise, sequences of similar length share a batch.
+    number of rows in all epochs is not a multiple of `batch_size`, one of the last
+    batches has padding rows. Batches have at most eight shapes, and nine for KTO.
 
     Args:
         rows: The rows, of at most `max_length` tokens.
         batch_size: The number of rows per batch, in all processes together.
         max_length: The largest number of tokens of a row.
         seed: The seed of the order.
-        packing: Whether sequences share a row.
+        packing: Whether several sequences share a row of at most `max_length` tokens,
+            by best-fit decreasing. If not, sequences of similar length share a batch.
         num_epochs: The number of epochs, which may be a fraction, or None for an
             endless iterator.
         mix: For several data sets: the number of rows and the weight of each, in the
             order of `rows`. The share of a data set in the rows of the batches (which
             are packs with `packing`) is proportional to its weight, to within a
             percent. An epoch ends before any data set would start again.
-
-    Raises:
-        ValueError: If there are no rows, or an argument is out of its range.
-        ImportError: If Grain is not installed.
 
     Example:
         >>> ids = np.arange(5, dtype=np.int32)
@@ -139,9 +132,6 @@ def eval_batches(
         max_length: The largest number of tokens of a row.
         packing: Whether sequences share a row, as in `batches`.
 
-    Raises:
-        ValueError: If there are no rows, or an argument is out of its range.
-
     Example:
         >>> ids = np.arange(5, dtype=np.int32)
         >>> rows = [Row(ids, ids, f"valid.jsonl:{line}") for line in (1, 2, 3)]
@@ -154,16 +144,6 @@ def eval_batches(
         return [source[i] for i in range(len(source))]
     rows, starts = [*rows], range(0, len(rows), batch_size)
     return [source.pad(rows[i : i + batch_size]) for i in starts]
-
-
-def _sizes(rows: Sequence[Row], packing: bool) -> np.ndarray:
-    # Returns two numbers for each row: its length, and its number of targets. If the
-    # row is a pair, the latter is that of the sequence with more targets.
-    # With packing, both sequences of a pair are in the same row.
-    join = sum if packing else max
-    lengths = [join(len(x.ids) for x in row.sequences) for row in rows]
-    num_targets = [max(x.num_trained for x in row.sequences) for row in rows]
-    return np.array([lengths, num_targets])
 
 
 class BatchSource:
@@ -190,9 +170,9 @@ class BatchSource:
             raise ValueError(f"`batch_size` must be positive. Got {batch_size}.")
         if num_epochs is not None and num_epochs <= 0:
             raise ValueError(f"`num_epochs` must be positive. Got {num_epochs}.")
-        if seed < 0:
-            raise ValueError(f"`seed` must not be negative. Got {seed}.")
-        lengths, num_targets = _sizes(rows, packing)
+        # With packing, both sequences of a pair are in the same row.
+        join = sum if packing else max
+        lengths = np.array([join(len(x.ids) for x in row.sequences) for row in rows])
         if long := [rows[i].place for i in np.flatnonzero(lengths > max_length)[:10]]:
             is_joint = packing and rows[0].rejected is not None
             scope = ", both answers of a pair together" if is_joint else ""
@@ -208,9 +188,14 @@ class BatchSource:
             raise ValueError("`packing` must be false for answers with a label.")
         orders = self._choose_orders(lengths, mix, num_epochs)
         if packing:
-            self._choose_shape_of_packs(orders)
+            most_rows = max(len(pack) for x in orders for pack in x.packs)
+            self.num_sequences = 2 * most_rows if self.is_preference else 0
+            self.width = int(round_up(max(x.longest for x in orders)))
+            # The number of targets of a batch is rounded up to a multiple of this, so
+            # that batches have few shapes.
+            self.target_multiple = int(round_up(-(-self.width // MAX_WIDTHS)))
         else:
-            self._choose_widths(lengths, num_targets)
+            self._choose_widths(lengths)
 
     def _choose_orders(self, lengths, mix, num_epochs) -> list[Order]:
         # Stores the order of all rows, or packs of rows, and the sizes of an epoch and
@@ -218,8 +203,7 @@ class BatchSource:
         # which depends on the other data sets.
         num_rows = len(self.rows)
         counts, weights = zip(*mix, strict=True) if mix else ((num_rows,), (1.0,))
-        is_positive = all(0 < weight < math.inf for weight in weights)
-        if sum(counts) != num_rows or min(counts) < 1 or not is_positive:
+        if sum(counts) != num_rows or min(counts) < 1 or min(weights) <= 0:
             raise ValueError(
                 f"`mix` must have the counts of all {num_rows} rows, and positive "
                 f"weights. Got {mix}."
@@ -251,16 +235,10 @@ class BatchSource:
         self._window_batches = functools.lru_cache(2)(self._cut_window)
         return orders
 
-    def _choose_shape_of_packs(self, orders: Sequence[Order]) -> None:
-        most_rows = max(len(pack) for x in orders for pack in x.packs)
-        self.num_sequences = 2 * most_rows if self.is_preference else 0
-        self.width = int(round_up(max(x.longest for x in orders)))
-        # The number of targets of a batch is rounded up to a multiple of this, so that
-        # batches have few shapes.
-        self.target_multiple = int(round_up(-(-self.width // MAX_WIDTHS)))
-
-    def _choose_widths(self, lengths: np.ndarray, num_targets: np.ndarray) -> None:
+    def _choose_widths(self, lengths: np.ndarray) -> None:
         self.widths = choose_widths(lengths)
+        pairs = (row.sequences for row in self.rows)
+        num_targets = np.array([max(x.num_trained for x in pair) for pair in pairs])
         if self.is_labelled:
             # The prompt of a row is combined with the completion of another one, which
             # may be longer than the completion of the row.

@@ -1,5 +1,6 @@
 """Reads the raw rows of a file. The suffix of the file selects the reader."""
 
+import codecs
 import csv
 import importlib
 import pathlib
@@ -49,6 +50,8 @@ def convert_rows(source: Source, convert: Callable[[int, Any], Any]) -> Iterator
         try:
             if isinstance(raw, Exception):
                 raise raw
+            if not isinstance(raw, dict):
+                raise ValueError(f"the row must be a JSON object. Got {raw!r:.40}.")
             row = convert(number, raw)
         except ModelError:
             raise
@@ -143,30 +146,23 @@ def _read_jsonl(file: BinaryIO) -> RawRows:
             except ValueError as error:  # whose line is always the first
                 yield number, ValueError(re.sub(r"line 1 (?=column)", "", str(error)))
             else:
-                yield number, _object_or_error(row)
+                yield number, row
 
 
 def _read_json(file: BinaryIO) -> RawRows:
     rows = ql.io.parse_json(file.read().removeprefix(_BOM), "The file")
     if not isinstance(rows, list):
-        is_object = isinstance(rows, dict)
-        description = f"an object with {[*rows]}" if is_object else repr(rows)
+        keys = f"an object with {[*rows]}" if isinstance(rows, dict) else repr(rows)
         raise ValueError(
             "The file must be a list of rows, or have one row per line. Got "
-            f"{description:.200}."
+            f"{keys:.200}."
         )
-    yield from enumerate(map(_object_or_error, rows))
-
-
-def _object_or_error(row: Any) -> Any:
-    if not isinstance(row, dict):
-        return ValueError(f"the row must be a JSON object. Got {row!r:.40}.")
-    return row
+    yield from enumerate(rows)
 
 
 def _read_csv(file: BinaryIO) -> RawRows:
     # The first record names the columns.
-    reader = csv.reader(_decode_lines(file), strict=True)
+    reader = csv.reader(codecs.iterdecode(file, "utf-8-sig"), strict=True)
     names = _next_record(reader) or []
     if len({*names}) < len(names):
         raise ValueError(f"The columns must have different names. Got {names}.")
@@ -180,14 +176,6 @@ def _read_csv(file: BinaryIO) -> RawRows:
             yield number, ValueError(f"{problem} Got {len(record)}.")
         elif record:
             yield number, dict(zip(names, record, strict=True))
-
-
-def _decode_lines(file: BinaryIO) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        try:
-            yield (line.removeprefix(_BOM) if number == 1 else line).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"Line {number}: {error}.") from error
 
 
 def _next_record(reader: Any) -> list[str] | None:

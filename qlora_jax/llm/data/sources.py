@@ -65,18 +65,7 @@ def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source
         # What has the name of a file of rows and is none, is an error.
         names = [file.name for file in files if file.is_file() or is_readable(file)]
         stems = {file.name: file.stem for file in files if is_readable(file)}
-        splits = _assign_splits(stems, str(path), "file", names, notes)
-        # A split may be in a format that no reader supports, as in valid.tsv.
-        absent_stems = [stem for x in SPLITS if x not in splits for stem in SPLITS[x]]
-        unread = [
-            name
-            for name in names
-            if name not in stems and name.partition(".")[0] in absent_stems
-        ]
-        if unread:
-            notes.append(
-                f"{path}: ignored, since files must be {FILES}: {', '.join(unread)}"
-            )
+        splits = _assign_splits(stems, str(path), f"file ({FILES})", names, notes)
         return {split: open_file(path / name) for split, name in splits.items()}
     if path.exists() or is_readable(path) or not _HUB_ID.fullmatch(str(path)):
         alternatives = ", a folder with a file named train, or the id of a data set"
@@ -101,16 +90,20 @@ def _assign_splits(
         if names:
             splits[split] = names[0]
     if "train" not in splits:
-        suffixes = f" ({FILES})" if kind == "file" else ""
         raise ValueError(
-            f"{owner} must have a {kind} named train{suffixes}. Got "
-            f"{[*all_names][:MAX_LISTED]}."
+            f"{owner} must have a {kind} named train. Got {[*all_names][:MAX_LISTED]}."
         )
-    if ignored := [name for name in stems if name not in splits.values()]:
-        names = ", ".join(name for allowed in SPLITS.values() for name in allowed)
+    valid_names = [name for allowed in SPLITS.values() for name in allowed]
+    # A split may be in a format that no reader supports, as in valid.tsv.
+    if ignored := [
+        name
+        for name in all_names
+        if name not in splits.values()
+        and (name in stems or name.partition(".")[0] in valid_names)
+    ]:
         notes.append(
-            f"{owner}: ignored, since a {kind} must be named one of {names}: "
-            + ", ".join(ignored)
+            f"{owner}: ignored, since each split must be one {kind} with one of the "
+            f"names {', '.join(valid_names)}: {', '.join(ignored)}"
         )
     return splits
 

@@ -172,7 +172,7 @@ def test_a_folder_has_splits_with_examples(folder, tmp_path):
     (tmp_path / "validation.jsonl").rename(tmp_path / "validation.jsonl.zst")
     data = read(folder, tmp_path)
     [note] = data.notes
-    assert data.valid == [] and note.endswith(" or .parquet: validation.jsonl.zst")
+    assert data.valid == [] and note.endswith(": validation.jsonl.zst")
 
 
 def test_data_sets_with_weights_follow_each_other(folder, tmp_path, monkeypatch):
@@ -414,7 +414,7 @@ def test_errors_in_pairs_name_the_keys_and_values_of_the_row(folder, tmp_path):
 def test_folders_that_are_wrong(folder, tmp_path):
     write_rows(tmp_path / "notes.jsonl", [{"text": "a"}])
     with pytest.raises(
-        ValueError, match=r"must have a file named train \(.jsonl.*notes.js"
+        ValueError, match=r"must have a file \(.jsonl.* named train. .*notes.js"
     ):
         read(folder, tmp_path)
     write_rows(tmp_path / "train.jsonl", [{"text": "a"}])

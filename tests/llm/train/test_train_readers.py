@@ -212,7 +212,7 @@ LONG_LINE = b'{"text": "' + b"a" * 4000 + b'"}\n{"text": "b"}'
         ("d.csv", b"text\n", "d.csv must have rows. Got none"),
         ("d.csv", b"text,text\na,b\n", "must have different names"),
         ("d.csv", b'text\n"a\nb\n', "must be a .csv file. Line 3: unexpected end"),
-        ("d.csv", b"text\na\n\xff\n", "must be a .csv file. Line 3: 'utf-8' codec"),
+        ("d.csv", b"text\na\n\xff\n", "must be a .csv file. 'utf-8' codec"),
         (
             "d.csv",
             b"text,b\na,b\nc\n",
