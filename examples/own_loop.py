@@ -1,6 +1,7 @@
 """QLoRA in a training loop of your own: a few public names, JAX and Optax.
 
-    python examples/make_data.py && python examples/own_loop.py
+    python examples/make_data.py && python examples/get_model.py
+    python examples/own_loop.py
 
 It trains like `qlora-jax train`, without checkpoints, evaluation and output files.
 `--tiny` takes a few steps on a random model.
@@ -22,13 +23,12 @@ from qlora_jax.llm.data import batches, open_tokenizer, read_dataset
 from qlora_jax.llm.models.checkpoint import load, read_config
 from qlora_jax.llm.models.decoder import Decoder, head_arguments
 from qlora_jax.llm.models.decoder_names import decoder_names
-from qlora_jax.llm.models.download import fetch
 from qlora_jax.llm.models.tiny import save_tiny
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--data", default="data/words_to_json/train.jsonl")
     parser.add_argument("--out", default="runs/own_loop/adapter")
     parser.add_argument("--steps", type=int, default=200)
@@ -44,7 +44,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    path = fetch(args.model)
+    path = ql.io.fetch(args.model)
     tokenizer, size = open_tokenizer(path), read_config(path).vocab_size
     dataset = read_dataset(args.data, tokenizer, vocab_size=size, max_length=512)
     train_batches = batches(

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import qlora_jax as ql
-from qlora_jax.llm.gguf.decoder_out import save_gguf
+from qlora_jax.llm.gguf.save import save_gguf
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.decoder_names import decoder_names

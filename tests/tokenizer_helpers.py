@@ -13,7 +13,7 @@ from tokenizers import (
 )
 
 from qlora_jax.llm.data import read_dataset
-from qlora_jax.llm.gguf.tokenizer_in import PRE_TOKENIZERS
+from qlora_jax.llm.gguf.pre_tokenizers import PRE_TOKENIZERS
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 TEXTS = ["the assistant answers the user and the system", "what is one and one? two"]

@@ -7,7 +7,6 @@ in F16 to F16, so the prompts are those whose best tokens have a margin.
 import json
 import pathlib
 
-import chex
 import gguf
 import jax
 import llama
@@ -35,8 +34,8 @@ from tokenizers import AddedToken, decoders, normalizers, processors
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.llm.gguf.decoder_out import save_gguf
-from qlora_jax.llm.gguf.tokenizer_in import PRE_TOKENIZERS
+from qlora_jax.llm.gguf.pre_tokenizers import PRE_TOKENIZERS
+from qlora_jax.llm.gguf.save import save_gguf
 from qlora_jax.llm.models import tiny
 from qlora_jax.llm.models.checkpoint import load, load_tokenizer
 from qlora_jax.llm.models.decoder_names import decoder_names
@@ -121,16 +120,9 @@ def test_llama_cpp_continues_as_transformers_does(tmp_path, name):
     model = save_model(tmp_path, name)
     prompt, text, logs = continue_greedily(model)
     path = tmp_path / "model.gguf"
-    config, params = load(tmp_path, progress=False)
+    _, params = load(tmp_path, progress=False)
     save_gguf(path, tmp_path, params, progress=False)
     check_llama_cpp(prompt, text, logs, path)
-    if name.startswith("qwen3_5"):
-        with pytest.raises(ValueError, match="The architecture must be one of"):
-            load(path, progress=False)
-        return
-    again, read_params = load(path, progress=False)
-    assert again.num_layers == config.num_layers
-    assert_close(read_params, params, terms=64)
 
 
 def check_llama_cpp(prompt, text, logs, *files):
@@ -221,9 +213,8 @@ def test_llama_cpp_runs_the_very_base_of_the_adapter(trained, tmp_path):
     with llama_cpp(base, lora) as ask:
         answer = ask("/completion", body | {"return_tokens": True, "ignore_eos": True})
     assert answer["tokens"] == text
-    again, floats = tmp_path / "floats", tmp_path / "floats.gguf"
-    export(base, "merged", again)
-    export(again, "gguf", floats)
+    floats = tmp_path / "floats.gguf"
+    export(trained[0], "gguf", floats, **PACKED)
     for file in (base, floats):
         check_loss(model, file, lora)
 
@@ -248,18 +239,11 @@ def test_llama_cpp_runs_the_very_experts_in_mxfp4(tmp_path):
     config, params = load(base, qlora=settings, progress=False)
     save_gguf(path, base, params, progress=False)
     stored = {x.name: x for x in gguf.GGUFReader(str(path)).tensors}
-    _, read_params = load(path, progress=False)
-    gate_up, read_kernel = (
-        x["layers"]["mlp"]["experts"]["gate_up_proj"]["kernel"]
-        for x in (params, read_params)
-    )
-    assert read_kernel.fmt == "mxfp4"
-    chex.assert_trees_all_equal(
-        [read_kernel.codes, read_kernel.scales], jax.tree.leaves(gate_up)
-    )
+    gate_up = params["layers"]["mlp"]["experts"]["gate_up_proj"]["kernel"]
     decoded = gate_up.dequantize(jax.numpy.float32)
     for i, name in enumerate(("gate", "up")):
         x = stored[f"blk.1.ffn_{name}_exps.weight"]
+        assert x.tensor_type == gguf.GGMLQuantizationType.MXFP4
         got = gguf.dequantize(x.data, x.tensor_type).swapaxes(1, 2)
         np.testing.assert_array_equal(got, decoded[1, ..., i::2])
     names = decoder_names(config)
@@ -331,7 +315,7 @@ def test_sentencepiece_is_that_of_llama_cpp(tmp_path, kind):
     _, params = load(folder, progress=False)
     path = tmp_path / "model.gguf"
     save_gguf(path, folder, params, progress=False)
-    ours, again = load_tokenizer(folder), load_tokenizer(path)
+    ours = load_tokenizer(folder)
     lines = pathlib.Path("README.md").read_text("utf-8").splitlines()
     texts = [*filter(str.strip, lines), " two  spaces\tand   three", "\n\n x", "é漢 🙂"]
     body = {"add_special": True, "parse_special": True}
@@ -343,10 +327,9 @@ def test_sentencepiece_is_that_of_llama_cpp(tmp_path, kind):
         for text in texts:
             want = [1, *theirs.encode(text)]
             assert tokens(text) == want, text
-            assert ours.encode(text).ids == again.encode(text).ids == want, text
-            assert again.decode(want) == ours.decode(want)
+            assert ours.encode(text).ids == want, text
         text = "a<turn>b"
-        assert tokens(text) == ours.encode(text).ids == again.encode(text).ids
+        assert tokens(text) == ours.encode(text).ids
 
 
 def test_byte_level_tokenizers_are_those_of_llama_cpp(tmp_path):

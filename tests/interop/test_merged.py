@@ -6,22 +6,16 @@ import jax.numpy as jnp
 import llama
 import numpy as np
 import pytest
-import random_configs
 from configs import SIZES, random_model
 from helpers import assert_same_bits, trees_of
-from stored import export, tensors_of
+from stored import tensors_of
 from tolerances import assert_close
-from transformers import AutoTokenizer
 
 import qlora_jax as ql
 from qlora_jax.io import save_merged
 from qlora_jax.llm.app.base_model import LAYERS
-from qlora_jax.llm.gguf.values_in import BIAS_TENSORS, FREQUENCIES, config_from_values
-from qlora_jax.llm.gguf.values_out import check_gguf_config, divisors_of, values_of
-from qlora_jax.llm.models.checkpoint import load, load_tokenizer
+from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder_names import decoder_names
-from qlora_jax.llm.models.families import config_from_hf
-from qlora_jax.llm.models.tiny import save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -97,70 +91,3 @@ def test_wrong_adapters_are_refused(trained, tmp_path):
     for message in ("down_proj.weight of shape (128, 256): A must be", "layers/other"):
         assert message in str(error.value)
     assert not (tmp_path / "out").exists()
-
-
-GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4}
-GEMMA |= {"query_pre_attn_scalar": 16}
-LONGROPE = {"type": "longrope", "short_factor": [1.5] * 4, "long_factor": [2.0] * 4}
-YARN = {"rope_type": "yarn", "factor": 4.0, "truncate": False}
-YARN |= {"original_max_position_embeddings": 201}  # as in test_clients.py
-KINDS = {
-    "Llama": {},
-    "Qwen2": {"vocab_size": 260},  # its tokenizer has one token more
-    "Qwen3": {},
-    "Gemma2": GEMMA,
-    "Gemma3": GEMMA | {"model_type": "gemma3_text", "num_hidden_layers": 7},
-    "SmolLM3": {},
-    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
-    | {"tie_word_embeddings": False},
-    "Mixtral": {"num_local_experts": 4},
-    "GptOss": {"model_type": "gpt_oss", "rope_theta": 1024.0, "rope_scaling": YARN}
-    | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
-    | {"tie_word_embeddings": False},
-    "Phi3": {"partial_rotary_factor": 0.5, "pad_token_id": 0, "rope_scaling": LONGROPE}
-    | {"original_max_position_embeddings": 20},
-}
-
-
-@pytest.mark.filterwarnings("ignore:llama.cpp rounds the bounds of YaRN")
-@pytest.mark.parametrize("kind", random_configs.FAMILY_DRAWS)
-def test_a_random_config_survives_gguf(kind):
-    """If GGUF supports a config, its metadata give an equivalent `config.json`."""
-    for seed in range(20):
-        settings = random_configs.draw_settings(kind, seed) | {"model_type": kind}
-        try:
-            config = config_from_hf(settings)
-            architecture = check_gguf_config(config, 128)
-        except ValueError:
-            continue
-        divisors = divisors_of(config, architecture)
-        if FREQUENCIES in divisors:
-            continue  # the file has no rule that gives these divisors
-        values = values_of(config, architecture, 128)
-        names = set() if config.tie_embeddings else {"output.weight"}
-        names |= {name for bias, name in BIAS_TENSORS.items() if getattr(config, bias)}
-        read, raw = config_from_values(architecture, values, names, 64, divisors)
-        assert config_from_hf(raw) == read
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_gguf_file_becomes_a_folder(tmp_path, kind):
-    changes = {"model_type": kind.lower(), "architectures": [f"{kind}ForCausalLM"]}
-    changes |= dict(head_dim=16, rope_theta=5e4) | KINDS[kind]
-    folder = save_tiny(tmp_path / "base", **changes)
-    templates = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
-    named = [{"name": name, "template": text} for name, text in templates.items()]
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": named}
-    settings |= {"eos_token": "<|im_end|>"}
-    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(settings))
-    # This file would take precedence over the templates in the settings.
-    (tmp_path / "base" / "chat_template.jinja").unlink()
-    file, out = tmp_path / "model.gguf", tmp_path / "out"
-    export(folder, "gguf", file)
-    export(file, "merged", out)
-    ours = llama.our_logits(*load(file, progress=False))
-    theirs = llama.logits_of(llama.their_model(out).eval())
-    assert_close(ours, theirs)
-    theirs, text = AutoTokenizer.from_pretrained(out), "Pay 23 <|im_end|>\n"
-    assert theirs(text).input_ids == load_tokenizer(folder).encode(text).ids
-    assert (theirs.eos_token, theirs.chat_template) == ("<|im_end|>", templates)

@@ -27,10 +27,6 @@ from qlora_jax.io.named_leaves import find_leaves
 from qlora_jax.io.stored_weight import StoredWeight, in_float
 from qlora_jax.llm.data import Tokenizer, read_dataset
 from qlora_jax.llm.data.model_files import ModelError
-from qlora_jax.llm.gguf.decoder_in import read_gguf as load_gguf
-from qlora_jax.llm.gguf.decoder_in import read_gguf_lora
-from qlora_jax.llm.gguf.decoder_out import save_gguf, save_gguf_lora
-from qlora_jax.llm.gguf.file import open_gguf
 from qlora_jax.llm.models.checkpoint import abstract_params
 from qlora_jax.llm.models.config import DecoderConfig
 from qlora_jax.llm.models.decoder_names import decoder_names
@@ -214,21 +210,15 @@ class Files:
         ql.io.save_peft(folder / "adapter", *trees, settings)
         self.adapter = [(folder / "adapter" / n).read_bytes() for n in ADAPTER]
         config = DecoderConfig(48, 32, 64, 2, num_heads=4, num_kv_heads=2)
-        params = jax.tree.map(lambda x: np.ones(x.shape), abstract_params(config))
         tiny = pathlib.Path(save_tiny(folder / "tiny"))
         (tiny / "tokenizer.json").rename(folder / "tokenizer.json")
         (folder / "config.json").write_text(json.dumps(CONFIGS[0]))
-        options = dict(fmt="Q4_0", tokenizer=False, progress=False)
-        save_gguf(folder / "x.gguf", folder, params, **options)
-        self.gguf = (folder / "x.gguf").read_bytes()
-        self.decoder = abstract_params(config), decoder_names(config), config
+        self.decoder = abstract_params(config), decoder_names(config)
         ab = {"a": np.ones((2, 32), np.float32), "b": np.ones((64, 2), np.float32)}
         names = (f"model.layers.{i}.mlp.up_proj" for i in range(2))
         plain = ql.io.PlainLoRA(4.0, dict.fromkeys(names, ab))
         ql.io.save_mlx(folder / "mlx", plain, 2)
         self.mlx = [(folder / "mlx" / n).read_bytes() for n in MLX]
-        save_gguf_lora(folder / "x.gguf", folder, plain)
-        self.gguf_lora = (folder / "x.gguf").read_bytes()
 
     def written(self, tensors) -> bytes:
         ql.io.write_safetensors(self.path, tensors, metadata={"format": "pt"})
@@ -353,36 +343,16 @@ def read_adapter(files: Files, rng: random.Random):
     ql.io.load_peft(folder, files.base, files.names)
 
 
-def read_server_adapter(files: Files, rng: random.Random):
-    """Adapters of llama.cpp and mlx-lm that may or may not fit a decoder."""
-    base, names, config = files.decoder
+def read_mlx_adapter(files: Files, rng: random.Random):
+    """Adapters of mlx-lm that may or may not fit a decoder."""
+    settings, tensors = files.mlx
     if rng.random() < 0.5:
-        path = files.folder / "lora.gguf"
-        path.write_bytes(change_bytes(rng, files.gguf_lora))
-        plain = read_gguf_lora(path, config)
+        tensors = change_file(rng, tensors)
     else:
-        settings, tensors = files.mlx
-        if rng.random() < 0.5:
-            tensors = change_file(rng, tensors)
-        else:
-            settings = json.dumps(change_json(rng, json.loads(settings))).encode()
-        for name, data in zip(MLX, (settings, tensors), strict=True):
-            (files.folder / "mlx" / name).write_bytes(data)
-        plain = ql.io.read_mlx(files.folder / "mlx")
-    ql.io.load_peft(plain, base, names)
-
-
-def read_gguf(files: Files, rng: random.Random):
-    path = files.folder / "model.gguf"
-    data = change_bytes(rng, files.gguf)
-    if rng.random() < 0.7:  # in the header
-        end = files.gguf.index(b"output_norm.weight") + 60
-        data = change_bytes(rng, files.gguf[:end]) + files.gguf[end:]
-    path.write_bytes(data)
-    with refusals("must", length=20_000):
-        for tensor in ql.io.packed_tensors(load_gguf(open_gguf(path))[1]).values():
-            if isinstance(tensor, StoredWeight):
-                tensor.decode(slice(0, tensor.shape[0]))
+        settings = json.dumps(change_json(rng, json.loads(settings))).encode()
+    for name, data in zip(MLX, (settings, tensors), strict=True):
+        (files.folder / "mlx" / name).write_bytes(data)
+    ql.io.load_peft(ql.io.read_mlx(files.folder / "mlx"), *files.decoder)
 
 
 def read_model_config(files: Files, rng: random.Random):
@@ -443,8 +413,8 @@ def _read_dataset(path: pathlib.Path, tokenizer: Tokenizer, settings: dict):
         read_dataset(path, tokenizer, vocab_size=300, **settings)
 
 
-READERS = [read_rows, read_template, read_adapter, read_gguf, read_model_config]
-READERS += [read_server_adapter, read_file, read_index, read_packed, read_leaves]
+READERS = [read_rows, read_template, read_adapter, read_model_config]
+READERS += [read_mlx_adapter, read_file, read_index, read_packed, read_leaves]
 READERS += [read_native, read_config]
 
 

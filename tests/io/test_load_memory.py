@@ -15,7 +15,7 @@ import pytest
 
 import qlora_jax as ql
 from qlora_jax.io import Names, load, open_safetensors, write_safetensors
-from qlora_jax.llm.gguf.decoder_out import save_gguf
+from qlora_jax.llm.gguf.save import save_gguf
 from qlora_jax.llm.models.checkpoint import abstract_params, read_config
 from qlora_jax.llm.models.tiny import CONFIG
 

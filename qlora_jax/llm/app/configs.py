@@ -53,15 +53,15 @@ class ScoreConfig(Config):
     """Scores a model on data: the mean loss over the target tokens.
 
     Attributes:
-        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file.
+        model: A Hugging Face folder in float or 4 bits, or a hub id.
             Required without `run`, whose model is the default.
         data: Required. A file of rows, in any form that train supports. In rows with
             `text` or `input_ids`, all tokens but the first are targets, except where
             `labels` are -100. Rows with `input_ids` need no tokenizer. In other rows,
             `train_on` selects the targets. A .txt file is cut into rows of
             `batch_tokens` tokens.
-        adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
-            library. Several, such as a,b, are scored separately.
+        adapter: An adapter in the format of PEFT, mlx-lm or this library. Several,
+            such as a,b, are scored separately.
         run: Folder of a training run, finished or not. Its newest adapter is used.
         fmt: Number format to pack the linear layers in; none keeps the stored format.
             Defaults to the format of the run if the adapter is in a run's folder.
@@ -117,7 +117,7 @@ class ExportConfig(Config):
     """Writes a model or an adapter in a format that other programs load.
 
     Attributes:
-        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file.
+        model: A Hugging Face folder in float or 4 bits, or a hub id.
             Required without `run`, whose model is the default.
         format: What to write. Either an adapter: for PEFT (peft, the default), for
             servers that load PEFT's folders (peft-portable, with one rank and without
@@ -129,8 +129,7 @@ class ExportConfig(Config):
         out: The folder to write, new or empty; for gguf and gguf-lora, a new file.
             Required without `run`; with it, by default adapter-STEP (or model-STEP, for
             a merge-aware adapter) in the run's folder, if `format` is left out or peft.
-        adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
-            library.
+        adapter: An adapter in the format of PEFT, mlx-lm or this library.
         run: Folder of a training run, finished or not, whose adapter is exported.
         step: With `run`, the step of the saved state to export; by default the newest.
         fmt: The number format. For bitsandbytes: nf4 (the default) or fp4; for awq and
@@ -273,10 +272,10 @@ class GenerateConfig(Config):
     """Generates text from a prompt, or chats.
 
     Attributes:
-        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file.
+        model: A Hugging Face folder in float or 4 bits, or a hub id.
             Required without `run`, whose model is the default.
-        adapter: An adapter in the format of PEFT, mlx-lm, llama.cpp (.gguf) or this
-            library. Several, such as a,b, answer separately.
+        adapter: An adapter in the format of PEFT, mlx-lm or this library. Several,
+            such as a,b, answer separately.
         run: Folder of a training run, finished or not. Its newest adapter is used.
         prompt: The text to answer. By default it is read from stdin; on a terminal,
             each line is a prompt.

@@ -8,7 +8,6 @@ import time
 import warnings
 from typing import Any
 
-from ..models.download import default_cache
 from ..printable import printable_lines
 
 _STALE_SECONDS = 600
@@ -22,7 +21,7 @@ def enable_compilation_cache() -> None:
     is_enabled, user_folder = (getattr(jax.config, f"jax_{name}") for name in names)
     if not is_enabled or user_folder:
         return
-    cache = default_cache()
+    cache = user_cache()
     folder = cache / "programs" / _hash_processor()
     try:
         for path in (cache, folder.parent, folder):
@@ -42,6 +41,14 @@ def enable_compilation_cache() -> None:
     # it also makes JAX lock the folder, so that several processes can share it.
     jax.config.update("jax_compilation_cache_max_size", 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+def user_cache() -> pathlib.Path:
+    """Returns `$QLORA_JAX_CACHE`, or a folder in the user's cache."""
+    if folder := os.environ.get("QLORA_JAX_CACHE"):
+        return pathlib.Path(folder)
+    parent = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(parent) / "qlora_jax"
 
 
 def is_private(folder: pathlib.Path) -> bool:

@@ -62,7 +62,7 @@ def open_pair(config: ExportConfig) -> tuple[BaseModel, LoadOptions, Pair]:
         model = model.read_adapter()
     if server.loads_gguf:
         # Imported late, because gguf takes long to import and few commands need it.
-        from ..gguf.decoder_out import check_gguf_source
+        from ..gguf.save import check_gguf_source
 
         check_gguf_source(model.files, tokenizer=config.tokenizer)
     pair = _find_pair(server, model, options)

@@ -2,8 +2,6 @@
 
 import pathlib
 
-from ..models.download import PYPI
-
 
 def push(name: str, path: pathlib.Path | None = None) -> str:
     """Uploads a folder or a file to a repository, and returns the repository's URL.
@@ -38,7 +36,7 @@ def check_base(trained_on: str, base_model: str | None = None) -> None:
     """
     if base_model not in (None, trained_on):
         problem = f"not on {base_model}"
-    elif trained_on.startswith(PYPI) or pathlib.Path(trained_on).exists():
+    elif pathlib.Path(trained_on).exists():
         problem = "which is not on the hub"  # but, for example, a local copy
     else:
         return

@@ -174,10 +174,10 @@ def _export(config: ExportConfig) -> Written:
 def _check_out(config: ExportConfig, path: pathlib.Path) -> None:
     if str(config.format).startswith("gguf") and path.exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
-    if config.format == "gguf" and config.data is not None and path.suffix != ".gguf":
+    if config.format == "gguf" and config.data is not None:
         raise ValueError(
-            "`out` must end in .gguf with `data`, so that the file can be read again. "
-            f"Got {config.out!r}."
+            "`data` must be left out for gguf, which only llama.cpp reads: measure the "
+            f"loss with its llama-perplexity. Got {config.data!r}."
         )
 
 
@@ -333,7 +333,7 @@ class _Writer:
         ql.io.save_peft(self.out, *trees, ql.io.peft_config(*trees, **source))
 
     def write_gguf_lora(self) -> None:
-        from ..gguf.decoder_out import save_gguf_lora
+        from ..gguf.save import save_gguf_lora
 
         save_gguf_lora(self.out, self.model.path, self._make_plain_lora())
 
@@ -368,7 +368,7 @@ class _Writer:
         model, names = self.model, self.model.engine.exported_names
         is_merge_aware = target_packing_of(model.lora) is not None
         is_changed = self.options or is_merge_aware or model.replaces_weights
-        is_copied = model.path.is_dir() and not (is_changed or model.engine.has_vision)
+        is_copied = not (is_changed or model.engine.has_vision)
         model = model.read_adapter() if is_copied else model.read(**self.options)
         weights, lora, dtype = model.path, model.lora, self.config.dtype
         if not is_copied:
@@ -384,9 +384,8 @@ class _Writer:
         fmts, stored_fmt = FMTS_BY_FORMAT[export_format], model.stored_fmt
         # By default, weights in a suitable 4-bit format keep their codes.
         default = stored_fmt if stored_fmt in fmts else fmts[0]
-        # GGUF files in another 4-bit format are packed again. A folder keeps its
-        # format, so that `save_bitsandbytes` raises an error that lists its kernels.
-        if export_format == "bitsandbytes" and not model.files.is_recoded:
+        # `save_bitsandbytes` raises an error that lists kernels in another format.
+        if export_format == "bitsandbytes":
             default = stored_fmt or default
         fmt = config.fmt or default
         base, cost = self._read_packed(fmt, config.block_size, config.double_quant)
@@ -401,7 +400,7 @@ class _Writer:
         return cost
 
     def write_gguf(self) -> Repacked | None:
-        from ..gguf.decoder_out import check_gguf_source, save_gguf
+        from ..gguf.save import check_gguf_source, save_gguf
 
         config, model, cost = self.config, self.model, None
         check_gguf_source(model.files, tokenizer=config.tokenizer)

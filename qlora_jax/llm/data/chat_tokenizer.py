@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..models.folder import ChatSettings
-from ..models.source import open_source
+from ..models.folder import ChatSettings, ModelFolder
 from ..models.tokenizer import read_text
 from ..reading import reading
 from .model_files import ModelError, read_model_files
@@ -58,7 +57,7 @@ class Tokenizer:
         """Stores the arguments. Files are read on first use.
 
         Args:
-            path: The folder or the `.gguf` file of a model.
+            path: The folder of a model.
             template: The text of a chat template that replaces the model's.
             now: The time for `strftime_now` in templates.
         """
@@ -68,7 +67,7 @@ class Tokenizer:
     def inner(self) -> "tokenizers.Tokenizer":
         """The `tokenizers.Tokenizer`."""
         with reading(f"the tokenizer of {self.path}", ModelError):
-            tokenizer = open_source(self.path).build_tokenizer()
+            tokenizer = ModelFolder(self.path).build_tokenizer()
         # Some files enable these, which would change rows without a warning.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -181,12 +180,11 @@ def open_tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer of a model, with its chat template.
 
-    Tokens are the same as in transformers 5.24 for a folder, and as in llama.cpp for a
-    `.gguf` file. The first use raises a ValueError if the model has settings that
-    change tokens and are not supported.
+    Tokens are the same as in transformers 5.24. The first use raises a ValueError if
+    the model has settings that change tokens and are not supported.
 
     Args:
-        path: A folder with tokenizer.json, or a `.gguf` file.
+        path: A folder with tokenizer.json.
         template: A file with a chat template that replaces the model's.
         now: The date for templates that write one. Defaults to the current date.
 

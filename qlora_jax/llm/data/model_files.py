@@ -2,8 +2,7 @@
 
 import pathlib
 
-from ..models.folder import ChatSettings
-from ..models.source import open_source
+from ..models.folder import ChatSettings, ModelFolder
 from ..reading import reading
 
 
@@ -12,6 +11,6 @@ class ModelError(ValueError):
 
 
 def read_model_files(path: pathlib.Path) -> ChatSettings:
-    """Reads the templates and special tokens of a folder or a `.gguf` file."""
+    """Reads the templates and special tokens of a model's folder."""
     with reading(f"the tokenizer of {path}", ModelError):
-        return open_source(path).read_chat()
+        return ModelFolder(path).read_chat()

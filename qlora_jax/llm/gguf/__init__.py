@@ -1,1 +1,1 @@
-"""Decoders and tokenizers in llama.cpp's GGUF files."""
+"""Writes models and adapters as GGUF files, for llama.cpp and Ollama."""

@@ -1,4 +1,4 @@
-"""Reads the decoder's checkpoints: Hugging Face folders and `.gguf` files."""
+"""Reads the decoder's checkpoints, which are Hugging Face folders."""
 
 import functools
 import pathlib
@@ -15,7 +15,7 @@ import qlora_jax as ql
 from .config import DecoderConfig
 from .decoder import Decoder
 from .decoder_names import decoder_names
-from .source import open_source
+from .folder import ModelFolder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,7 +33,7 @@ def load(
     """Returns the config and the parameters of `Decoder` in a checkpoint.
 
     Args:
-        path: A folder with `config.json` and `*.safetensors`, or a `.gguf` file.
+        path: A folder with `config.json` and `*.safetensors`.
         dtype: Dtype of all parameters except weights in bitsandbytes' 4-bit format.
         qlora: Which kernels to pack while reading, and how; None to pack none.
         recode: As in `ql.io.load`: re-pack 4-bit weights whose byte layout has no
@@ -53,15 +53,15 @@ def load(
         >>> params["layers"]["mlp"]["up_proj"]["kernel"].shape
         (2, 64, 128)
     """
-    source = open_source(path)
-    config = source.config
+    folder = ModelFolder(pathlib.Path(path))
+    config = folder.config
     params = ql.io.load(
-        source.open_tensors(),
+        folder.open_tensors(),
         decoder_names(config),
         abstract_params(config),
         qlora,
         dtype=dtype,
-        recode=recode or source.is_recoded,
+        recode=recode,
         place=place,
         progress=progress,
     )
@@ -72,7 +72,7 @@ def read_config(path: str | pathlib.Path) -> DecoderConfig:
     """Returns the config of a checkpoint's decoder.
 
     Args:
-        path: A folder with `config.json`, or a `.gguf` file.
+        path: A folder with `config.json`.
 
     Raises:
         ValueError: If `Decoder` does not support the model.
@@ -83,19 +83,18 @@ def read_config(path: str | pathlib.Path) -> DecoderConfig:
         >>> read_config(save_tiny(tempfile.mkdtemp())).hidden_size
         64
     """
-    return open_source(path).config
+    return ModelFolder(pathlib.Path(path)).config
 
 
 def load_tokenizer(path: str | pathlib.Path) -> "Tokenizer":
     """Returns the `tokenizers.Tokenizer` of a checkpoint.
 
     Args:
-        path: A folder with `tokenizer.json`, or a `.gguf` file whose tokenizer is
-            SentencePiece's BPE, or a byte-level BPE with a known pre-tokenizer.
+        path: A folder with `tokenizer.json`.
 
     Raises:
-        ValueError: If a `.gguf` file's tokenizer is of another kind, or if a folder's
-            settings would change tokens in a way that is not supported.
+        ValueError: If the folder's settings would change tokens in a way that is not
+            supported.
 
     Example:
         >>> import tempfile
@@ -104,7 +103,7 @@ def load_tokenizer(path: str | pathlib.Path) -> "Tokenizer":
         >>> len(tokenizer.encode("four").ids)
         4
     """
-    return open_source(path).build_tokenizer()
+    return ModelFolder(pathlib.Path(path)).build_tokenizer()
 
 
 def abstract_params(config: DecoderConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -46,12 +46,9 @@ def has_vision(config: DecoderConfig) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelFolder:
-    """A `ModelSource` with `config.json` and `*.safetensors`."""
+    """A folder with `config.json`, `*.safetensors` and a tokenizer."""
 
     path: pathlib.Path
-    # Whether `load` always re-packs 4-bit weights, as from `.gguf` files. From folders,
-    # it re-packs them only if its argument `recode` is true.
-    is_recoded: ClassVar[bool] = False
 
     def __post_init__(self):
         # For all of its files here, because some of them are read by other libraries.

@@ -18,9 +18,8 @@ from .checkpoint import abstract_params, load
 from .config import DecoderConfig, Experts
 from .decoder import Decoder
 from .decoder_names import decoder_names
-from .folder import has_vision
+from .folder import ModelFolder, has_vision
 from .sharding import place_arguments
-from .source import ModelSource, open_source
 
 # The linear layers that are packed. As in transformers, the head stays in float, and so
 # do the routers of experts and the gates of shared ones.
@@ -34,7 +33,7 @@ class JaxEngine:
     `TorchEngine` has the same attributes and methods, except for `decoder`.
 
     Attributes:
-        path: A folder, or a `.gguf` file.
+        path: A folder.
         decoder: The config of the decoder.
         name: The value of the option `engine`.
         layers: The patterns of the kernels to pack.
@@ -56,9 +55,9 @@ class JaxEngine:
     can_pack_rows: ClassVar[bool] = True
 
     @functools.cached_property
-    def files(self) -> ModelSource:
+    def files(self) -> ModelFolder:
         """The files of the model."""
-        return open_source(self.path)
+        return ModelFolder(self.path)
 
     @property
     def vocab_size(self) -> int:

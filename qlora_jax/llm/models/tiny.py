@@ -9,7 +9,7 @@ from jax.tree_util import KeyPath
 
 import qlora_jax as ql
 
-from ..gguf.tokenizer_in import make_pre_tokenizer
+from ..gguf.pre_tokenizers import make_pre_tokenizer
 from .checkpoint import abstract_params
 from .config import DecoderConfig
 from .decoder_names import decoder_names

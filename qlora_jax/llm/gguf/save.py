@@ -18,14 +18,17 @@ import qlora_jax as ql
 from ..models.checkpoint import abstract_params
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
-from ..models.source import ModelSource, open_source
-from .decoder_in import gguf_names, offset_of, row_order
-from .delta_rule_order import value_column_order
-from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
-from .values_out import check_gguf_config, divisors_of, values_of
+from ..models.folder import ModelFolder
+from .metadata import QWEN3_5, divisors_of, values_of
+from .names import gguf_names
+from .order import column_order, row_order
+from .support import check_gguf_config
+from .tokenizer import check_gguf_tokenizer, write_gguf_tokenizer
 
 FORMATS = ("F16", "Q8_0", "Q4_0")
 BLOCK = 32  # number of inputs in a block of Q4_0, Q8_0 and MXFP4
+# Architectures whose norms are stored as 1 + scale.
+_OFFSET_NORMS = ("gemma", "gemma2", "gemma3", *QWEN3_5)
 # Formats in which packed kernels are written with their codes and scales.
 _PACKED = ("Q4_0", "MXFP4")
 _Q4_0: Any = ql.QLoRAConfig(fmt="q4_0").packing
@@ -60,8 +63,8 @@ def save_gguf(
 
     Args:
         path: The file.
-        source: The folder or `.gguf` file that the model was loaded from, for the
-            config, the context length and the tokenizer.
+        source: The folder that the model was loaded from, for the config, the context
+            length and the tokenizer.
         base: The parameters of the `Decoder`. Except with Q4_0, packed kernels other
             than mxfp4 experts are decoded.
         lora: Adapters to merge into the kernels; must be None or empty for Q4_0.
@@ -74,20 +77,20 @@ def save_gguf(
             the parameters are not the model's; or if a value does not fit the format.
 
     Example:
-        >>> import tempfile
+        >>> import gguf, tempfile
         >>> from qlora_jax.llm.models.checkpoint import load
         >>> from qlora_jax.llm.models.tiny import save_tiny
         >>> folder = save_tiny(tempfile.mkdtemp())
         >>> _, params = load(folder, progress=False)
         >>> path = folder + "/model.gguf"
         >>> save_gguf(path, folder, params, tokenizer=False, progress=False)
-        >>> load(path, progress=False)[0].num_layers
+        >>> gguf.GGUFReader(path).fields["llama.block_count"].contents()
         2
     """
     # 1. Check everything before the file is created.
     if fmt not in FORMATS:
         raise ValueError(f"`fmt` must be one of {FORMATS}. Got {fmt!r}.")
-    model = open_source(source)
+    model = ModelFolder(pathlib.Path(source))
     config, architecture = check_gguf_source(model, tokenizer=tokenizer)
     leaves, adapters = ql.leaves_by_path(base), ql.leaves_by_path(lora or {})
     _check_leaves(config, leaves, adapters)
@@ -129,7 +132,7 @@ def save_gguf(
             if tensor.fmt not in _PACKED:
                 if tensor.hf_name.endswith(".A_log"):
                     x = -np.exp(x)  # llama.cpp stores A itself
-                x = x + np.float32(offset_of(tensor.hf_name, architecture))
+                x = x + np.float32(_offset_of(tensor.hf_name, architecture))
                 x = _encode(tensor.name, x, tensor.fmt)
             writer.write_tensor_data(np.ascontiguousarray(x))
 
@@ -145,7 +148,7 @@ def _open_writer(
 
 
 def check_gguf_source(
-    source: ModelSource, *, tokenizer: bool
+    source: ModelFolder, *, tokenizer: bool
 ) -> tuple[DecoderConfig, str]:
     """Returns the config and llama.cpp's architecture; reads no weights."""
     # Without a vision part, which GGUF files lack, the decoder's path is `model`.
@@ -157,9 +160,9 @@ def check_gguf_source(
 
 
 def _add_values(
-    writer: gguf.GGUFWriter, config: DecoderConfig, source: ModelSource, fmt: str
+    writer: gguf.GGUFWriter, config: DecoderConfig, source: ModelFolder, fmt: str
 ) -> None:
-    writer.add_name(source.path.name.removesuffix(".gguf"))
+    writer.add_name(source.path.name)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     adders = {int: "uint32", float: "float32", str: "string", list: "array"}
@@ -282,7 +285,7 @@ def _reorder(
     """Returns the rows and columns of a tensor in llama.cpp's order."""
     rows = row_order(tensor.hf_name, len(x), config, architecture)
     x = x if rows is None else x[rows]
-    columns = value_column_order(tensor.hf_name, config)
+    columns = column_order(tensor.hf_name, config)
     if columns is not None and tensor.fmt in _PACKED:
         # Whole blocks of weights change their places.
         blocks = columns.reshape(-1, BLOCK)[:, 0] // BLOCK
@@ -290,6 +293,12 @@ def _reorder(
     elif columns is not None:
         x = x[:, columns]
     return x
+
+
+def _offset_of(name: str, architecture: str) -> float:
+    """Returns the number that llama.cpp adds to the values of a tensor."""
+    is_norm = architecture in _OFFSET_NORMS and name.endswith("norm.weight")
+    return 1.0 if is_norm and not name.endswith("linear_attn.norm.weight") else 0.0
 
 
 def _merge_matrix(leaf: Any, lora: Any, index: tuple[int, ...]) -> np.ndarray:
@@ -347,7 +356,8 @@ def _pack_q4_0(leaves: Leaves) -> dict[str, Any]:
     return packed
 
 
-# The reader of these blocks, qlora_jax/io/formats/gguf.py, describes their layout.
+# In llama.cpp, a block of 32 codes is a scale, and 16 bytes with code i in the low and
+# code i + 16 in the high half of byte i.
 def _block_bytes(
     q: ql.QTensor, index: tuple[int, ...], columns: slice
 ) -> UInt8[np.ndarray, "*experts n bytes"]:
@@ -370,16 +380,18 @@ def save_gguf_lora(
 ) -> None:
     """Writes adapters for llama.cpp, which applies them to their model's GGUF file.
 
-    `source` is the folder or `.gguf` file of the model. Raises a ValueError if
-    llama.cpp would compute different logits, or if there are adapters of experts, since
-    all experts of a layer are one tensor in GGUF.
+    `source` is the folder of the model. Raises a ValueError if llama.cpp would compute
+    different logits, or if there are adapters of experts, since all experts of a layer
+    are one tensor in GGUF.
     """
     if experts := sorted(name for name in adapter.factors if ".experts." in name):
         raise ValueError(
             "an adapter file for llama.cpp must not contain adapters of experts: write "
             f"the merged model as GGUF. Got {len(experts)}, such as {experts[0]}."
         )
-    config, architecture = check_gguf_source(open_source(source), tokenizer=False)
+    config, architecture = check_gguf_source(
+        ModelFolder(pathlib.Path(source)), tokenizer=False
+    )
     names = gguf_names(config, architecture)
     with _open_writer(path, architecture) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -390,7 +402,7 @@ def save_gguf_lora(
             a, b = factors["a"], factors["b"]
             rows = row_order(hf_name, len(b), config, architecture)
             b = b if rows is None else b[rows]
-            columns = value_column_order(hf_name, config)
+            columns = column_order(hf_name, config)
             a = a if columns is None else a[:, columns]
             writer.add_tensor(f"{names[hf_name]}.lora_a", np.ascontiguousarray(a))
             writer.add_tensor(f"{names[hf_name]}.lora_b", np.ascontiguousarray(b))

@@ -1,30 +1,19 @@
 """Writes a checkpoint's tokenizer into a GGUF file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gguf
 from tokenizers import Tokenizer
 
-from ..models.source import ModelSource
+from ..models.folder import ModelFolder
 from ..models.tokenizer import AS_IN_FILE, NAMED, FolderTokenizer
-from .model import GGUFModel
-from .tokenizer_in import (
-    BYTE,
-    BYTE_TOKENS,
-    NORMAL,
-    PRE_TOKENIZERS,
-    SPACE,
-    SPECIAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    make_pre_tokenizer,
-    split_pairs,
-)
+from .pre_tokenizers import PRE_TOKENIZERS, make_pre_tokenizer
 
 _UNLIKE = "a tokenizer in GGUF must be like llama.cpp's:"
+SPACE = "\u2581"  # how SentencePiece writes a space
+_BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
 # Parts of a `tokenizer.json` with SentencePiece's BPE. `_SPLIT` has no effect, since it
 # splits at spaces, and `_REPLACE` leaves none.
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -40,15 +29,13 @@ _SPLIT = {
 }
 
 
-def check_gguf_tokenizer(source: ModelSource) -> None:
-    """Raises if `write_gguf_tokenizer` does not support a model's tokenizer."""
-    if not isinstance(source, GGUFModel):
-        raw = _read_tokenizer(FolderTokenizer(source.path))
-        # Both functions raise if llama.cpp would compute other tokens.
-        if _is_spm(raw):
-            scores_of(raw)
-        else:
-            _find_pre_tokenizer(raw)
+def check_gguf_tokenizer(source: ModelFolder) -> None:
+    """Raises if llama.cpp would compute other tokens than a model's tokenizer."""
+    raw = _read_tokenizer(FolderTokenizer(source.path))
+    if _is_spm(raw):
+        scores_of(raw)
+    else:
+        _find_pre_tokenizer(raw)
 
 
 def _read_tokenizer(files: FolderTokenizer) -> dict[str, Any]:
@@ -68,20 +55,13 @@ def _read_tokenizer(files: FolderTokenizer) -> dict[str, Any]:
 
 
 def write_gguf_tokenizer(
-    writer: gguf.GGUFWriter, source: ModelSource, vocab_size: int
+    writer: gguf.GGUFWriter, source: ModelFolder, vocab_size: int
 ) -> None:
     """Adds a tokenizer to a GGUF file.
 
-    Rows of the embedding without a token get placeholders of type `UNUSED`.
+    Rows of the embedding without a token get placeholders of type UNUSED.
     """
-    # 1. If the model is a GGUF file, copy the keys of its tokenizer.
-    if isinstance(source, GGUFModel):
-        for key, types in source.file.types.items():
-            if key.startswith("tokenizer."):
-                value_types = map(gguf.GGUFValueType, types)
-                writer.add_key_value(key, source.file.values[key], *value_types)
-        return
-    # 2. For a folder, find the ids, texts and types of the tokens.
+    # 1. Find the ids, texts and types of the tokens.
     folder = source.path
     files = FolderTokenizer(folder)
     raw = _read_tokenizer(files)
@@ -93,11 +73,11 @@ def write_gguf_tokenizer(
             f"the tokenizer's ids must be less than {vocab_size}. Got {largest}."
         )
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
-    types = [UNUSED] * vocab_size
+    types = [gguf.TokenType.UNUSED] * vocab_size
     for token, index in ids.items():
         tokens[index] = token
         types[index] = _token_type(raw, token, added.get(token), scores is not None)
-    # 3. Write the tokenizer's model.
+    # 2. Write the tokenizer's model.
     writer.add_tokenizer_model("gpt2" if scores is None else "llama")
     if scores is None:
         writer.add_tokenizer_pre(_find_pre_tokenizer(raw))
@@ -112,7 +92,7 @@ def write_gguf_tokenizer(
                 tokens[ids[token]] = token.replace(SPACE, " ")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    # 4. Merges, special tokens and templates. gguf-py reads the merges from the folder.
+    # 3. Merges, special tokens and templates. gguf-py reads the merges from the folder.
     # Special tokens are set here, because gguf-py reads them from one file only.
     # Templates are set here, because gguf-py reads them only if the folder has a
     # `tokenizer_config.json`, and prefers the template in that file to other files.
@@ -129,12 +109,13 @@ def write_gguf_tokenizer(
 
 def _token_type(
     raw: Mapping[str, Any], token: str, added: Mapping[str, Any] | None, is_spm: bool
-) -> int:
+) -> gguf.TokenType:
+    kinds = gguf.TokenType
     if is_spm and token == raw["model"].get("unk_token"):
-        return UNKNOWN
+        return kinds.UNKNOWN
     if added is not None:
-        return SPECIAL if added.get("special") else USER_DEFINED
-    return BYTE if is_spm and token in BYTE_TOKENS else NORMAL
+        return kinds.CONTROL if added.get("special") else kinds.USER_DEFINED
+    return kinds.BYTE if is_spm and token in _BYTE_TOKENS else kinds.NORMAL
 
 
 def _set_bos_and_eos(special: gguf.SpecialVocab, tokenizer: Tokenizer) -> None:
@@ -188,19 +169,28 @@ def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
     # llama.cpp merges any two tokens that concatenate to a token, with or without a
     # merge that lists them.
     added = {t["content"] for t in raw.get("added_tokens") or []}
-    pairs = {p for token in vocab.keys() - added for p in split_pairs(token, vocab)}
+    pairs = {p for token in vocab.keys() - added for p in _split_pairs(token, vocab)}
     if missing := sorted(pairs - set(merges)):
         raise ValueError(f"{_UNLIKE} the merges must contain {missing[:3]}.")
     # If a byte has no byte token, llama.cpp uses the token of the character itself. For
     # example, Gemma has no byte token for the tab.
     missing = [
         token
-        for token, byte in BYTE_TOKENS.items()
+        for token, byte in _BYTE_TOKENS.items()
         if token not in vocab and (byte >= 128 or chr(byte) not in vocab)
     ]
     if missing:
         raise ValueError(f"{_UNLIKE} the tokenizer must have {missing[:3]}.")
     return scores
+
+
+def _split_pairs(token: str, vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Yields the pairs of tokens that concatenate to a token; none for a byte token."""
+    if token in _BYTE_TOKENS:
+        return
+    for i in range(1, len(token)):
+        if token[:i] in vocab and token[i:] in vocab:
+            yield token[:i], token[i:]
 
 
 def _find_pre_tokenizer(raw: Mapping[str, Any]) -> str:
