@@ -1,15 +1,16 @@
 """`qlora-jax train --preview`: shows rows with their target tokens."""
 
+import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..data.batching import Batch
 from ..data.chat_tokenizer import Tokenizer
+from ..data.encode import IGNORED
 from ..printable import printable, printable_lines
 from ..train.objectives import find_objective
 from .run import Run, make_source
@@ -56,70 +57,31 @@ class Preview:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Sequence:
-    starts_row: bool  # whether it is the first sequence of a row
-    suffix: str  # added to the row's name, such as ", chosen"
-    place: str  # as in `Row`
-    ids: np.ndarray
-    is_target: np.ndarray
-
-
 def preview(run: Run) -> Preview:
     """Returns the first `run.config.preview` rows of the batches of a run."""
-    rows, num_rows = [], 0
-    config = run.config.replace(epochs=1.0)
-    source = make_source(config, run.data.train, run.data.mix)
-    for index in range(len(source)):
-        places = [row.place for group in source.groups(index) for row in group]
-        for sequence in _split_batch(run, source[index], places):
-            num_rows += sequence.starts_row
-            if num_rows > (run.config.preview or 0):
-                return Preview(tuple(rows))
+    config = run.config
+    source = make_source(config.replace(epochs=1.0), run.data.train, run.data.mix)
+    packs = (pack for index in range(len(source)) for pack in source.groups(index))
+    is_labelled = find_objective(config.objective).rows == "labelled"
+    good, bad = ("good answer", "bad answer") if is_labelled else ("chosen", "rejected")
+    names = {None: "", True: f", {good}", False: f", {bad}"}
+    rows = []
+    for number, pack in enumerate(itertools.islice(packs, config.preview), 1):
+        sequences = [sequence for row in pack for sequence in row.sequences]
+        for position, sequence in enumerate(sequences, 1):
+            is_target = sequence.labels != IGNORED
+            # The first token is never predicted, nor is the prompt of a bad answer.
+            is_target[: 1 if sequence.label is not False else sequence.start] = False
+            place = f", sequence {position}" * config.packing
             row = {
-                "name": f"row {num_rows}{sequence.suffix}",
+                "name": f"row {number}{place}{names[sequence.label]}",
                 "source": sequence.place,
                 "tokens": len(sequence.ids),
-                "targets": int(sequence.is_target.sum()),
-                "pieces": _split_text(run.tokenizer, sequence.ids, sequence.is_target),
+                "targets": int(is_target.sum()),
+                "pieces": _split_text(run.tokenizer, sequence.ids, is_target),
             }
             rows.append(row)
     return Preview(tuple(rows))
-
-
-def _split_batch(run: Run, batch: Batch, places: list[str]) -> Iterator[_Sequence]:
-    # `places` are those of the rows. Each row has two sequences if it has answers.
-    is_packed, answers = run.config.packing, batch.answers
-    per_row = 1 if answers is None else 2
-    sequence_places = (place for place in places for _ in range(per_row))
-    is_labelled = find_objective(run.config.objective).rows == "labelled"
-    for index, segments in enumerate(batch.segment_ids):
-        has_target = batch.weights[index] != 0
-        # Targets of bad answers have weight 0. In `answers` [rows, sequences, targets],
-        # they are -1, and those of good answers are 1.
-        if answers is not None:
-            has_target |= answers[index].any(axis=0)
-        # `select` has the positions whose next token is a target.
-        is_target = np.zeros(len(segments), bool)
-        is_target[batch.select[index, has_target] + 1] = True
-        for segment in range(1, segments.max() + 1):  # 0 is padding
-            suffix = f", sequence {segment}" * is_packed
-            starts_row = segment == 1
-            is_in_segment = segments == segment
-            if answers is not None:
-                # The two answers of a pair follow each other: in two rows of the batch
-                # or, if packed, in one.
-                is_second = bool((segment - 1 if is_packed else index) % 2)
-                starts_row &= not is_second
-                if is_labelled and is_second:
-                    suffix += ", with the answer of another row"
-                elif is_labelled:
-                    is_good = answers[index, segment - 1].max() > 0
-                    suffix += ", good answer" if is_good else ", bad answer"
-                else:
-                    suffix += ", rejected" if is_second else ", chosen"
-            ids, place = batch.ids[index, is_in_segment], next(sequence_places)
-            yield _Sequence(starts_row, suffix, place, ids, is_target[is_in_segment])
 
 
 def _split_text(

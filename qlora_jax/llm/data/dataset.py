@@ -234,15 +234,21 @@ class _Reader:
         splits = self.train_splits if split == "train" else itertools.repeat(split)
         limit = None if source.is_text else self.max_length
         too_long = "split" if source.is_text else self.too_long
-        cutter, kind = _Cutter(source.name, self.max_length, too_long), ""
-        for row_split, encoded in _encode_rows(source, self.encoder, splits, limit):
-            kind = encoded.kind  # the same for all rows
+        cutter = _Cutter(source.name, self.max_length, too_long)
+
+        def encode_row(number, raw):
+            row_split = next(splits)
+            # Only rows for validation or testing have examples.
+            settings = row_split != "train", limit
+            return row_split, self.encoder.encode(raw, source.name, number, *settings)
+
+        for row_split, encoded in convert_rows(source, encode_row):
             # Each piece of a long text becomes a row. The first piece gets the split
             # that was drawn for the text, and each later piece takes the next one.
             for index, piece in enumerate(cutter.cut(encoded)):
                 self._add(piece, next(splits) if index else row_split)
         self.notes += cutter.finish()
-        return kind
+        return self.encoder.kind_of[source.name]
 
     def _add(self, piece: Encoded, split: str) -> None:
         row, example, straddles, *_ = piece
@@ -329,27 +335,14 @@ def read_rows(
         ends_text=False,
     )
     source = open_file(path)
-    rows = _encode_rows(source, encoder, itertools.repeat("train"), None)
-    encoded = [x for _, x in rows]
+
+    def encode_row(number, raw):
+        return encoder.encode(raw, source.name, number, False, None)
+
+    encoded = [*convert_rows(source, encode_row)]
     if source.is_text and max_length is not None:
         encoded = [y for x in encoded for y in _split_row(x, max_length)]
     return [x.row for x in encoded]
-
-
-def _encode_rows(
-    source: Source, encoder: Encoder, splits: Iterator[str], max_length: int | None
-) -> Iterator[tuple[str, Encoded]]:
-    # Yields the split and the tokens of each row. Only rows for validation or testing
-    # have examples. Errors in rows are collected, and raised together at the end.
-    kind = None  # that of the first row, which `encoder` requires of all later ones
-
-    def encode_row(number, raw):
-        split, place = next(splits), f"{source.name}:{number}"
-        return split, encoder.encode(raw, kind, place, split != "train", max_length)
-
-    for split, encoded in convert_rows(source, encode_row):
-        kind = encoded.kind
-        yield split, encoded
 
 
 def _split_row(encoded: Encoded, size: int) -> list[Encoded]:

@@ -141,6 +141,7 @@ class Encoder:
         self.splits_text = splits_text
         self.kinds = kinds.FORMS[rows]
         self.keys = kinds.check_keys(keys, self.kinds)
+        self.kind_of: dict[str, str] = {}  # the kind of the rows of each file
         self.unused: dict[str, None] = {}  # the unused keys so far, in order
         # The first messages of conversations so far: the text of a system message, or
         # None if there is none.
@@ -155,18 +156,20 @@ class Encoder:
     def encode(
         self,
         raw: Mapping[str, Any],
-        kind: str | None,
-        place: str,
+        file: str,
+        number: int,
         with_example: bool,
         max_length: int | None,
     ) -> Encoded:
-        """Returns the tokens of a row.
+        """Returns the tokens of a row of a file, all of whose rows have the same kind.
 
-        If `kind` is not None, rows of other kinds are rejected. A row with many more
-        than `max_length` tokens may have only the first ones.
+        A row with many more than `max_length` tokens may have only the first ones.
         """
-        fields = kinds.find_fields(raw, self.keys, self.kinds)
-        if kind not in (None, fields.kind):
+        fields, place = (
+            kinds.find_fields(raw, self.keys, self.kinds),
+            f"{file}:{number}",
+        )
+        if (kind := self.kind_of.setdefault(file, fields.kind)) != fields.kind:
             raise ValueError(
                 f"the row must be of the kind of the first row, {kind}. Got "
                 f"{fields.kind}."

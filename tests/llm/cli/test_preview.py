@@ -115,8 +115,6 @@ CASES = {
         [
             "row 1, bad answer, d.jsonl:1: 8 tokens, 4 targets",
             "one?⟦two<|im_end|>⟧",
-            "row 1, with the answer of another row, d.jsonl:1: 8 tokens, 4 targets",
-            "one?⟦two<|im_end|>⟧",
         ],
     ),
 }
@@ -158,7 +156,7 @@ def test_rows_that_are_equal_have_lines_of_their_own(folder, tmp_path, options):
     shown = show(
         folder, tmp_path, *rows, preview=9, batch_size=2, chat=False, **options
     )
-    sources = [row["source"] for row in shown.rows if "another" not in row["name"]]
+    sources = [row["source"] for row in shown.rows]
     assert sorted(sources) == [f"{tmp_path}/d.jsonl:{i}" for i in (1, 2, 3, 4)]
 
 
