@@ -76,48 +76,33 @@ def register(
     leaves: tuple[str, ...],
     static: tuple[str, ...],
     serialized_name: str | None = None,
-    *,
-    leaf_or_static: tuple[str, ...] = (),
 ) -> None:
     """Registers a frozen dataclass with array fields and hashable static fields.
 
-    Static fields in `leaf_or_static`, such as the scaling of a LoRA, may also hold an
-    array. They are then leaves of the node, and its attribute `untrained_leaves` names
-    them. With a `serialized_name`, `jax.export` and Flax's state dicts support the
-    class. Nodes get a property `tree_fields`: the names of the leaves, and the names of
-    the static fields, including those that are leaves in this node.
+    With a `serialized_name`, `jax.export` and Flax's state dicts support the class,
+    which gets an attribute `tree_fields`: the names of the leaves and of the static
+    fields.
     """
-
-    def tree_fields(node: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The names of the leaves and of the static fields."""
-        return (*leaves, *node.untrained_leaves) if leaf_or_static else leaves, static
+    keys = tuple(map(jax.tree_util.GetAttrKey, leaves))
 
     def flatten(node: Any) -> tuple[tuple, tuple]:
-        names, _ = tree_fields(node)
-        # None marks a static field that is a leaf of this node.
-        aux = tuple(None if name in names else getattr(node, name) for name in static)
-        return tuple(getattr(node, name) for name in names), aux
+        aux = tuple(getattr(node, name) for name in static)
+        return tuple(getattr(node, name) for name in leaves), aux
 
     def flatten_with_keys(node: Any) -> tuple[tuple, tuple]:
         values, aux = flatten(node)
-        keys = (jax.tree_util.GetAttrKey(name) for name in tree_fields(node)[0])
         return tuple(zip(keys, values, strict=True)), aux
 
     def unflatten(aux: tuple, values: Iterable) -> Any:
         # Bypasses `__init__`: JAX rebuilds nodes with placeholders, PartitionSpecs and
         # None as leaves, which checks would reject.
         node = object.__new__(cls)
-        for name, value in zip(static, aux, strict=True):
-            object.__setattr__(node, name, value)
-        if leaf_or_static:
-            names = tuple(x for x in leaf_or_static if getattr(node, x) is None)
-            object.__setattr__(node, "untrained_leaves", names)
-        for name, value in zip(tree_fields(node)[0], values, strict=True):
+        for name, value in (*zip(static, aux), *zip(leaves, values)):  # noqa: B905
             object.__setattr__(node, name, value)
         return node
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    setattr(cls, "tree_fields", property(tree_fields))  # noqa: B010
+    setattr(cls, "tree_fields", (leaves, static))  # noqa: B010
     if serialized_name is not None:
         SERIALIZED.append(cls)
         for register_state in STATE_REGISTRARS:

@@ -114,24 +114,6 @@ class Adapter(TreeLeaf, abc.ABC):
         adapters = jax.tree.map(take, self)
         return jax.vmap(lambda lora, ids: lora.lookup(ids, kernel))(adapters, ids)
 
-    @property
-    def scalings(self) -> np.ndarray:
-        """The scaling of each matrix's adapter, `[*batch]`. Not available in `jit`."""
-        return np.ones(self.batch_shape)
-
-    def with_scalings(self, scalings: np.ndarray | Array) -> Self:
-        """Returns the adapter with other scalings, if its kind has scalings.
-
-        Args:
-            scalings: `[*batch]`. They are static if they are a NumPy array; any other
-                array becomes a leaf.
-        """
-        return self
-
-    def sliceable(self) -> Self:
-        """Returns the adapter with per-matrix settings as arrays, which scans slice."""
-        return self
-
     def at(self, index: tuple[int, ...]) -> Self:
         """Returns the adapter of one matrix of a stack, for a kernel `[K, N]`.
 
@@ -194,10 +176,7 @@ class Adapter(TreeLeaf, abc.ABC):
 
 def register_adapter(kind: type[Adapter]) -> None:
     """Registers a kind of adapter: a frozen dataclass of arrays and settings."""
-    # A scaling may be an array, which is a leaf, instead of a static number.
-    array_settings = tuple(name for name in kind.settings if name == "scaling")
-    name = f"qlora_jax.{kind.__name__}"
-    register(kind, (*kind.roles,), kind.settings, name, leaf_or_static=array_settings)
+    register(kind, (*kind.roles,), kind.settings, f"qlora_jax.{kind.__name__}")
     KINDS[kind.__name__] = kind
 
 

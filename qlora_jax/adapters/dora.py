@@ -57,7 +57,6 @@ class DoRA(LowRank):
 
     roles = {**LowRank.roles, "m": "n"}
     label = "dora"
-    can_be_in_bank = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         # y = x V * m / c, with V = W + scaling * A B (equation 5) and c the norms of

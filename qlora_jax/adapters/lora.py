@@ -1,14 +1,12 @@
 """LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Self, TypeGuard
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -31,9 +29,8 @@ from .base import (
 SETTINGS = ("scaling", "dropout", "geometry")  # of every low-rank adapter
 CHECKPOINT_NAME = "lora_product"  # of `x A`, for `jax.checkpoint` policies
 
-# One multiplier, or a tuple of one for each matrix of a stack. `sliceable` converts the
-# tuple to an array.
-Scaling = float | tuple[float, ...] | Array
+
+L = TypeVar("L", bound="LowRank")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,53 +42,14 @@ class LowRank(Adapter):
 
     a: Array
     b: Array
-    # The scaling must not be trained. It is therefore static in a lora tree, because
-    # optimizers change all leaves: weight decay would shrink an array even if its
-    # gradient is zero. Scans and banks need an array, which `untrained_leaves` names.
-    scaling: Scaling
+    # The scaling must not be trained. It is therefore static, because optimizers change
+    # all leaves: weight decay would shrink an array even if its gradient is zero.
+    scaling: float
     dropout: float
     geometry: Geometry
-    untrained_leaves: tuple[str, ...] = field(default=(), kw_only=True, repr=False)
 
     roles = {"a": "kr", "b": "rn"}
     settings = SETTINGS
-
-    @property
-    def scalings(self) -> np.ndarray:  # noqa: D102
-        # A tuple has one scaling for each matrix of a stack, in row-major order. So has
-        # an array, whose axes are the batch axes.
-        shape = self.batch_shape if np.ndim(self.scaling) else ()
-        return np.broadcast_to(np.reshape(self.scaling, shape), self.batch_shape)
-
-    def sliceable(self) -> Self:  # noqa: D102
-        if not isinstance(self.scaling, tuple):
-            return self
-        scaling = jnp.asarray(self.scaling, jnp.float32)
-        return self.with_scalings(scaling.reshape(self.batch_shape))
-
-    def with_scalings(self, scalings: np.ndarray | Array) -> Self:  # noqa: D102
-        if not isinstance(scalings, np.ndarray):
-            names = ("scaling",)
-            return dataclasses.replace(self, scaling=scalings, untrained_leaves=names)
-        numbers = tuple(scalings.ravel().tolist())
-        scaling = numbers[0] if len({*numbers}) == 1 else numbers
-        return dataclasses.replace(self, scaling=scaling, untrained_leaves=())
-
-    def at(self, index: tuple[int, ...]) -> Self:  # noqa: D102
-        scaling: Any = self.scaling
-        # An array may be traced, and stays an array.
-        is_array = bool(self.untrained_leaves)
-        scaling = scaling[index] if is_array else np.asarray(self.scalings[index])
-        return super().at(index).with_scalings(scaling)
-
-    def _settings_misfit(self, batch: Sequence[int], k: int) -> str | None:
-        if not isinstance(self.scaling, tuple) or len(self.scaling) == math.prod(batch):
-            return None
-        return (
-            "it has a scaling for each matrix of a stack: apply the whole stack, or "
-            f"scan it in a wrapped model. Got batch axes {[*batch]} for "
-            f"{len(self.scaling)} scalings."
-        )
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         lora = constrained(self, kernel)
@@ -113,7 +71,6 @@ class LowRank(Adapter):
         #    XLA takes a full A for each row of the input.
         places = jnp.expand_dims(places, tuple(range(1, ids.ndim)))
         row_loras = self._at_rows((places, ids), take)
-        row_loras = row_loras.with_scalings(take(jnp.asarray(self.scaling)))
         # 2. Compute the norms once for each adapter of the bank, for the same reason.
         bank_norms = jax.vmap(lambda lora: lora._table_norms(kernel))(self)
         norms = jax.tree.map(take, bank_norms)  # None if there are no norms
@@ -163,8 +120,7 @@ class LowRank(Adapter):
         a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
         left, right = (a, b) if self.row_role == "k" else (b, a.swapaxes(-1, -2))
         change = float_product(left, right, lax.Precision.HIGHEST)
-        scaling: Any = self.scaling  # not a tuple, because a table is one matrix
-        return add_change(rows.astype(jnp.float32), scaling * change)
+        return add_change(rows.astype(jnp.float32), self.scaling * change)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,8 +136,7 @@ class LoRA(LowRank):
         b: B, `[*batch, r, N]` in the same dtype, zero at first: N runs over the
             kernel's output axes.
         scaling: Multiplier of the product: `alpha / rank`, or `alpha / sqrt(rank)` if
-            it is rank-stabilized. If each matrix of a stack has its own, as after
-            `ql.io.load_peft`, a tuple in the order of the batch axes.
+            it is rank-stabilized.
         dropout: Rate of dropout on the adapter's input, in [0, 1).
         geometry: How the kernel's axes map to `[*batch, K, N]`, as in `QTensor`.
 
@@ -197,7 +152,7 @@ class LoRA(LowRank):
     # Fields of `LowRank`. The tests of docstrings read them from this class.
     a: Array
     b: Array
-    scaling: Scaling
+    scaling: float
     dropout: float
     geometry: Geometry
 
@@ -216,7 +171,7 @@ class LoRA(LowRank):
 register_adapter(LoRA)
 
 
-def is_low_rank(lora: Adapter) -> TypeGuard[LowRank]:
+def is_low_rank(lora: object) -> TypeGuard[LowRank]:
     """Whether an adapter is low-rank, such as a LoRA or a DoRA."""
     return isinstance(lora, LowRank)
 
@@ -240,7 +195,7 @@ def lora_product(
     """
     if offsets is not None:
         lora = constrained(lora, kernel, x)
-        # Experts may have different scalings, so B is scaled instead of the product.
+        # B is smaller than the product.
         b = scaled(lora.b.astype(jnp.float32), lora)
         a, b = cast(lora.a, x.dtype), cast(b, x.dtype)
         arguments: Any = offsets, precision, kernel.placement
@@ -263,13 +218,18 @@ def lora_delta(lora: LowRank) -> Float32[Array, "*batch k n"]:
 
 
 def scaled(y: Array, lora: LowRank) -> Array:
-    """Returns `scaling * y` for y `[*batch, ...]`."""
-    scaling: Any = lora.sliceable().scaling
-    if isinstance(scaling, int | float):
-        # A product with 1, the default, would only take time to compile.
-        return y if scaling == 1 else y * scaling
-    scaling = scaling.reshape(*scaling.shape, *(1,) * (y.ndim - scaling.ndim))
-    return y * split_as(scaling, y)
+    """Returns `scaling * y`."""
+    # A product with 1, the default, would only take time to compile.
+    return y if lora.scaling == 1 else y * lora.scaling
+
+
+def with_scaling(lora: L, scaling: float) -> L:
+    """Returns an equal adapter of another scaling, in which B is multiplied instead."""
+    if lora.scaling == scaling:
+        return lora
+    wide = jnp.promote_types(lora.b.dtype, jnp.float32)
+    b = lora.b.astype(wide) * (lora.scaling / scaling)
+    return dataclasses.replace(lora, b=b.astype(lora.b.dtype), scaling=scaling)
 
 
 def cast(w: Array, dtype: DTypeLike) -> Array:

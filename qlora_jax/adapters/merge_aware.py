@@ -220,7 +220,7 @@ class _Tiles:
     packing: Packing | None  # of the weights
     a: Float[Array, "*batch k r"]
     b: Float[Array, "*batch r n"]
-    scaling: Float[Array, "*batch"]
+    scaling: float
     dtype: np.dtype  # of the kernel
     block_rows: int  # the number of rows of a tile is a multiple of this
     mesh: AnyMesh | None
@@ -235,9 +235,7 @@ class _Tiles:
             weights, packing = (to_matrix(kernel.geometry, kernel.value),), None
         block_sizes = [p.block_size for p in (packing, lora.packing) if p]
         a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
-        *batch, k, n = kernel.matrix_shape
-        scaling: Any = lora.sliceable().scaling
-        scaling = jnp.broadcast_to(jnp.asarray(scaling, jnp.float32), batch)
+        *_, k, n = kernel.matrix_shape
         mesh, axes = _matrix_axes(kernel)
         if mesh is not None:
             # Split K only where each device gets whole blocks of both formats. With a
@@ -245,7 +243,7 @@ class _Tiles:
             counts = [k // size if k % size == 0 else 1 for size in block_sizes]
             axes[-2] = dividing_prefix(axes[-2], mesh.shape, *counts)
             axes[-1] = dividing_prefix(axes[-1], mesh.shape, n)
-        arrays = weights, packing, a, b, scaling
+        arrays = weights, packing, a, b, lora.scaling
         return cls(*arrays, kernel.dtype, max(block_sizes), mesh, axes)
 
     def map(self, fn: Callable[..., tuple[Array, ...]], *extra: Array) -> tuple:
@@ -256,14 +254,14 @@ class _Tiles:
         which `fn` gets the numbers for its matrix.
         """
         run, mesh = functools.partial(self._map_on_device, fn), self.mesh
-        operands: tuple[Any, ...] = self.weights, self.a, self.b, self.scaling, *extra
+        operands: tuple[Any, ...] = self.weights, self.a, self.b, *extra
         if mesh is None:
             return run(*operands)
         *batch, k, n = self.axes
         matrix_spec, batch_spec = make_spec(*batch, k, n), make_spec(*batch)
         a_spec, b_spec = make_spec(*batch, k, ()), make_spec(*batch, (), n)
-        scaling_specs = [batch_spec] * (1 + len(extra))
-        in_specs = (matrix_spec,) * len(self.weights), a_spec, b_spec, *scaling_specs
+        extra_specs = [batch_spec] * len(extra)
+        in_specs = (matrix_spec,) * len(self.weights), a_spec, b_spec, *extra_specs
         axis_names = axes_of_type(mesh, AxisType.Auto)
         if explicit_mesh(operands) is not None:
             axis_names = unmapped_explicit_axes(mesh)
@@ -282,17 +280,18 @@ class _Tiles:
     def _map_on_device(
         self, fn: Callable, weights: tuple, a: Array, b: Array, *per_matrix: Array
     ) -> tuple[Array, ...]:
-        # `per_matrix` are the scaling and the `extra` arrays of `map`, all [*batch].
+        # `per_matrix` are the `extra` arrays of `map`, [*batch].
         *batch, k, _ = a.shape
         tile_rows = rows_of_tile(k, b.shape[-1], self.block_rows)
         num_tiles = k // tile_rows
 
         def map_matrix(operands: tuple) -> tuple[Array, ...]:
-            weights, a, b, scaling, *extra = operands
+            weights, a, b, *extra = operands
 
             def merge(arrays: list[Array], last_rows: int | None = None) -> Array:
                 *weights, a = arrays
-                change = jnp.matmul(a, b, precision=lax.Precision.HIGHEST) * scaling
+                change = jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+                change *= self.scaling
                 w = self._decode(weights, last_rows) + change
                 # Round to the dtype of the kernel, as `merge` of a LoRA does.
                 return round_to(w, self.dtype, jnp.float32)

@@ -82,7 +82,7 @@ class _ExpertsView:
         q = replace(slice_arrays(q), placement=None)
         lora = self.lora
         if lora is not None:
-            lora = slice_arrays(lora.sliceable())
+            lora = slice_arrays(lora)
         return replace(self, kernel=q, lora=lora)
 
     def is_multiplied(self, eqn: JaxprEqn) -> bool:

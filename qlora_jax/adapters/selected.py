@@ -41,6 +41,7 @@ class Selected(Adapter):
     adapters: Adapter
     ids: Array
 
+    untrained_leaves = ("ids",)
     arrays, settings, label, dropout, geometry = (  # pyright: ignore
         property(operator.attrgetter(f"adapters.{name}"))
         for name in ("arrays", "settings", "label", "dropout", "geometry")
@@ -49,10 +50,6 @@ class Selected(Adapter):
     @property
     def roles(self) -> dict[str, str]:  # noqa: D102
         return {name: "e" + roles for name, roles in self.adapters.roles.items()}
-
-    @property
-    def untrained_leaves(self) -> tuple[str, ...]:  # noqa: D102
-        return (*self.adapters.untrained_leaves, "ids")
 
     def at(self, index: tuple[int, ...]) -> Self:  # noqa: D102
         return dataclasses.replace(

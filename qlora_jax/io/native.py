@@ -222,11 +222,9 @@ def describe(keys: tuple, leaf: Any) -> tuple[LeafJson, dict[str, Any]]:
     # Adapters with untrained leaves, such as the ids of a `Selected`, cannot be saved.
     # Their kind stays "array", so that `_check_array` rejects them.
     elif is_adapter(leaf) and not leaf.untrained_leaves:
-        # Version 1 of the format stores the settings of a LoRA for every kind.
-        scaling = getattr(leaf, "scaling", 1.0)
-        # Numbers of NumPy and JAX cannot be written as JSON.
-        has_several = isinstance(scaling, tuple)  # one for each matrix of a stack
-        scaling = [*map(float, scaling)] if has_several else float(scaling)
+        # Version 1 of the format stores the settings of a LoRA for every kind. Numbers
+        # of NumPy and JAX cannot be written as JSON.
+        scaling = float(getattr(leaf, "scaling", 1.0))
         entry |= {"kind": type(leaf).__name__, "scaling": scaling}
         entry |= {"dropout": float(leaf.dropout), "axes": leaf.geometry.kinds}
         entry |= {"sizes": [*leaf.geometry.sizes]}
@@ -339,11 +337,15 @@ def _leaf_of(entry: LeafJson, structs: list[Any]) -> Tree:
         }
         return QTensor.from_parts(*structs, contract=entry["axes"], **settings)
     kind, scaling = _kind_of(entry), entry["scaling"]
-    has_list = isinstance(scaling, list)  # a scaling for each matrix of a stack
+    if isinstance(scaling, list):  # from older versions
+        raise ValueError(
+            "`scaling` must be one number for all matrices of a stack. Read the "
+            f"adapter of PEFT again with load_peft. Got {scaling!r:.80}."
+        )
     settings: dict[str, Any] = {
         name: _setting_from_json(entry[name]) for name in _extra_settings(kind)
     }
-    settings["scaling"] = tuple(map(float, scaling)) if has_list else float(scaling)
+    settings["scaling"] = float(scaling)
     settings["dropout"] = float(entry["dropout"])
     sizes = tuple(map(operator.index, entry["sizes"]))
     settings["geometry"] = geometry = Geometry(entry["axes"], sizes)

@@ -189,8 +189,7 @@ def _prepare_adapters(params: Tree, rngs: PRNGKey | RNGSequences | None) -> Tree
         if key is not None and adapter.dropout:
             leaf_key = jax.random.fold_in(key, next(counter))
             keys = dropout_keys(adapter, leaf_key)  # [*batch]
-        # A tuple of scalings becomes an array, which scans slice with the kernel.
-        return AdaptedKernel(base, adapter.sliceable(), keys)
+        return AdaptedKernel(base, adapter, keys)
 
     return map_by_path(prepare, params)
 

@@ -57,7 +57,7 @@ class Packed(nnx.Variable[QTensor]):
 
 # The next two are subclasses of `Packed`, so that filters that name it select them too.
 class UntrainedLeaves(Packed):
-    """An adapter's untrained leaves by name, such as scalings. Scans slice them."""
+    """An adapter's untrained leaves by name, such as ids. Scans slice them."""
 
 
 class Frozen(Packed):
@@ -112,34 +112,26 @@ class AdapterModule(nnx.Module):
         self.geometry = adapter.geometry
         # A tree structure has the kind of an adapter and its static settings.
         self.structure = jax.tree.structure(adapter)
-        # A tuple of scalings is static. `sliceable` makes it an array for scans.
-        sliceable = adapter.sliceable()
-        self.sliceable_structure = jax.tree.structure(sliceable)
-        self.untrained_names = sliceable.untrained_leaves
-        leaves = jax.tree.leaves(sliceable)[len(self.names) :]
+        self.untrained_names = adapter.untrained_leaves
+        leaves = jax.tree.leaves(adapter)[len(self.names) :]
         untrained: Any = dict(zip(self.untrained_names, leaves, strict=True))
         # The attribute is a key of saved states, so it keeps its name.
         self.inputs: Any = UntrainedLeaves(untrained) if untrained else nnx.data(None)
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter of the entire stack."""
-        return self._build(self.structure)
-
-    @property
-    def sliced(self) -> Adapter | None:
-        """The adapter for a call: inside a scan, that of a layer. None if disabled."""
-        return self._build(self.sliceable_structure) if self.enabled else None
-
-    def _build(self, structure: Any) -> Adapter:
+        """The adapter of the entire stack; inside a scan, that of a layer."""
         arrays = [variable[...] for variable in self.variables.values()]
         untrained = {} if self.inputs is None else self.inputs.get_value()
         leaves = [*arrays, *(untrained[name] for name in self.untrained_names)]
-        # The leaves are those of `sliceable_structure`. A tuple of scalings, the last
-        # leaf, is static in `structure`, which then has one leaf fewer.
-        adapter: Adapter = structure.unflatten(leaves[: structure.num_leaves])
+        adapter: Adapter = self.structure.unflatten(leaves)
         has_dropout = "dropout" in adapter.settings
         return with_dropout(adapter, self.rate) if has_dropout else adapter
+
+    @property
+    def sliced(self) -> Adapter | None:
+        """The adapter for a call, or None if it is disabled."""
+        return self.adapter if self.enabled else None
 
     def dropout_key(self) -> jax.Array | None:
         """Returns a new key for the dropout of a call, or None without dropout."""

@@ -187,7 +187,7 @@ def lora_labels(tree: Tree) -> Tree:
         label = getattr(node, "trained_as", "frozen")
         if not is_adapter(node):
             return _filled(node, label)
-        # The scalings and ids of adapters that `select` chose are leaves, too.
+        # The ids of adapters that `select` chose are leaves, too.
         return replace_arrays(_filled(node, "frozen"), lambda _, x: _filled(x, label))
 
     # Kernels and adapters have a label. An `AdaptedKernel` has none, so the map goes on

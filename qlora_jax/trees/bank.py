@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Int, Int32
 
 from .._jax.arguments import checked_integers
 from .._jax.memory import is_concrete
 from .._jax.pytree import count_bytes, register
 from ..adapters.base import Adapter, replace_arrays, used_ranks, with_dropout
 from ..adapters.config import as_dropout
-from ..adapters.lora import SETTINGS
+from ..adapters.lora import is_low_rank, with_scaling
 from ..adapters.selected import Selected
 from .adapters import adapters_by_keys, check_lora_trees
 from .paths import (
@@ -39,7 +39,6 @@ class Bank:
             the E places of the bank. Thus `jax.vmap(optimizer.init)(bank.lora)` gives
             each adapter its own state. Smaller ranks are padded with zeros, whose
             gradient is zero.
-        scaling: The scalings by path, float32 `[E, *batch]`. They are not trained.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -51,10 +50,9 @@ class Bank:
     """
 
     lora: Tree
-    scaling: dict[str, Float[Array, "..."]]
 
     def __len__(self) -> int:
-        return next(iter(self.scaling.values())).shape[0]
+        return jax.tree.leaves(self.lora)[0].shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -75,10 +73,8 @@ class Bank:
                 "values. Inside jit, choose adapters with `ql.select`."
             )
 
-        def read_adapter(path: str, stack: Adapter) -> Adapter:
-            adapter = replace_arrays(stack, lambda _, x: x[index])
-            scalings = np.asarray(self.scaling[path][index])
-            return _without_padding(adapter.with_scalings(scalings))
+        def read_adapter(_: str, stack: Adapter) -> Adapter:
+            return _without_padding(replace_arrays(stack, lambda _, x: x[index]))
 
         # A trace may close over a bank. Without this, the slices would be traced.
         with jax.ensure_compile_time_eval():
@@ -116,7 +112,7 @@ class Bank:
         return int(value)
 
 
-register(Bank, ("lora", "scaling"), ())
+register(Bank, ("lora",), ())
 
 
 def bank(
@@ -132,10 +128,12 @@ def bank(
 
     Args:
         adapters: Lora trees of one base. Their ranks, scalings and targets may differ.
-            Adapters that are placed on a mesh keep their placement.
+            A path has one scaling in the bank: if an adapter has another one, its B is
+            multiplied by the ratio. Adapters that are placed on a mesh keep their
+            placement.
         capacity: The number of places, with room for adapters that come later
             (`Bank.with_adapter`); by default the number of adapters. A place without an
-            adapter adds nothing, or returns NaN if the adapters are DoRAs.
+            adapter adds nothing.
         dropout: The dropout rate. By default, all adapters must have the same rate.
 
     Raises:
@@ -222,10 +220,9 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
             f"{values.tolist()}."
         )
 
-    def select_adapter(path: str, stack: Adapter) -> Adapter:
+    def select_adapter(_: str, stack: Adapter) -> Adapter:
         # Scans over layers slice the first axis of every array, so the batch axes go in
         # front of the axis of places, and each layer gets a copy of the ids.
-        stack = stack.with_scalings(jnp.asarray(bank.scaling[path]))  # [E, *batch]
         batch = stack.batch_shape[1:]
         move_places = functools.partial(jnp.moveaxis, source=0, destination=len(batch))
         ids = jnp.broadcast_to(places, (*batch, *places.shape))  # [*batch, R]
@@ -259,31 +256,23 @@ def _stack_adapters(
         if (reason := _misfit_reason(tree.get(keys), templates.get(keys))) is not None
     ]
     raise_if_any("these adapters cannot be in one bank", problems)
-    lora, scaling = {}, {}  # by key path, and by path
+    lora = {}
     for keys, template in templates.items():
         # None stands for an adapter that lacks the path, and for an unused place.
         loras = [tree.get(keys) for tree in trees] + [None] * (num_places - len(trees))
         padded = [_pad(adapter, template) for adapter in loras]
         lora[keys] = jax.tree.map(lambda *arrays: jnp.stack(arrays), *padded)
-        # An unused place has arrays of zeros. A DoRA of zeros would silently turn the
-        # kernel into zeros, so its scaling is NaN there.
-        unused = 1.0 if _zeros_add_nothing(template) else np.nan
-        default = np.full(template.batch_shape, unused)
-        scalings = [default if x is None else x.scalings for x in loras]
-        scaling[path_string(keys)] = jnp.asarray(np.stack(scalings), jnp.float32)
-    return Bank(nested_by_keys(lora), scaling)
+    return Bank(nested_by_keys(lora))
 
 
 def _misfit_reason(adapter: Adapter | None, template: Adapter | None) -> str | None:
     if template is None:
         return "the bank has no adapter there."
     if adapter is None:
-        if _zeros_add_nothing(template):
-            return None
-        return f"it is missing. Filling in zeros would change a {template.label}."
+        return None
     if not adapter.can_be_in_bank:
         return f"a {adapter.label} cannot be in a bank."
-    names = "label", "matrix_shape", "geometry", "dropout", *_settings_of_kind(template)
+    names = "label", "matrix_shape", *_equal_settings(template)
     if any(getattr(adapter, name) != getattr(template, name) for name in names):
         return f"it must be {_describe(template)}. Got {_describe(adapter)}."
     if adapter.rank > template.rank:
@@ -295,28 +284,25 @@ def _misfit_reason(adapter: Adapter | None, template: Adapter | None) -> str | N
     return None
 
 
-def _zeros_add_nothing(adapter: Adapter) -> bool:
-    # They do only if every array is a factor of the low-rank product.
-    return all("r" in roles for roles in adapter.roles.values())
-
-
-def _settings_of_kind(adapter: Adapter) -> list[str]:
-    """Returns the names of the settings that only this kind of adapter has."""
-    return [name for name in adapter.settings if name not in SETTINGS]
+def _equal_settings(template: Adapter) -> list[str]:
+    """Returns the names of the settings that are equal in all places of a bank."""
+    return [name for name in template.settings if name != "scaling"]
 
 
 def _describe(adapter: Adapter) -> str:
-    names = _settings_of_kind(adapter)
+    names = [name for name in _equal_settings(adapter) if name != "geometry"]
     settings_text = "".join(f" and {name} {getattr(adapter, name)}" for name in names)
     return (
         f"a {adapter.label} of {[*adapter.matrix_shape]}, kernel axes "
-        f"{adapter.geometry.kinds!r} and dropout {adapter.dropout}{settings_text}"
+        f"{adapter.geometry.kinds!r}{settings_text}"
     )
 
 
 def _pad(adapter: Adapter | None, template: Adapter) -> Adapter:
-    # Zeros in A and B add nothing, and their gradient is zero. The scaling is set to 1,
-    # since `Bank.scaling` stores the scalings as arrays.
+    # Zeros in A and B add nothing, and their gradient is zero.
+    if is_low_rank(adapter) and is_low_rank(template):
+        adapter = with_scaling(adapter, template.scaling)
+
     def pad_array(name: str, target: Array) -> Array:
         if adapter is None:
             return jnp.zeros(target.shape, target.dtype)
@@ -324,7 +310,7 @@ def _pad(adapter: Adapter | None, template: Adapter) -> Adapter:
         sizes = zip(target.shape, x.shape, strict=True)
         return jnp.pad(x.astype(target.dtype), [(0, to - size) for to, size in sizes])
 
-    return replace_arrays(template, pad_array).with_scalings(np.ones(()))
+    return replace_arrays(template, pad_array)
 
 
 def _without_padding(adapter: Adapter) -> Adapter:

@@ -70,7 +70,7 @@ def test_every_kind_is_in_the_table():
     # Another test file may have registered a kind of its own.
     kinds = {x for x in KINDS.values() if x.__module__.startswith("qlora_jax.")}
     assert NEW_ADAPTER.keys() == {kind.__name__ for kind in kinds}
-    assert {x.__name__ for x in kinds if x.can_be_in_bank} == {"LoRA", "DoRA"}
+    assert {x.__name__ for x in kinds if x.can_be_in_bank} == {"LoRA"}
 
 
 def adapted_weights(w, lora, roles):
@@ -93,7 +93,7 @@ def adapted_weights(w, lora, roles):
 
 def refusal_of(kind, operation, roles, selection):
     """The error message of a case; None for a case that is supported."""
-    if selection != "alone" and kind not in ("LoRA", "DoRA"):
+    if selection != "alone" and kind != "LoRA":
         return "cannot be in a bank"
     if operation == "ragged" and (
         selection != "alone" or kind not in ("LoRA", "MergeAware")

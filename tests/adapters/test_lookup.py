@@ -113,7 +113,7 @@ def lookups():
         table, lora = base["embedding"], randomized(lora)
         run = functools.partial(ql.lookup, table, lora["embedding"])
         lookups_by_name[name] = run, ql.merge(base, lora)["embedding"]
-        if name in ("LoRA", "DoRA"):
+        if name == "LoRA":
             bank = ql.bank([lora, lora])
             for ids in (1, np.array([0])):
                 chosen = ql.select(bank, ids)["embedding"]

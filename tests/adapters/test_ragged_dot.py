@@ -25,8 +25,7 @@ def trees(config=CONFIG):
 
 def merged(w, lora):
     """`W + s A B` of each expert."""
-    scaling = jnp.broadcast_to(jnp.asarray(lora.scaling), EXPERTS)[:, None, None]
-    return w + scaling * jnp.einsum("ekr,ern->ekn", lora.a, lora.b)
+    return w + lora.scaling * jnp.einsum("ekr,ern->ekn", lora.a, lora.b)
 
 
 def loss(product, x, *args):
@@ -34,13 +33,8 @@ def loss(product, x, *args):
 
 
 @pytest.mark.parametrize("dtype", fast_and_slow(["float32"], ["bfloat16"]))
-@pytest.mark.parametrize(
-    "config, scaling",
-    [(CONFIG, 2.0), (CONFIG, (1.0, 2.0, 0.5, 4.0, 3.0))],
-)
-def test_product_and_gradients(dtype, config, scaling):
-    q, lora = trees(config)
-    lora = dataclasses.replace(lora, scaling=scaling)
+def test_product_and_gradients(dtype):
+    q, lora = trees()
     x = normal(1, (ROWS, K), dtype, scale=0.1)
 
     def ours(x, lora):

@@ -246,26 +246,6 @@ def test_stacks_along_another_axis_than_the_first_are_refused_by_name():
     refusal(run, "axes of a stack must come before", *names)
 
 
-@pytest.mark.slow
-def test_layers_of_a_stack_may_have_scalings_of_their_own():
-    """`load_peft` may return such adapters: here 3 and 1/2 times alpha / rank."""
-
-    def make_conv(rngs):
-        return nnx.Conv(8, 8, (3,), rngs=rngs)
-
-    wrapped, x = randomize_b(wrap(stack(make_conv, length=2))), normal(1, (2, 5, 8))
-    base, lora = ql.nnx.split(wrapped)
-    lora["kernel"] = dataclasses.replace(lora["kernel"], scaling=(6.0, 1.0))
-    scaled = ql.nnx.join(wrapped, base, lora)
-    b = wrapped.kernel_lora.b
-    b.set_value(b[...] * jnp.array([3.0, 0.5])[:, None, None])
-    assert_close(scan(scaled, x), scan(wrapped, x))
-    assert_close(scan(ql.nnx.merge(scaled), x), scan(wrapped, x))
-    again = ql.nnx.split(scaled)
-    assert jax.tree.structure(again) == jax.tree.structure((base, lora))
-    assert len(jax.tree.leaves(nnx.state(scaled, nnx.Param))) == 3  # with the bias
-
-
 class Odd(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
         self.proj = nnx.Linear(8, 8, rngs=rngs)

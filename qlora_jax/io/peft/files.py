@@ -52,7 +52,8 @@ def load_peft(
     Every target, pattern and tensor must belong to the model, and every tensor that the
     settings require must be in the file. If the adapters of a stack have different
     ranks, they are padded with zeros, which stay zero in training. If they have
-    different scalings, `LoRA.scaling` is a tuple with one for each. Biases and modules
+    different scalings, they get the largest one, B is multiplied by the ratio, and the
+    default of `dtype` is at least float32. Biases and modules
     in the file become `Trained` leaves of the lora tree; if the file has only some
     layers of a stack, these replace the layers of `base` instead.
 
@@ -142,7 +143,7 @@ def _low_rank_adapters(
     arrays: Mapping[str, np.ndarray], layout: AdapterLayout, dtype: DTypeLike | None
 ) -> dict[str, Adapter]:
     """Returns the low-rank adapters by path, stacked as their kernels are."""
-    by_path: dict[str, dict[BatchIndex, Adapter]] = defaultdict(dict)
+    by_path: dict[str, dict[BatchIndex, LowRank]] = defaultdict(dict)
     for adapter in layout.low_rank:
         adapter_arrays = {name: arrays[key] for name, key in adapter.keys.items()}
         for (path, index), matrix in adapter.read(adapter_arrays).items():

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ...adapters.base import Adapter, replace_arrays
-from ...adapters.lora import LoRA
+from ...adapters.lora import LoRA, LowRank, with_scaling
 from ...quant.geometry import Geometry
 from ...quant.kernel import Kernel, as_kernel
 from ...trees.adapters import checked_adapters
@@ -159,7 +159,7 @@ class ModuleAdapter(FileAdapter):
     """The adapter of one module, which is one matrix of a stack."""
 
     position: Position
-    kind: type[Adapter]
+    kind: type[LowRank]
     matrix_shape: tuple[int, ...]  # [N, K], or [N, K, *window] for a convolution
     dropout: float
 
@@ -174,7 +174,7 @@ class ModuleAdapter(FileAdapter):
             shapes[name] = to_stored(name, view, (*window,)).shape
         return shapes
 
-    def read(self, arrays: Arrays) -> dict[Position, Adapter]:
+    def read(self, arrays: Arrays) -> dict[Position, LowRank]:
         """Returns the adapter of one matrix [K, N], without the kernel's axes."""
         if self.rank == 0:
             return {}
@@ -184,7 +184,7 @@ class ModuleAdapter(FileAdapter):
         kwargs: Any = {**matrices, **settings, "geometry": Geometry()}
         return {self.position: self.kind(**kwargs)}
 
-    def write(self, adapters: Mapping[str, Adapter]) -> Arrays:
+    def write(self, adapters: Mapping[str, LowRank]) -> Arrays:
         """Inverts `read`, for the adapters of stacks; raises ValueError otherwise."""
         adapter = adapters.get(self.position.path)
         if adapter is None:  # the caller reports a missing adapter once for each stack
@@ -197,10 +197,8 @@ class ModuleAdapter(FileAdapter):
         # A module without an adapter may be in a stack with modules that have one. The
         # rank 0 requires that its part of the stack is zero.
         adapter = unstack(adapter, self.position.batch_index, self.rank)
-        actual = float(adapter.scalings)
-        # Scalings must be equal up to the rounding to float32.
-        if self.rank and np.float32(actual) != np.float32(self.scaling):
-            raise ValueError(f"its scaling must be {self.scaling}. Got {actual}.")
+        if self.rank:
+            adapter = with_scaling(adapter, self.scaling)
         arrays = {name: np.asarray(adapter.arrays[name]) for name in self.keys}
         window = self.matrix_shape[2:]
         return {name: to_stored(name, x, window) for name, x in arrays.items()}
@@ -229,7 +227,7 @@ class ParameterAdapter(FileAdapter):
         size = self.rank // count
         return [slice(i * size, (i + 1) * size) for i in range(count)]
 
-    def read(self, arrays: Arrays) -> dict[Position, Adapter]:
+    def read(self, arrays: Arrays) -> dict[Position, LowRank]:
         """Returns the adapters of all experts, for each kernel of the parameter."""
         a, b, rank = arrays["a"], arrays["b"], self.rank
         a = a.reshape(-1, rank, a.shape[1]).swapaxes(1, 2)  # [E, K, r]
@@ -250,27 +248,24 @@ class ParameterAdapter(FileAdapter):
         if not is_block_diagonal:
             blocks = [slice(rank)] * len(blocks)
         settings = {"scaling": self.scaling, "dropout": 0.0, "geometry": Geometry()}
-        adapters: dict[Position, Adapter] = {}
+        adapters: dict[Position, LowRank] = {}
         for (path, kernel_b), block in zip(kernel_bs.items(), blocks, strict=True):
             for expert, index in enumerate(self.kernels[path]):
                 factors = a[expert][:, block], kernel_b[expert][block]  # [K, r], [r, N]
                 adapters[Position(path, index)] = LoRA(*factors, **settings)
         return adapters
 
-    def write(self, adapters: Mapping[str, Adapter]) -> Arrays:
+    def write(self, adapters: Mapping[str, LowRank]) -> Arrays:
         """Inverts `read`; raises ValueError if that is not possible."""
         adapted = {path: adapters[path] for path in self.kernels if path in adapters}
         if not adapted:
             raise ValueError("it has no adapter.")
-        # A parameter has one scaling, and no magnitudes.
+        # A parameter has no magnitudes.
         for path, adapter in adapted.items():
             if not adapter.is_linear:
                 name = type(adapter).__name__
                 raise ValueError(f"its type must be LoRA. Got {name}.")
-            for actual in (adapter.scalings[index] for index in self.kernels[path]):
-                if np.float32(actual) != np.float32(self.scaling):
-                    message = f"its scalings must be {self.scaling}. Got {actual}."
-                    raise ValueError(message)
+            adapted[path] = with_scaling(adapter, self.scaling)
         a, kernel_bs, blocks = self._factors_and_blocks(adapted)
         n = sum(n for n, _ in self.kernel_shapes)
         b = np.zeros((len(a), self.rank, n), np.result_type(*kernel_bs))
@@ -282,7 +277,7 @@ class ParameterAdapter(FileAdapter):
         return {"a": a, "b": b.transpose(2, 1, 0).reshape(b.shape[2], -1)}
 
     def _factors_and_blocks(
-        self, adapted: Mapping[str, Adapter]
+        self, adapted: Mapping[str, LowRank]
     ) -> tuple[np.ndarray, list[np.ndarray], list[slice]]:
         """Returns the parameter's A, and each kernel's B and block of the rank."""
 
@@ -316,8 +311,8 @@ class ParameterAdapter(FileAdapter):
 
 
 def stack(
-    kernel: Kernel, adapters: Mapping[BatchIndex, Adapter], dtype: DTypeLike | None
-) -> Adapter:
+    kernel: Kernel, adapters: Mapping[BatchIndex, LowRank], dtype: DTypeLike | None
+) -> LowRank:
     """Returns a kernel's adapter, stacked from its weights' adapters by batch index.
 
     If `dtype` is None, the dtypes are kept. Magnitudes are at least float32.
@@ -336,6 +331,13 @@ def stack(
             f"{sorted(map(str, dtypes))}."
         )
 
+    # A stack has one scaling. If those of its weights differ, the B of each weight is
+    # multiplied by the ratio, in float32 or a wider dtype.
+    scaling = max(x.scaling for x in adapters.values())
+    if any(x.scaling != scaling for x in adapters.values()):
+        adapters = {i: _widened(x, scaling) for i, x in adapters.items()}
+        first = next(iter(adapters.values()))
+
     def stack_arrays(name: str, x: Array) -> Array:
         stacked_dtype = x.dtype if dtype is None else jnp.dtype(dtype)
         if dtype is not None and name not in factors:
@@ -347,14 +349,19 @@ def stack(
             stacked[index][tuple(map(slice, array.shape))] = array
         return jnp.asarray(stacked)
 
-    # Weights without an adapter have zero factors, so their scaling has no effect.
-    indices = np.ndindex(*batch_shape)
-    scalings = np.array([adapters.get(index, first).scalings for index in indices])
-    stacked = replace_arrays(first, stack_arrays, geometry=kernel.geometry)
-    return stacked.with_scalings(scalings)
+    return replace_arrays(first, stack_arrays, geometry=kernel.geometry)
 
 
-def unstack(adapter: Adapter, index: BatchIndex, rank: int) -> Adapter:
+def _widened(adapter: LowRank, scaling: float) -> LowRank:
+    """Returns an equal adapter of another scaling, in float32 or a wider dtype."""
+
+    def widen(_: str, x: Array) -> Array:
+        return x.astype(np.promote_types(x.dtype, np.float32))
+
+    return with_scaling(replace_arrays(adapter, widen), scaling)
+
+
+def unstack(adapter: LowRank, index: BatchIndex, rank: int) -> LowRank:
     """Returns the adapter of one weight, cut to `rank`; the part cut off must be 0."""
     matrix = adapter.at(index)
     if rank == 0:

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ...adapters.base import Adapter
 from ...adapters.config import is_table
-from ...adapters.lora import LoRA
+from ...adapters.lora import LoRA, LowRank, is_low_rank
 from ...trees.adapters import checked_adapters
 from ...trees.paths import Tree, nested, raise_if_any
 from ..files import Path, member, new_folder, read_json, refuse, require, write_json
@@ -58,20 +57,21 @@ def portable(base: Tree, lora: Tree) -> Tree:
     unsupported = {
         path: type(x).__name__ + " of a table" * is_table(path)
         for path, x in adapters.items()
-        if not x.is_linear or is_table(path)
+        if not (is_low_rank(x) and x.is_linear) or is_table(path)
     }
     title = "adapters for servers must be LoRA: export others as a merged model. Got"
     raise_if_any(title, unsupported)
     # All get one rank, because servers may read only the rank in the config.
     rank = max((x.rank for x in adapters.values()), default=0)
-    return nested({path: _portable_lora(x, rank) for path, x in adapters.items()})
+    low_rank = {path: x for path, x in adapters.items() if is_low_rank(x)}
+    return nested({path: _portable_lora(x, rank) for path, x in low_rank.items()})
 
 
-def _portable_lora(adapter: Adapter, rank: int) -> LoRA:
+def _portable_lora(adapter: LowRank, rank: int) -> LoRA:
     batch_shape = adapter.batch_shape
-    a, b = map(np.asarray, adapter.arrays.values())  # [*batch, K, r], [*batch, r, N]
+    a, b = np.asarray(adapter.a), np.asarray(adapter.b)  # [*batch, K, r], [..., r, N]
     # The product is computed in float64, so that it is rounded only once, to float32.
-    b = b.astype(np.float64) * adapter.scalings[..., None, None]
+    b = b.astype(np.float64) * adapter.scaling
     no_padding = [(0, 0)] * len(batch_shape)
     rank_padding = (0, rank - adapter.rank)
     a = np.pad(a, [*no_padding, (0, 0), rank_padding]).astype(np.float32)

@@ -8,10 +8,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
-import numpy as np
-
-from ...adapters.base import Adapter, used_ranks
+from ...adapters.base import Adapter
 from ...adapters.dora import DoRA
 from ...adapters.lora import LoRA, LowRank, is_low_rank
 from ...adapters.merge_aware import is_merge_aware
@@ -376,10 +373,7 @@ def peft_config(
             of transformers 5 (`target_parameters`), instead of for the modules of
             transformers 4. With False, this is still done if PEFT could not convert the
             modules to parameters: if the experts have no modules, if only some of their
-            kernels have adapters, or if ranks or scalings differ. But if the matrices
-            of one kernel have different scalings, modules are written, because a
-            parameter has only one scaling. PEFT then raises an error when it converts
-            the modules, instead of computing with other scalings.
+            kernels have adapters, or if ranks or scalings differ.
 
     Raises:
         TypeError: If `base` is a combined tree.
@@ -423,7 +417,10 @@ def peft_config(
         kind_names = sorted(kind.__name__ for kind in kinds)
         raise ValueError(f"adapters must be of one kind. Got {kind_names}.")
     ranks = {name: x.rank for name, x in adapted.items()}
-    alphas = {n: alpha_of(x.scaling, x.rank, use_rslora) for n, x in adapted.items()}
+    alphas = {
+        name: alpha_of(x.adapter.scaling, x.rank, use_rslora)
+        for name, x in adapted.items()
+    }
     rank, rank_pattern = split_common(ranks)
     alpha, alpha_pattern = split_common(alphas)
     # Last, find the biases and modules that are `Trained`, which are saved in full.
@@ -462,11 +459,10 @@ def refuse_merge_aware(adapters: Mapping[str, Adapter]) -> None:
 
 
 class _NamedAdapter(NamedTuple):
-    """An adapter of a stack, and the rank and scaling of one of its parts in PEFT."""
+    """An adapter of a stack, and the rank of one of its parts in PEFT."""
 
-    adapter: Adapter
+    adapter: LowRank
     rank: int
-    scaling: float
 
 
 def _adapters_by_name(
@@ -478,16 +474,13 @@ def _adapters_by_name(
     if fused or not _should_write_modules(model, adapters):
         for name, kernels in model.parameters.items():
             if paths := [path for path in kernels if path in adapters]:
-                adapter, index = adapters[paths[0]], kernels[paths[0]][0]
+                adapter = adapters[paths[0]]
                 # Each adapted kernel of a parameter may need a block of its rank.
-                settings = adapter.rank * len(paths), float(adapter.scalings[index])
-                parameters[name] = _NamedAdapter(adapter, *settings)
+                parameters[name] = _NamedAdapter(adapter, adapter.rank * len(paths))
                 in_parameters |= {*paths}
-    ranks = {path: _ranks(adapter) for path, adapter in adapters.items()}
-    for module, (path, index) in model.modules.items():
+    for module, (path, _) in model.modules.items():
         if path in adapters and path not in in_parameters:
-            settings = int(ranks[path][index]), float(adapters[path].scalings[index])
-            modules[module] = _NamedAdapter(adapters[path], *settings)
+            modules[module] = _NamedAdapter(adapters[path], adapters[path].rank)
     return modules, parameters
 
 
@@ -519,24 +512,8 @@ def _should_write_modules(model: NamedBase, adapters: Mapping[str, LowRank]) -> 
         paths <= adapters.keys() or not paths & adapters.keys()
         for paths in kernels.values()
     )
-    # A parameter has one scaling, so kernels whose experts have different scalings can
-    # only be written as modules. PEFT raises an error when it converts these, which is
-    # better than other scalings.
-    need_modules = any(isinstance(x.scaling, tuple) for x in adapters.values())
     are_uniform = len({(x.rank, x.scaling) for x in adapters.values()}) == 1
-    return have_modules and are_complete and (need_modules or are_uniform)
-
-
-def _ranks(adapter: LowRank) -> np.ndarray:
-    """Returns the rank of each matrix, without padding if the scalings differ."""
-    # Different scalings may be those of different ranks, which `stack` has padded.
-    ranks = np.zeros(adapter.batch_shape, int)
-    arrays = adapter.arrays.values()
-    has_values = not any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
-    if isinstance(adapter.scaling, tuple) and has_values:
-        ranks = used_ranks(adapter)
-    # An adapter that is all zeros keeps the full rank.
-    return np.where(ranks, ranks, adapter.rank)
+    return have_modules and are_complete and are_uniform
 
 
 def _after_numbers(name: str) -> str:

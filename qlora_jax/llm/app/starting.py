@@ -45,7 +45,7 @@ def read_initial_lora(
             f"{path}: {'; '.join(problems)}."
         )
     scaling, *different = {x.scaling for x in old.values()}
-    if different or isinstance(scaling, tuple):  # a tuple: one for each layer
+    if different:
         raise ValueError(
             f"`adapter` must have one scaling for all modules. Got {path!r}, which has "
             "several."

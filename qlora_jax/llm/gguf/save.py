@@ -312,7 +312,7 @@ def _merge_matrix(leaf: Any, lora: Any, index: tuple[int, ...]) -> np.ndarray:
     base: PyTree = {"x": jax.tree.map(select, leaf)}
     adapters: PyTree = {}
     if lora is not None:
-        adapters = {"x": jax.tree.map(select, lora.sliceable())}
+        adapters = {"x": jax.tree.map(select, lora)}
     merged = ql.merge(base, adapters)["x"]
     return np.asarray(merged).reshape(leaf.shape[len(index) :])
 
