@@ -121,7 +121,7 @@ def test_public_jax_only(name):
         ("jinja2", {"llm"}),
         ("torch", {"torch"}),
         ("torchax", {"torch"}),
-        ("transformers", {"torch"}),
+        ("transformers", {"llm", "torch"}),
         ("safetensors", set()),
     ],
 )

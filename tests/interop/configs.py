@@ -4,9 +4,7 @@ from qlora_jax.llm.models.families import FAMILIES
 
 # Without the wrappers of a vision part, whose text half is one of these.
 TEXT_FAMILIES = sorted(
-    kind
-    for kind, family in FAMILIES.items()
-    if "text_config" not in family.keys.split()
+    kind for kind, family in FAMILIES.items() if not family.text_family
 )
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
 SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)

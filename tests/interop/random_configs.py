@@ -26,7 +26,8 @@ LONG_SEEDS = tuple(range(_FIRST, _FIRST + 15))  # for a long run; they change ev
 # they change only the loss, for which test_families.py has a test of its own. One more,
 # `per_layer_config`, is computed by transformers from other options of Gemma 4.
 UNDRAWN = "architectures model_type vocab_size max_position_embeddings is_causal"
-UNDRAWN += " output_router_logits router_aux_loss_coef per_layer_config"
+UNDRAWN += " output_router_logits router_aux_loss_coef per_layer_config use_cache"
+UNDRAWN += " initializer_range pretraining_tp router_jitter_noise"
 
 
 class FamilyDraw(NamedTuple):

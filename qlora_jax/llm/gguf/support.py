@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..models.config import DecoderConfig, Experts, LayerKind, Rope
-from ..models.family import read_rope
+from ..models.rope import read_rope
 from .metadata import (
     OSS,
     QWEN3_5,
@@ -174,11 +174,12 @@ def _stretch_by_yarn(config: DecoderConfig, *, truncate: bool) -> Rope:
     rope = main_layer(config).rope or Rope()
     section = {
         "rope_type": "yarn",
+        "rope_theta": rope.theta,
         "factor": rope.divisors[-1],
         "original_max_position_embeddings": rope.original_length,
         "truncate": truncate,
     }
-    return read_rope({}, config.rotary_dim, theta=rope.theta, section=section)
+    return read_rope(section, config.rotary_dim, rope.original_length)
 
 
 def _warn_about_yarn(config: DecoderConfig) -> None:

@@ -4,7 +4,9 @@ import dataclasses
 import math
 from typing import Literal
 
-_MAX_EXPERTS = 4096  # far above any published model; rejects corrupt files
+# Limits far above any published model. Larger values are errors in a file, and would
+# use up all memory.
+MAX_LAYERS, _MAX_EXPERTS = 10_000, 4096
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,38 +1,15 @@
-"""Model families: how their Hugging Face configs are read."""
+"""Model families: how a config object of transformers becomes a `DecoderConfig`."""
 
 import difflib
-import warnings
-from collections.abc import Mapping
-from dataclasses import replace
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .config import DecoderConfig, DeltaRule, LayerKind, Rope
-from .family import (
-    EXPERT_KEYS,
-    WINDOW_KEYS,
-    Family,
-    read_biases,
-    read_count,
-    read_experts,
-    read_flag,
-    read_layer_numbers,
-    read_layer_types,
-    read_layers,
-    read_optional,
-    read_partial_rope,
-    read_positive,
-    read_rope,
-    read_rotary_flags,
-    read_section,
-    read_size,
-    read_uniform_layers,
-    require_if_present,
-    rope_section,
-    rope_sections,
-    shared_fields,
-)
-from .gemma4 import GEMMA4_KEYS, read_gemma4, read_gemma4_unified
-from .text_halves import SIZE_KEYS, TEXT_HALVES, read_text_settings
+from .config import DecoderConfig, DeltaRule, Experts, LayerKind
+from .gemma4 import read_gemma4
+from .hf_config import open_config, open_text_half
+from .rope import read_partial_rope, read_rope
 
 # Most families share Llama's architecture, and differ from it as follows. (SmolLM2 is a
 # Llama.)
@@ -50,7 +27,7 @@ from .text_halves import SIZE_KEYS, TEXT_HALVES, read_text_settings
 # - Gemma 2 and 3 also have norms after attention and the MLP. Gemma 2 has soft-caps,
 #   and a window in every other layer. Gemma 3 has two kinds of rotary positions, and a
 #   window in five of six layers; only its text half is supported.
-_LONGROPE = ("longrope", "su", "yarn")  # older Phi files use the last two names
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 # Fields of `Experts` of Mixtral and gpt-oss.
 MIXTRAL_EXPERTS = {
     "router": "block_sparse_moe.gate",
@@ -59,208 +36,203 @@ MIXTRAL_EXPERTS = {
 }
 GPT_OSS_EXPERTS: dict[str, Any] = {"joined": "alternating", "router": "mlp.router"}
 GPT_OSS_EXPERTS |= {"kernel": "mlp.experts.NAME.{expert}"}
-# The rotary section of gpt-oss, for files without one.
-_GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
-_GPT_OSS_ROPE |= {"original_max_position_embeddings": 4096}
-_GELU = "gelu_pytorch_tanh"
-_FULL, _LINEAR = "full_attention", "linear_attention"
 
 
-def _read_llama(raw: Mapping[str, Any]) -> DecoderConfig:
-    require_if_present(raw, {"sliding_window": None})
-    fields = shared_fields(raw)
-    layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
-    mlp_bias = read_flag(raw, "mlp_bias")
-    return DecoderConfig(**fields, **read_biases(raw), layers=layers, mlp_bias=mlp_bias)
+@dataclass(frozen=True)
+class Family:
+    """A model family: its names in transformers, and how to read its config."""
+
+    architecture: str  # the name of its class in transformers
+    read: Callable[[Any], DecoderConfig]  # from the config object
+    further_keys: str = ""  # as in `open_config`
+    unread_keys: str = ""
+    # For a model with a vision part: the family of its text half, and the `model_type`
+    # of this half in transformers.
+    text_family: str = ""
+    text_type: str = ""
 
 
-def _read_mistral(raw: Mapping[str, Any]) -> DecoderConfig:
-    require_if_present(raw, {"layer_types": None})  # all layers have the same window
-    fields = shared_fields(raw, kv_heads=8)
-    rope = read_rope(raw, fields["head_dim"])
-    return DecoderConfig(**fields, layers=read_uniform_layers(raw, rope, default=4096))
+def _shared_fields(c: Any) -> dict[str, Any]:
+    """Returns the fields of `DecoderConfig` that all families have."""
+    has_bias = getattr(c, "attention_bias", False)
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": getattr(c, "intermediate_size", None)
+        or c.moe_intermediate_size,
+        "num_layers": c.num_hidden_layers,
+        "num_heads": c.num_attention_heads,
+        "num_kv_heads": c.num_key_value_heads,
+        "head_dim": _head_dim(c),
+        "rms_norm_eps": c.rms_norm_eps,
+        "tie_embeddings": getattr(c, "tie_word_embeddings", False),
+        "qkv_bias": has_bias,
+        "o_bias": has_bias,
+        "mlp_bias": getattr(c, "mlp_bias", False),
+    }
 
 
-def _qwen_layers(raw: Mapping[str, Any], rope: Rope) -> tuple[LayerKind, ...]:
-    """Returns the layers; those from `max_window_layers` on may have a window."""
-    has_windows = read_flag(raw, "use_sliding_window")
-    window = raw.get("sliding_window", 4096) if has_windows else None
-    first = None if window is None else read_size(raw, "max_window_layers", 28)
-    return read_layers(raw, lambda i: first is not None and i >= first, window, rope)
+def _head_dim(c: Any) -> int:
+    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
 
 
-def _read_qwen2(raw: Mapping[str, Any]) -> DecoderConfig:
-    fields = shared_fields(raw, kv_heads=32)
-    layers = _qwen_layers(raw, read_rope(raw, fields["head_dim"]))
-    return DecoderConfig(**fields, layers=layers, qkv_bias=True)
+def _read_layers(c: Any, has_sections: bool = False) -> tuple[LayerKind, ...]:
+    """Returns the kinds of layers.
+
+    With `has_sections`, `rope_parameters` has a section for layers with a window, and
+    one for the others.
+    """
+    section, dim, context = c.rope_parameters, _head_dim(c), c.max_position_embeddings
+    window = getattr(c, "sliding_window", None)
+    if has_sections:
+        if more := sorted(section.keys() - {_SLIDING, _FULL}):
+            raise ValueError(
+                "`rope_parameters` must have a section for each kind of layers. Got "
+                f"the keys {more}."
+            )
+        full, local = (read_rope(section[x], dim, context) for x in (_FULL, _SLIDING))
+    else:
+        require("partial_rotary_factor", section.get("partial_rotary_factor", 1), 1)
+        full = local = read_rope(section, dim, context)
+    types = getattr(c, "layer_types", None)
+    if types is None:  # all layers have the same window
+        return (LayerKind(full, window),)
+    if _SLIDING in types and not window:
+        raise ValueError(
+            f"`sliding_window` must be positive for {_SLIDING!r} in `layer_types`. Got "
+            f"{window!r}."
+        )
+    kinds = {_SLIDING: LayerKind(local, window), _FULL: LayerKind(full)}
+    return tuple(kinds[x] for x in _check_types(c, kinds))
 
 
-def _read_qwen3(raw: Mapping[str, Any]) -> DecoderConfig:
-    fields = shared_fields(raw, head_dim=128, kv_heads=32)
-    layers = _qwen_layers(raw, read_rope(raw, fields["head_dim"]))
-    return DecoderConfig(**fields, **read_biases(raw), layers=layers, qk_norms=True)
+def _check_types(c: Any, kinds: Mapping[str, LayerKind]) -> list[str]:
+    if wrong := sorted({*c.layer_types} - kinds.keys()):
+        raise ValueError(f"`layer_types` must be among {[*kinds]}. Got {wrong}.")
+    return c.layer_types
 
 
-def _read_smollm3(raw: Mapping[str, Any]) -> DecoderConfig:
-    fields = shared_fields(raw, kv_heads=4, tied=True)
-    is_rotary = read_rotary_flags(raw)
-    window = raw.get("sliding_window")
-    has_windows = read_flag(raw, "use_sliding_window") and window is not None
-    rope = read_rope(raw, fields["head_dim"], theta=2e6)
-    kinds = read_layers(raw, lambda i: has_windows and not is_rotary[i], window, rope)
-    layers = tuple(
-        kind if rotary else replace(kind, rope=None)
-        for kind, rotary in zip(kinds, is_rotary, strict=True)
+def require(key: str, value: object, supported: object) -> None:
+    """Raises a ValueError if an option does not have its only supported value."""
+    if value != supported:
+        raise ValueError(f"`{key}` must be {json.dumps(supported)}. Got {value!r}.")
+
+
+def _read_llama(c: Any, has_sections: bool = False, **options: Any) -> DecoderConfig:
+    """Reads a family that differs from Llama by fixed options."""
+    require("hidden_act", c.hidden_act, "silu")
+    fields = _shared_fields(c) | options
+    return DecoderConfig(**fields, layers=_read_layers(c, has_sections))
+
+
+def _read_qwen2(c: Any) -> DecoderConfig:
+    return _read_llama(c, qkv_bias=True)
+
+
+def _read_qwen3(c: Any) -> DecoderConfig:
+    return _read_llama(c, qk_norms=True)
+
+
+def _read_smollm3(c: Any) -> DecoderConfig:
+    config, flags = _read_llama(c), c.no_rope_layers
+    if len(flags) < len(config.layers) or not {*flags} <= {0, 1}:
+        raise ValueError(
+            f"`no_rope_layers` must have 0 or 1 for each of {len(config.layers)} "
+            f"layers. Got {flags}."
+        )
+    # Despite the name, a layer with 1 has rotary positions.
+    layers = (
+        kind if has_rope else replace(kind, rope=None)
+        for kind, has_rope in zip(config.layers, flags, strict=False)
     )
-    mlp_bias = read_flag(raw, "mlp_bias")
-    return DecoderConfig(**fields, **read_biases(raw), layers=layers, mlp_bias=mlp_bias)
+    return replace(config, layers=tuple(layers))
 
 
-def _read_phi3(raw: Mapping[str, Any]) -> DecoderConfig:
-    fields = shared_fields(raw, eps=1e-5)
-    original = raw.get("original_max_position_embeddings", 4096)
-    section = dict(rope_section(raw))
-    kind = section.get("rope_type") or section.get("type") or "default"
-    if kind not in ("default", *_LONGROPE):
-        raise ValueError(f'`rope_type` must be "default" or "longrope". Got {kind!r}.')
-    section["rope_type"] = "longrope" if kind in _LONGROPE else kind
-    raw = {**raw, "original_max_position_embeddings": original, "rope_scaling": section}
+def _read_phi3(c: Any) -> DecoderConfig:
+    require("hidden_act", c.hidden_act, "silu")
     # Phi-4-mini sets `partial_rotary_factor`.
-    rope, dim = read_partial_rope(raw, fields["head_dim"], fraction=1.0)
-    layers = read_uniform_layers(raw, rope, default=None)
+    context = c.max_position_embeddings
+    rope, dim = read_partial_rope(c.rope_parameters, _head_dim(c), context)
+    layers = (LayerKind(rope, c.sliding_window),)
+    fields = _shared_fields(c)
     return DecoderConfig(**fields, layers=layers, rotary_dim=dim, fused=True)
 
 
-def _read_mixtral(raw: Mapping[str, Any]) -> DecoderConfig:
-    fields = shared_fields(raw, kv_heads=8, eps=1e-5)
-    experts = read_experts(raw, 8, 2, **MIXTRAL_EXPERTS)
-    rope = read_rope(raw, fields["head_dim"], theta=1e6)
-    layers = read_uniform_layers(raw, rope, default=None)
-    return DecoderConfig(**fields, layers=layers, experts=experts)
-
-
-def _read_olmoe(raw: Mapping[str, Any]) -> DecoderConfig:
-    require_if_present(raw, {"clip_qkv": None})
-    fields = shared_fields(raw, eps=1e-5) | read_biases(raw)
-    normalized = read_flag(raw, "norm_topk_prob")
-    experts = read_experts(raw, 64, 8, balance=0.01, normalized=normalized)
-    layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
-    return DecoderConfig(**fields, layers=layers, experts=experts, qk_norms="whole")
-
-
-def _olmo_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    require_if_present(raw, {"clip_qkv": None})
-    norms = {"pre_norms": False, "post_norms": True, "qk_norms": "whole"}
-    return shared_fields(raw, eps=1e-5) | read_biases(raw) | norms
-
-
-def _read_olmo2(raw: Mapping[str, Any]) -> DecoderConfig:
-    fields = _olmo_fields(raw)
-    layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
-    return DecoderConfig(**fields, layers=layers)
-
-
-def _read_olmo3(raw: Mapping[str, Any]) -> DecoderConfig:
-    # transformers uses this base in layers with a window, whatever the file says.
-    require_if_present(raw, {"rope_theta": 500_000.0})
-    fields = _olmo_fields(raw)
-    ropes = (
-        read_rope(raw, fields["head_dim"], theta=500_000.0, section=section)
-        for section in rope_sections(raw)
+def _read_experts(c: Any, **settings: Any) -> Experts:
+    count = getattr(c, "num_experts", None) or c.num_local_experts
+    return Experts(
+        count,
+        c.num_experts_per_tok,
+        normalized=getattr(c, "norm_topk_prob", True),
+        shared_width=getattr(c, "shared_expert_intermediate_size", 0),
+        balance=c.router_aux_loss_coef if c.output_router_logits else 0.0,
+        **settings,
     )
-    window = raw.get("sliding_window", 4096)
-    layers = read_layers(raw, lambda i: (i + 1) % 4 != 0, window, *ropes)
-    return DecoderConfig(**fields, layers=layers)
 
 
-def _read_qwen3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
-    fields: dict[str, Any] = shared_fields(raw, kv_heads=4) | read_biases(raw)
-    fields["qk_norms"] = True
-    if not read_flag(raw, "use_sliding_window"):
-        raw = {**raw, "sliding_window": None}
-    [kind] = read_uniform_layers(raw, read_rope(raw, fields["head_dim"]), 4096)
-    kinds = (kind,) * fields["num_layers"]
-    return _read_sparse(raw, fields, kinds, width=768, count=128, per_token=8)
+def _read_mixtral(c: Any) -> DecoderConfig:
+    return _read_llama(c, experts=_read_experts(c, **MIXTRAL_EXPERTS))
 
 
-def _read_qwen2_moe(raw: Mapping[str, Any]) -> DecoderConfig:
-    fields: dict[str, Any] = shared_fields(raw, kv_heads=16)
-    fields["qkv_bias"] = read_flag(raw, "qkv_bias", True)
-    # In Qwen2, only layers from `max_window_layers` on have a window. Here, it is the
-    # layers before it, and only every other one of them.
-    has_windows = read_flag(raw, "use_sliding_window")
-    end = read_size(raw, "max_window_layers", 28) if has_windows else 0
-    window = raw.get("sliding_window", 4096) if has_windows else None
-    rope = read_rope(raw, fields["head_dim"])
-    kinds = read_layers(raw, lambda i: i % 2 == 0 and i < end, window, rope)
-    settings = {"count": 60, "per_token": 4}
-    settings["shared_width"] = read_size(raw, "shared_expert_intermediate_size", 5632)
-    return _read_sparse(raw, fields, kinds, width=1408, **settings)
+def _read_olmo(c: Any, has_sections: bool = False) -> DecoderConfig:
+    options = {"pre_norms": False, "post_norms": True, "qk_norms": "whole"}
+    return _read_llama(c, has_sections, **options)
 
 
-def _read_sparse(
-    raw: Mapping[str, Any],
-    fields: dict[str, Any],
-    kinds: tuple[LayerKind, ...],
-    *,
-    width: int,
-    **settings: Any,
-) -> DecoderConfig:
-    """Returns a decoder in which some layers have experts, and the others an MLP.
+def _read_olmoe(c: Any) -> DecoderConfig:
+    require("clip_qkv", c.clip_qkv, None)
+    return _read_llama(c, qk_norms="whole", experts=_read_experts(c))
 
-    `width` is the family's default for `moe_intermediate_size`. `settings` are
-    arguments of `read_experts`.
-    """
+
+def _read_qwen2_moe(c: Any) -> DecoderConfig:
+    return _with_sparse_layers(c, _read_llama(c, qkv_bias=c.qkv_bias))
+
+
+def _read_qwen3_moe(c: Any) -> DecoderConfig:
+    return _with_sparse_layers(c, _read_qwen3(c))
+
+
+def _with_sparse_layers(c: Any, config: DecoderConfig) -> DecoderConfig:
+    """Returns a decoder in which some layers have experts, and the others an MLP."""
     # Every `decoder_sparse_step`-th layer has experts, except `mlp_only_layers`.
-    step = read_count(raw, "decoder_sparse_step", 1)
-    dense = read_layer_numbers(raw, "mlp_only_layers") or ()
-    is_sparse = [(i + 1) % step == 0 and i not in dense for i in range(len(kinds))]
+    step, dense = c.decoder_sparse_step, c.mlp_only_layers
+    is_sparse = [
+        (i + 1) % step == 0 and i not in dense for i in range(config.num_layers)
+    ]
     if not any(is_sparse):
-        return DecoderConfig(**fields, layers=kinds)
-    dense_width = fields["intermediate_size"]
+        return config
     layers = tuple(
-        kind if has_experts else replace(kind, mlp_width=dense_width)
-        for kind, has_experts in zip(kinds, is_sparse, strict=True)
+        kind if has_experts else replace(kind, mlp_width=config.intermediate_size)
+        for kind, has_experts in zip(config.layers, is_sparse, strict=True)
     )
-    width = read_count(raw, "moe_intermediate_size", width)
-    fields = fields | {"intermediate_size": width}
-    normalized = read_flag(raw, "norm_topk_prob")
-    experts = read_experts(raw, **settings, normalized=normalized)
-    return DecoderConfig(**fields, layers=layers, experts=experts)
+    return replace(
+        config,
+        layers=layers,
+        intermediate_size=c.moe_intermediate_size,
+        experts=_read_experts(c),
+    )
 
 
-def _read_gpt_oss(raw: Mapping[str, Any]) -> DecoderConfig:
-    require_if_present(raw, {"swiglu_alpha": 1.702, "swiglu_limit": 7.0})
-    fields = shared_fields(raw, head_dim=64, kv_heads=8, eps=1e-5)
-    fields |= {"activation": "clamped_swiglu", "mlp_bias": True, "sinks": True}
-    fields |= read_biases({"attention_bias": True, **raw})
-    section = rope_section(raw) or _GPT_OSS_ROPE
-    rope = read_rope(raw, fields["head_dim"], theta=150_000.0, section=section)
-    window = raw.get("sliding_window", 128)
-    layers = read_layers(raw, lambda i: i % 2 == 0, window, rope)
-    experts = read_experts(raw, 128, 4, **GPT_OSS_EXPERTS)
-    return DecoderConfig(**fields, layers=layers, experts=experts)
+def _read_gpt_oss(c: Any) -> DecoderConfig:
+    require("swiglu_alpha", c.swiglu_alpha, 1.702)
+    require("swiglu_limit", c.swiglu_limit, 7.0)
+    options = {"activation": "clamped_swiglu", "mlp_bias": True, "sinks": True}
+    return _read_llama(c, **options, experts=_read_experts(c, **GPT_OSS_EXPERTS))
 
 
-def _read_qwen3_5(raw: Mapping[str, Any], kv_heads: int = 4) -> DecoderConfig:
-    require_if_present(raw, {"attn_output_gate": True, "mamba_ssm_dtype": "float32"})
-    require_if_present(raw, {"mlp_only_layers": []})
-    fields = shared_fields(raw, head_dim=256, kv_heads=kv_heads) | read_biases(raw)
+def _read_qwen3_5(c: Any) -> DecoderConfig:
+    require("hidden_act", c.hidden_act, "silu")
     # Text has the same position in all dimensions, so the sections of multimodal rotary
     # positions make no difference.
-    rope, dim = read_partial_rope(raw, fields["head_dim"], fraction=0.25)
-    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
-    defaults = zip((*names, "conv_kernel_dim"), (16, 32, 128, 128, 4), strict=True)
-    rule = DeltaRule(*(raw.get(f"linear_{name}", size) for name, size in defaults))
-    # By default, every `full_attention_interval`-th layer has attention.
-    interval = read_count(raw, "full_attention_interval", 4)
-    types = read_layer_types(
-        raw, (_FULL, _LINEAR), lambda i: _LINEAR if (i + 1) % interval else _FULL
-    )
-    full, linear = LayerKind(rope), LayerKind(None, delta_rule=rule)
+    context = c.max_position_embeddings
+    rope, dim = read_partial_rope(c.rope_parameters, c.head_dim, context)
+    sizes = c.linear_num_key_heads, c.linear_num_value_heads, c.linear_key_head_dim
+    sizes += c.linear_value_head_dim, c.linear_conv_kernel_dim
+    linear = LayerKind(None, delta_rule=DeltaRule(*sizes))
+    kinds = {"linear_attention": linear, _FULL: LayerKind(rope)}
     return DecoderConfig(
-        **fields,
-        layers=tuple(full if kind == _FULL else linear for kind in types),
+        **_shared_fields(c),
+        layers=tuple(kinds[x] for x in _check_types(c, kinds)),
         rotary_dim=dim,
         unit_offset_norms=True,
         qk_norms=True,
@@ -268,166 +240,105 @@ def _read_qwen3_5(raw: Mapping[str, Any], kv_heads: int = 4) -> DecoderConfig:
     )
 
 
-def _read_qwen3_5_moe(raw: Mapping[str, Any]) -> DecoderConfig:
-    width = read_count(raw, "moe_intermediate_size", 512)
-    config = _read_qwen3_5({**raw, "intermediate_size": width}, kv_heads=2)
-    shared_width = read_size(raw, "shared_expert_intermediate_size", 512)
-    experts = read_experts(raw, 256, 8, shared_width=shared_width)
-    return replace(config, experts=experts)
+def _read_qwen3_5_moe(c: Any) -> DecoderConfig:
+    return replace(_read_qwen3_5(c), experts=_read_experts(c))
 
 
-def _gemma_fields(
-    raw: Mapping[str, Any], kv_heads: int, activation_key: str
-) -> dict[str, Any]:
-    if raw.get("use_bidirectional_attention"):  # null means false
-        require_if_present(raw, {"use_bidirectional_attention": False})
-    defaults: dict[str, Any] = {"head_dim": 256, "kv_heads": kv_heads, "tied": True}
-    fields = shared_fields(raw, **defaults, activation=(activation_key, _GELU))
-    scale = fields["hidden_size"] ** 0.5
-    fields |= {"unit_offset_norms": True, "embedding_scale": scale}
-    return fields | read_biases(raw)
+def _gemma_fields(c: Any, activation_key: str) -> dict[str, Any]:
+    # Both mean false.
+    if c.use_bidirectional_attention is not None:
+        key = "use_bidirectional_attention"
+        require(key, c.use_bidirectional_attention, False)
+    gelu = "gelu_pytorch_tanh"
+    require(activation_key, getattr(c, activation_key), gelu)
+    scale = c.hidden_size**0.5
+    options = {"unit_offset_norms": True, "embedding_scale": scale, "activation": gelu}
+    return _shared_fields(c) | options
 
 
-def _read_gemma(raw: Mapping[str, Any]) -> DecoderConfig:
-    # In published files, "gelu" means its tanh approximation, and `hidden_activation`
-    # is null or says the same.
-    if raw.get("hidden_activation") is not None:
-        require_if_present(raw, {"hidden_activation": _GELU})
-    if raw.get("hidden_act") == "gelu":
-        raw = {**raw, "hidden_act": _GELU}
-    fields = _gemma_fields(raw, 16, "hidden_act")
-    layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
-    return DecoderConfig(**fields, layers=layers)
+def _read_gemma(c: Any) -> DecoderConfig:
+    return DecoderConfig(**_gemma_fields(c, "hidden_act"), layers=_read_layers(c))
 
 
-def _gemma2_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    fields = _gemma_fields(raw, 4, "hidden_activation")
-    scale = read_positive(raw, "query_pre_attn_scalar", 256) ** -0.5
-    return fields | {"post_norms": True, "attention_scale": scale}
-
-
-def _read_gemma2(raw: Mapping[str, Any]) -> DecoderConfig:
-    fields = _gemma2_fields(raw)
-    rope = read_rope(raw, fields["head_dim"])
-    window = raw.get("sliding_window", 4096)
+def _read_gemma2(c: Any, has_sections: bool = False, **options: Any) -> DecoderConfig:
     return DecoderConfig(
-        **fields,
-        layers=read_layers(raw, lambda i: i % 2 == 0, window, rope),
-        attention_soft_cap=read_optional(raw, "attn_logit_softcapping", 50.0),
-        logit_soft_cap=read_optional(raw, "final_logit_softcapping", 30.0),
+        **_gemma_fields(c, "hidden_activation"),
+        layers=_read_layers(c, has_sections),
+        post_norms=True,
+        attention_scale=c.query_pre_attn_scalar**-0.5,
+        attention_soft_cap=c.attn_logit_softcapping,
+        logit_soft_cap=c.final_logit_softcapping,
+        **options,
     )
 
 
-def _read_gemma3(raw: Mapping[str, Any]) -> DecoderConfig:
-    require_if_present(raw, {"attn_logit_softcapping": None})
-    fields = _gemma2_fields(raw)
-    full, local = rope_sections(raw)
-    local = {"rope_theta": raw.get("rope_local_base_freq"), **local}
-    dim, window = fields["head_dim"], raw.get("sliding_window", 4096)
-    ropes = (
-        read_rope(raw, dim, theta=1e6, section=full),
-        # The `rope_theta` of the file is for layers with full attention only.
-        read_rope({**raw, "rope_theta": None}, dim, section=local),
-    )
-    period = read_count(raw, "sliding_window_pattern", 6)
-    layers = read_layers(raw, lambda i: (i + 1) % period != 0, window, *ropes)
-    cap = read_optional(raw, "final_logit_softcapping")
-    return DecoderConfig(**fields, layers=layers, qk_norms=True, logit_soft_cap=cap)
+def _read_gemma3(c: Any) -> DecoderConfig:
+    require("attn_logit_softcapping", c.attn_logit_softcapping, None)
+    return _read_gemma2(c, has_sections=True, qk_norms=True)
 
 
-def text_only_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config without its vision part, in the form for text-only models."""
-    if str(raw.get("model_type")) not in TEXT_HALVES:
-        return dict(raw)
-    half, text = TEXT_HALVES[raw["model_type"]], read_text_settings(raw)
-    family = FAMILIES[half.model_type]
-    names = {"architectures": [*family.architectures], "model_type": family.model_type}
-    shared_keys = ("dtype", "torch_dtype", "eos_token_id")
-    shared = {key: raw[key] for key in shared_keys if key in raw}
-    sizes = zip(SIZE_KEYS, half.sizes, strict=False)
-    defaults = {key: size for key, size in sizes if size is not None}
-    return defaults | shared | text | names
-
-
-def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
-    text = text_only_config(raw)
-    config = FAMILIES[text["model_type"]].read_config(text)
-    return replace(config, module="model.language_model")
-
-
-# The keys that each family reads besides the common ones.
-_LLAMA_KEYS = "attention_bias hidden_act mlp_bias sliding_window"
-_MISTRAL_KEYS = "hidden_act layer_types sliding_window"
-_MIXTRAL_KEYS = f"hidden_act sliding_window {EXPERT_KEYS}"
-_OLMO_KEYS = "attention_bias clip_qkv hidden_act"
-_OLMOE_KEYS = f"attention_bias clip_qkv hidden_act norm_topk_prob {EXPERT_KEYS}"
-_QWEN_KEYS = f"hidden_act max_window_layers use_sliding_window {WINDOW_KEYS}"
-_SMOLLM3_KEYS = "attention_bias hidden_act max_window_layers mlp_bias no_rope_layers"
-_SMOLLM3_KEYS += f" no_rope_layer_interval use_sliding_window {WINDOW_KEYS}"
-_QWEN2_MOE_KEYS = "decoder_sparse_step mlp_only_layers moe_intermediate_size qkv_bias"
-_QWEN2_MOE_KEYS += " norm_topk_prob shared_expert_intermediate_size"
-_QWEN2_MOE_KEYS += f" {_QWEN_KEYS} {EXPERT_KEYS}"
-_QWEN3_MOE_KEYS = "decoder_sparse_step mlp_only_layers moe_intermediate_size"
-_QWEN3_MOE_KEYS += " attention_bias hidden_act max_window_layers norm_topk_prob"
-_QWEN3_MOE_KEYS += f" sliding_window use_sliding_window {EXPERT_KEYS}"
-# `experts_per_token` and `initial_context_length` in published files repeat other keys.
-_GPT_OSS_KEYS = "attention_bias experts_per_token hidden_act initial_context_length"
-_GPT_OSS_KEYS += f" swiglu_alpha swiglu_limit {WINDOW_KEYS} {EXPERT_KEYS}"
-# Published files have `hidden_act`, but transformers reads `hidden_activation`.
-_GEMMA_KEYS = "attention_bias hidden_act hidden_activation use_bidirectional_attention"
-_GEMMA2_KEYS = "attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar"
-_GEMMA2_KEYS += f" {_GEMMA_KEYS} {WINDOW_KEYS}"
-# Where files have `_sliding_window_pattern`, `layer_types` says the same.
-_GEMMA3_KEYS = "_sliding_window_pattern rope_local_base_freq sliding_window_pattern"
-_GEMMA3_KEYS += f" {_GEMMA2_KEYS}"
-_QWEN3_5_KEYS = "attention_bias attn_output_gate full_attention_interval hidden_act"
-_QWEN3_5_KEYS += " linear_num_key_heads linear_num_value_heads linear_key_head_dim"
-_QWEN3_5_KEYS += " linear_value_head_dim linear_conv_kernel_dim layer_types"
-_QWEN3_5_KEYS += " mamba_ssm_dtype mlp_only_layers mtp_num_hidden_layers"
-_QWEN3_5_KEYS += " mtp_use_dedicated_embeddings mrope_section mrope_interleaved"
-_QWEN3_5_MOE_KEYS = "moe_intermediate_size shared_expert_intermediate_size"
-_QWEN3_5_MOE_KEYS += f" {_QWEN3_5_KEYS} {EXPERT_KEYS}"
-_FAMILIES = (
-    Family("llama", ("LlamaForCausalLM",), _read_llama, _LLAMA_KEYS),
-    Family("mistral", ("MistralForCausalLM",), _read_mistral, _MISTRAL_KEYS),
-    Family("qwen2", ("Qwen2ForCausalLM",), _read_qwen2, _QWEN_KEYS),
-    Family("qwen3", ("Qwen3ForCausalLM",), _read_qwen3, f"attention_bias {_QWEN_KEYS}"),
-    Family("smollm3", ("SmolLM3ForCausalLM",), _read_smollm3, _SMOLLM3_KEYS),
-    Family("phi3", ("Phi3ForCausalLM",), _read_phi3, "hidden_act sliding_window"),
-    Family("mixtral", ("MixtralForCausalLM",), _read_mixtral, _MIXTRAL_KEYS),
-    Family("olmoe", ("OlmoeForCausalLM",), _read_olmoe, _OLMOE_KEYS),
-    Family("qwen2_moe", ("Qwen2MoeForCausalLM",), _read_qwen2_moe, _QWEN2_MOE_KEYS),
-    Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _read_qwen3_moe, _QWEN3_MOE_KEYS),
-    Family("qwen3_5_text", ("Qwen3_5ForCausalLM",), _read_qwen3_5, _QWEN3_5_KEYS),
-    Family(
-        "qwen3_5_moe_text",
-        ("Qwen3_5MoeForCausalLM",),
-        _read_qwen3_5_moe,
-        _QWEN3_5_MOE_KEYS,
-    ),
-    Family("gpt_oss", ("GptOssForCausalLM",), _read_gpt_oss, _GPT_OSS_KEYS),
-    Family("gemma", ("GemmaForCausalLM",), _read_gemma, _GEMMA_KEYS),
-    Family("gemma2", ("Gemma2ForCausalLM",), _read_gemma2, _GEMMA2_KEYS),
-    Family("gemma3_text", ("Gemma3ForCausalLM",), _read_gemma3, _GEMMA3_KEYS),
-    Family("gemma4_text", ("Gemma4ForCausalLM",), read_gemma4, GEMMA4_KEYS),
-    Family(
-        "gemma4_unified_text",
-        ("Gemma4UnifiedForCausalLM",),
-        read_gemma4_unified,
-        GEMMA4_KEYS,
-    ),
-    Family("olmo2", ("Olmo2ForCausalLM",), _read_olmo2, _OLMO_KEYS),
-    Family("olmo3", ("Olmo3ForCausalLM",), _read_olmo3, f"{_OLMO_KEYS} {WINDOW_KEYS}"),
+# Keys that change nothing: transformers ignores them, and they repeat other keys,
+# describe positions in images, or concern the prediction of further tokens.
+_QWEN3_5 = "attn_output_gate mamba_ssm_dtype mlp_only_layers mtp_num_hidden_layers"
+_QWEN3_5 += " mtp_use_dedicated_embeddings mrope_section mrope_interleaved"
+_OSS, _PHI = (
+    "experts_per_token initial_context_length",
+    "full_attn_mod interpolate_factor",
 )
-FAMILIES = {family.model_type: family for family in _FAMILIES}
-FAMILIES |= {
-    name: Family(
-        name,
-        (f"{half.name}ForConditionalGeneration",),
-        _read_text_half,
-        f"text_config vision_config {half.keys} {FAMILIES[half.model_type].keys}",
+_GEMMA3, _INTERVAL = (
+    "rope_local_base_freq sliding_window_pattern",
+    "full_attention_interval",
+)
+_GEMMA4 = "global_head_dim num_global_key_value_heads per_layer_config"
+_FAMILIES = {  # of text-only models, by `model_type`
+    "llama": Family("Llama", _read_llama),
+    "mistral": Family("Mistral", _read_llama),
+    "qwen2": Family("Qwen2", _read_qwen2),
+    "qwen3": Family("Qwen3", _read_qwen3),
+    "smollm3": Family("SmolLM3", _read_smollm3, unread_keys="max_window_layers"),
+    "phi3": Family("Phi3", _read_phi3, unread_keys=_PHI),
+    "mixtral": Family("Mixtral", _read_mixtral),
+    "olmoe": Family("Olmoe", _read_olmoe),
+    "olmo2": Family("Olmo2", _read_olmo),
+    "olmo3": Family("Olmo3", lambda c: _read_olmo(c, has_sections=True)),
+    "qwen2_moe": Family("Qwen2Moe", _read_qwen2_moe),
+    "qwen3_moe": Family("Qwen3Moe", _read_qwen3_moe, unread_keys="max_window_layers"),
+    "qwen3_5_text": Family("Qwen3_5", _read_qwen3_5, _INTERVAL, _QWEN3_5),
+    "qwen3_5_moe_text": Family(
+        "Qwen3_5Moe", _read_qwen3_5_moe, _INTERVAL, f"{_QWEN3_5} intermediate_size"
+    ),
+    "gpt_oss": Family("GptOss", _read_gpt_oss, unread_keys=_OSS),
+    "gemma": Family("Gemma", _read_gemma, unread_keys="hidden_activation"),
+    "gemma2": Family("Gemma2", _read_gemma2, unread_keys="hidden_act"),
+    "gemma3_text": Family(
+        "Gemma3", _read_gemma3, _GEMMA3, "hidden_act _sliding_window_pattern"
+    ),
+    "gemma4_text": Family("Gemma4", read_gemma4, _GEMMA4, "hidden_act"),
+    "gemma4_unified_text": Family("Gemma4Unified", read_gemma4, _GEMMA4, "hidden_act"),
+}
+# Models with a vision part, of which the text half is read as a text-only model. These
+# are their classes, the families of their text halves, and the types of these halves.
+_TEXT_HALVES = {
+    "gemma3": ("Gemma3", "gemma3_text", "gemma3_text"),
+    "gemma4": ("Gemma4", "gemma4_text", "gemma4_text"),
+    "gemma4_unified": ("Gemma4Unified", "gemma4_unified_text", "gemma4_unified_text"),
+    "qwen3_5": ("Qwen3_5", "qwen3_5_text", "qwen3_5_text"),
+    "qwen3_5_moe": ("Qwen3_5Moe", "qwen3_5_moe_text", "qwen3_5_moe_text"),
+    "mistral3": ("Mistral3", "mistral", "mistral"),
+    "qwen2_5_vl": ("Qwen2_5_VL", "qwen2", "qwen2_5_vl_text"),
+    "qwen3_vl": ("Qwen3VL", "qwen3", "qwen3_vl_text"),
+}
+FAMILIES = {  # by `model_type`
+    name: replace(family, architecture=f"{family.architecture}ForCausalLM")
+    for name, family in _FAMILIES.items()
+} | {
+    name: replace(
+        _FAMILIES[family],
+        architecture=f"{whole}ForConditionalGeneration",
+        text_family=family,
+        text_type=text_type,
     )
-    for name, half in TEXT_HALVES.items()
+    for name, (whole, family, text_type) in _TEXT_HALVES.items()
 }
 
 
@@ -435,15 +346,15 @@ def is_known(raw: Mapping[str, Any]) -> bool:
     """Whether `Decoder` knows the type of model that a `config.json` describes."""
     if not isinstance(model_type := raw.get("model_type"), str):
         raise ValueError(f"`model_type` must be text. Got {model_type!r}.")
-    if model_type == "mistral3":  # its text half may also be a Ministral 3
-        return read_section(raw, "text_config").get("model_type") in (None, "mistral")
+    if model_type == "mistral3" and isinstance(text := raw.get("text_config"), Mapping):
+        return text.get("model_type", "mistral") == "mistral"  # or a Ministral 3
     return model_type in FAMILIES
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
     """Returns the decoder config that a `config.json` describes.
 
-    Warns about keys that are not read, unless they are known not to change the logits.
+    Warns about keys that neither transformers nor this function knows.
 
     Args:
         raw: The values in the file.
@@ -457,32 +368,59 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
         >>> config_from_hf(raw).num_kv_heads
         4
     """
+    family, settings = _open(raw)
+    try:
+        config = family.read(settings)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"config.json must have values of the expected types. Got {error!r}."
+        ) from error
+    is_half = bool(family.text_family)
+    return replace(config, module="model.language_model") if is_half else config
+
+
+def text_only_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config without its vision part, in the form for text-only models.
+
+    Args:
+        raw: The values in a `config.json`.
+    """
+    if raw.get("model_type") not in _TEXT_HALVES:
+        return dict(raw)
+    family, settings = _open(raw)
+    config = settings.to_diff_dict() | {
+        "architectures": [FAMILIES[family.text_family].architecture],
+        "model_type": family.text_family,
+    }
+    for section in (raw, raw.get("text_config") or {}):
+        for key in ("dtype", "torch_dtype", "eos_token_id"):
+            if section.get(key) is not None:
+                config[key] = section[key]
+    return config
+
+
+def _open(raw: Mapping[str, Any]) -> tuple[Family, Any]:
+    """Returns the family, and the config object of the text-only model or text half."""
     model_type, architectures = raw.get("model_type"), raw.get("architectures")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         near = difflib.get_close_matches(str(model_type), FAMILIES)
         relatives = f" Its nearest relatives are {near}." if near else ""
         raise ValueError(
             f"`model_type` must be one of {tuple(FAMILIES)}, as in the table of "
-            f"docs/models.md. Got {model_type!r}."
-            f"{relatives}"
+            "docs/models.md, or the engine must be torch. Got "
+            f"{model_type!r}.{relatives}"
         )
     family = FAMILIES[model_type]
-    try:
-        if architectures and not set(architectures) & set(family.architectures):
-            raise ValueError(
-                f"`architectures` must be {[*family.architectures]}. Got "
-                f"{architectures}."
-            )
-        config = family.read_config(raw)
-        settings = {**raw, **(raw.get("text_config") or {})}
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+    if architectures not in (None, [], [family.architecture]):
         raise ValueError(
-            f"config.json must have values of the expected types. Got {error!r}."
-        ) from error
-    if unknown := family.unknown_keys(settings):
-        warnings.warn(
-            f"These keys of config.json are unknown, and are ignored: {unknown}. If "
-            "they change what the model computes, the results are wrong.",
-            stacklevel=2,
+            f"`architectures` must be {[family.architecture]}. Got {architectures!r}."
         )
-    return config
+    keys = family.further_keys, family.unread_keys
+    if not family.text_family:
+        return family, open_config(model_type, raw, *keys)
+    if not is_known(raw):
+        raise ValueError(
+            f"`model_type` in `text_config` must be {family.text_family!r} for the "
+            f"engine jax. Got {raw['text_config']['model_type']!r}."
+        )
+    return family, open_text_half(model_type, family.text_type, raw, *keys)

@@ -20,7 +20,6 @@ from ..reading import reading
 from .config import DecoderConfig
 from .decoder_names import decoder_names
 from .families import config_from_hf, text_only_config
-from .family import is_count
 from .tokenizer import FolderTokenizer, folder_templates, read_object
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 # Suffixes of the files in a folder that contain settings, not weights.
 _SETTINGS_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+_CONTEXT_KEY = "max_position_embeddings"
 _ROWS_PER_PART = 4096  # number of rows of tied tensors that are compared at a time
 
 
@@ -65,8 +65,8 @@ class ModelFolder:
     @property
     def context_length(self) -> int:
         """The context length in tokens."""
-        raw = text_only_config(ql.io.read_config_json(self.path))
-        if not is_count(length := raw.get(key := "max_position_embeddings")):
+        raw, key = text_only_config(ql.io.read_config_json(self.path)), _CONTEXT_KEY
+        if type(length := raw.get(key)) is not int or length < 1:
             raise ValueError(
                 f"{self.path} must have a context length, `{key}`, which is a positive "
                 f"integer. Got {length!r}."
