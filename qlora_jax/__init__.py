@@ -18,7 +18,7 @@ from .adapters.merge_aware import MergeAware
 from .adapters.product import ragged_dot
 from .adapters.trained import Trained, TrainedRows
 from .product.einsum import einsum
-from .product.matmul import explain_backend, matmul
+from .product.matmul import matmul
 from .quant.kernel import is_packed
 from .quant.pack import StraightThrough
 from .quant.qtensor import QTensor
@@ -52,7 +52,6 @@ __all__ = [
     "combine",
     "dequantize",
     "einsum",
-    "explain_backend",
     "init",
     "io",
     "is_packed",

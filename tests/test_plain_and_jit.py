@@ -134,7 +134,6 @@ CALLS = {
     "combine": tree,
     "dequantize": lambda i: ql.dequantize(i.base),
     "einsum": lambda i: ql.einsum("bd,dn->bn", i.x, i.base["kernel"]),
-    "explain_backend": lambda i: len(ql.explain_backend(i.x, i.base["kernel"])),
     "init": lambda i: ql.init(i.key, i.params, CONFIG),
     "is_packed": lambda i: ql.is_packed(i.base["kernel"]),
     "leaves_by_path": lambda i: ql.leaves_by_path(i.base),

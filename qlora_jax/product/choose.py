@@ -63,21 +63,19 @@ def choose(
     shape: tuple[int, ...],
     dtype: np.dtype,
     columns: int,
-) -> tuple[Backend, dict[str, str | None]]:
-    """Returns the first back end that supports a product, and those that were tried.
+) -> Backend:
+    """Returns the first back end that supports a product.
 
-    The second result maps the name of each back end that was tried to the reason why it
-    does not support the product, or to None for the one that does. Raises `Unsupported`
-    with all reasons if there is none.
+    Raises `Unsupported` with all reasons if there is none.
     """
-    reasons: dict[str, str | None] = {}
+    reasons: dict[str, str] = {}
     for name in backends:
         try:
             BACKENDS[name].check(spec, shape, dtype, columns)
         except Unsupported as unsupported:
             reasons[name] = str(unsupported)
         else:
-            return BACKENDS[name], reasons | {name: None}
+            return BACKENDS[name]
     raise Unsupported(
         "\n".join(
             f"`{name}` does not support this product. {reason}"
@@ -117,11 +115,11 @@ def run(spec: ProductSpec, operands: Operands, *, is_device: bool = False) -> Ar
     # for the CPU of a machine that has a TPU.
     if spec.backend is not None:
         backends = (spec.backend,) if isinstance(spec.backend, str) else spec.backend
-        default, chosen = choose(backends, *check_args)[0], {}
+        default, chosen = choose(backends, *check_args), {}
     else:
         is_local = is_device or modes.is_local()
         chosen = {
-            platform: choose(default_backends(platform, is_local), *check_args)[0]
+            platform: choose(default_backends(platform, is_local), *check_args)
             for platform in PREFERRED
         }
         default = chosen["default"]

@@ -1,11 +1,8 @@
 """The product `x @ q` with a QTensor, and the checks of its arguments."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import PrecisionLike
@@ -14,9 +11,8 @@ from jaxtyping import Array, Float, Int, Int32
 from .._jax.arguments import as_array, as_int32, known_values
 from ..quant.qtensor import QTensor
 from ..quant.views import LayerOfStack
-from .choose import PREFERRED, checked_backend, choose, default_backends
-from .multiply import check_shape, multiply
-from .spec import product_spec
+from .choose import checked_backend
+from .multiply import multiply
 
 
 def matmul(
@@ -72,50 +68,6 @@ def matmul(
     kernel = q if layer is None else layer_of(q, layer)
     with explain_forward_mode_errors():
         return multiply(x, kernel, backend=backend, precision=precision)
-
-
-def explain_backend(
-    x: Array | jax.ShapeDtypeStruct, q: QTensor, *, transpose: bool = False
-) -> dict[str, str | None]:
-    """Returns the back ends that are tried for a product on this process's devices.
-
-    Args:
-        x: The input of `matmul`, or its shape and dtype. For a stack, it may be the
-            input of one layer, without the batch axes.
-        q: The quantized kernel.
-        transpose: Whether to explain the product of the gradient instead, `x @ W^T` for
-            x `[*batch, ..., N]`.
-
-    Returns:
-        The back ends in the order in which they are tried, each with the reason why it
-        does not support the product. The last one supports it, and its reason is None.
-
-    Raises:
-        TypeError: If `q` is not a QTensor, or `x` has no shape and dtype or is not
-            floating-point.
-        ValueError: If the shapes do not match.
-
-    Example:
-        >>> import jax.numpy as jnp, qlora_jax as ql
-        >>> ql.explain_backend(jnp.ones((1, 64)), ql.quantize(jnp.eye(64)))
-        {'tiled': None}
-    """
-    check_packed(q)
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-        kind = type(x).__name__
-        raise TypeError(f"`x` must be an array or a ShapeDtypeStruct. Got {kind}.")
-    check_float(x.dtype)
-    spec = replace(product_spec(q), output="x" if transpose else "y")
-    *batch, k, n = q.matrix_shape
-    if x.shape[: len(batch)] != (*batch,):
-        batch = []  # x is the input of one layer
-    contracted = n if transpose else k
-    check_shape(x.shape, batch, contracted)
-    shape = *batch, math.prod(x.shape[len(batch) : -1]), contracted
-    platform = jax.default_backend().replace("gpu", "cuda")  # as in `PREFERRED`
-    platform = platform if platform in PREFERRED else "default"
-    backends = default_backends(platform, is_local=True)
-    return choose(backends, spec, shape, x.dtype, n)[1]
 
 
 def check_packed(q: object) -> None:

@@ -481,39 +481,6 @@ def test_the_docstring_names_every_back_end():
     assert named == set(choose.BACKENDS) >= preferred
 
 
-def test_why_a_back_end_is_not_taken(monkeypatch):
-    q, x = pack(Case((64, 128))), jnp.ones((2, 64))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    tried = ql.explain_backend(x, q)
-    assert [*tried] == ["rounding", "reference"] and tried["reference"] is None
-    with pytest.raises(NotImplementedError, match=re.escape(tried["rounding"])):
-        ql.matmul(x, q, backend="rounding")
-    monkeypatch.setattr(jax, "default_backend", lambda: "another")
-    assert ql.explain_backend(x, q) == {"reference": None}
-
-
-@pytest.mark.parametrize("shape", [(64,), (2, 128), (3, 2, 128)])
-def test_inputs_of_explanations_must_fit_the_kernel(shape):
-    q = pack(Case((128, 64)))
-    x = jax.ShapeDtypeStruct(shape, "float32")
-    if shape[-1] == 128:
-        ql.explain_backend(x, q)
-    else:
-        refusal(lambda: ql.explain_backend(x, q), "[..., 128]")
-        ql.explain_backend(x, q, transpose=True)
-    integers = jax.ShapeDtypeStruct((2, 128), "int32")
-    with pytest.raises(TypeError, match="must be floating-point. Got int32"):
-        ql.explain_backend(integers, q)
-
-
-@pytest.mark.parametrize("shape", [(128,), (3, 2, 128)])
-def test_explanations_for_any_number_of_row_axes(shape, monkeypatch):
-    q = pack(Case((128, 128)))
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    x = jax.ShapeDtypeStruct(shape, "float32")
-    assert ql.explain_backend(x, q) == {"pallas_tpu": None}
-
-
 @pytest.mark.parametrize("backend", [5, ["tiled", 5], [["tiled"]], []])
 def test_names_of_back_ends_are_strings(backend):
     q = pack(Case((64, 64)))

@@ -51,21 +51,20 @@ class Checked:
         versions: The versions of this library, Python and the numerical packages.
         machine: The operating system and the processor.
         devices: The kind of the devices, their number and their memory in bytes.
-        products: For each format, dtype, direction and number of rows: the back end,
-            why preferred ones were not used, the error and its bound.
+        products: For each format, dtype, direction and number of rows: the error and
+            its bound.
         step: The losses after training on the device and on the CPU.
 
     Example:
         >>> from qlora_jax.llm import app
         >>> product = {"error": 0.001, "bound": 0.004, "is_right": True}
-        >>> product |= {"backend": "tiled", "refused": {}}
         >>> devices = {"kind": "cpu", "platform": "cpu", "count": 1, "bytes": None}
         >>> step = {"loss": 5.0, "cpu": None, "is_right": True}
         >>> print(app.Checked({"jax": "0.10.2"}, "Linux", devices, [product], step))
         jax 0.10.2
         Linux
         1 x cpu
-        products: 1 of 1 are right, with at most 0.25 of the bound; by tiled
+        products: 1 of 1 are right, with at most 0.25 of the bound
         training: loss 5.0000
     """
 
@@ -86,17 +85,12 @@ class Checked:
         num_right = sum(x["is_right"] for x in products)
         # Errors that are not finite are None.
         ratios = [x["error"] / x["bound"] for x in products if x["error"] is not None]
-        backends = dict.fromkeys(x["backend"] for x in products)
-        reasons = (
-            f"not {k}: {why}" for x in products for k, why in x["refused"].items()
-        )
         lines = [
             ", ".join(f"{name} {x}" for name, x in self.versions.items()),
             self.machine,
             f"{devices['count']} x {devices['kind']}{size}",
             f"products: {num_right} of {len(products)} are right, with at most "
-            f"{max(ratios, default=0.0):.2f} of the bound; by {', '.join(backends)}",
-            *dict.fromkeys(reasons),  # each reason once, in order
+            f"{max(ratios, default=0.0):.2f} of the bound",
         ]
         loss = "not finite" if step["loss"] is None else f"{step['loss']:.4f}"
         cpu = f", {step['cpu']:.4f} on the CPU" if step["cpu"] is not None else ""
@@ -184,16 +178,12 @@ def _check_directions(
     inputs = [draw(rows, _SHAPE[is_transposed]) for rows, is_transposed in cases]
     outputs = _compute_products(inputs, q)
     for (rows, is_transposed), x, y in zip(cases, inputs, outputs, strict=True):
-        # Maps back ends to the reasons why they are not used. The last one is used.
-        backends = ql.explain_backend(x, q, transpose=is_transposed)
         error, bound = _relative_error(y, x, weight.T if is_transposed else weight)
         yield {
             "format": q.fmt + " double" * q.double_quant,
             "dtype": q.dtype.name,
             "rows": rows,
             "direction": _DIRECTIONS[is_transposed],
-            "backend": list(backends)[-1],
-            "refused": {k: why for k, why in backends.items() if why is not None},
             "decodes_exactly": is_exact,
             "error": error if np.isfinite(error) else None,
             "bound": bound,
