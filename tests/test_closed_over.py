@@ -41,7 +41,6 @@ CHECKED = {
     "trees/bank.py __getitem__": "a place of a bank",
     "trees/bank.py _checked_index": "with_adapter",
     "trees/bank.py select": "select",
-    "trees/merge.py _mismatch": "merge_adapters",
     "trees/merge.py is_finite": "merge_adapters",
     "trees/merge.py merge_leaf": "merge",
     "trees/merge.py _is_finite_number": "merge_adapters",

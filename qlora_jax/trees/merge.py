@@ -5,19 +5,18 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float32
 
 from .._jax.arguments import known_values
 from .._jax.memory import all_below, is_concrete
 from .._jax.pytree import on_arrays
 from ..adapters.base import Adapter
-from ..adapters.config import as_rank
 from ..adapters.lora import LoRA
 from ..adapters.merge_aware import MergeAware, is_merge_aware
 from ..quant.kernel import Kernel, as_kernel
@@ -41,9 +40,6 @@ from .quantize import dequantize
 _WeightedLoRA = tuple[LoRA, float]  # an adapter and its weight in the sum
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-
-# The default precision of TPUs would round the factors to bfloat16.
-_highest_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 @jax.jit
@@ -252,8 +248,7 @@ def merge_adapters(
     adapters: Sequence[Tree],
     weights: Sequence[float],
     *,
-    method: Literal["cat", "svd", "linear"] = "cat",
-    rank: int | None = None,
+    method: Literal["cat", "linear"] = "cat",
 ) -> Tree:
     """Returns one lora tree for a weighted sum of adapters of one base.
 
@@ -264,24 +259,18 @@ def merge_adapters(
     Args:
         adapters: Lora trees of one base. A tree that lacks a path adds nothing there.
         weights: One finite weight for each adapter; negative weights subtract.
-        method: "cat" is the exact sum, and its rank is the sum of the ranks. "svd" is
-            the best approximation of the sum at a given rank, in the Frobenius norm.
-            "linear" adds up all A, and all B, each multiplied by
-            `sqrt(weight * scaling)` of its adapter. The result differs from the sum,
-            since it also multiplies one adapter's A by another's B; ranks must be
-            equal.
-        rank: The rank for "svd", by default the largest rank of the adapters. A rank
-            above the sum of their ranks, or above K or N, is lowered to it, since it
-            then represents the sum exactly. Must be None for other methods.
+        method: "cat" is the exact sum, and its rank is the sum of the ranks. "linear"
+            adds up all A, and all B, each multiplied by `sqrt(weight * scaling)` of its
+            adapter. The result differs from the sum, since it also multiplies one
+            adapter's A by another's B; ranks must be equal.
 
     Raises:
         TypeError: If `adapters` is a single tree, or `adapters` or `weights` is not a
             sequence.
         ValueError: If there are no adapters, the number of weights differs, a weight is
-            not finite, or the method is unknown; if `rank` is not a positive integer,
-            or is set for another method; or if adapters are not a `LoRA`, or differ in
-            shape or dropout at a path, or, outside jit, if a weight times a scaling, or
-            A or B of the result, overflows its dtype; all are listed.
+            not finite, or the method is unknown; or if adapters are not a `LoRA`, or
+            differ in shape or dropout at a path, or, outside jit, if A or B of the
+            result overflows its dtype; all are listed.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -290,8 +279,6 @@ def merge_adapters(
         >>> other = jax.tree.map(lambda x: x + 1, lora)
         >>> ql.merge_adapters([lora, other], [0.5, 0.5])["kernel"].rank
         8
-        >>> ql.merge_adapters([lora, other], [1, -1], method="svd")["kernel"].rank
-        4
     """
     check_lora_trees(adapters)
     if method not in _METHODS:
@@ -309,9 +296,6 @@ def merge_adapters(
         )
     if not all(map(_is_finite_number, weights)):
         raise ValueError(f"`weights` must be finite numbers. Got {[*weights]}.")
-    if rank is not None and method != "svd":
-        raise ValueError(f"`rank` must be None for method {method!r}. Got {rank!r}.")
-    rank = None if rank is None else as_rank(rank)
     # Collect the adapters of each kernel with their weights, in order.
     sums: dict[KeyPath, list[_WeightedLoRA]] = {}
     for tree, weight in zip(adapters, weights, strict=True):
@@ -321,9 +305,7 @@ def merge_adapters(
     raise_if_any("these adapters cannot be merged", problems)
 
     def merge_loras(pairs: list[_WeightedLoRA]) -> Adapter:
-        terms = [_weighted_product(lora, weight) for lora, weight in pairs]
-        largest_rank = max(lora.rank for lora, _ in pairs)
-        a, b = _METHODS[method](terms, largest_rank if rank is None else rank)
+        a, b = _METHODS[method](pairs)
         dtype = jnp.result_type(*(x for lora, _ in pairs for x in (lora.a, lora.b)))
         a, b = a.astype(dtype), b.astype(dtype)
         return dataclasses.replace(pairs[0][0], a=a, b=b, scaling=1.0)
@@ -357,61 +339,34 @@ def _is_finite_number(weight: object) -> bool:
     return is_number and abs(float(value)) <= FLOAT32_MAX
 
 
-class _WeightedProduct(NamedTuple):
-    a: Float32[Array, "*batch k r"]
-    b: Float32[Array, "*batch r n"]
-    coefficient: Float32[Array, "..."]  # weight * scaling, [*batch, 1, 1] or []
+# A and B of a merged adapter in float32, before they are cast to the result's dtype.
+_Merged = tuple[Float32[Array, "*batch k r"], Float32[Array, "*batch r n"]]
 
 
-# A and B of a merged adapter, before they are cast to the result's dtype.
-_Merged = tuple[Float[Array, "*batch k r"], Float[Array, "*batch r n"]]
+def _coefficient(lora: LoRA, weight: float) -> Float32[Array, ""]:
+    return jnp.asarray(weight, jnp.float32) * jnp.float32(lora.scaling)
 
 
-def _coefficient(lora: LoRA, weight: float) -> Float[np.ndarray | Array, "..."]:
-    return np.asarray(lora.scaling, np.float64) * weight
-
-
-def _weighted_product(lora: LoRA, weight: float) -> _WeightedProduct:
-    coefficient = _coefficient(lora, weight)
-    if coefficient.ndim:
-        coefficient = coefficient.reshape(*lora.batch_shape, 1, 1)
-    a, b = (x.astype(jnp.float32) for x in (lora.a, lora.b))
-    return _WeightedProduct(a, b, jnp.asarray(coefficient, jnp.float32))
-
-
-def _cat(terms: list[_WeightedProduct], _: int) -> _Merged:
+def _cat(pairs: list[_WeightedLoRA]) -> _Merged:
     # [c1 A1, c2 A2] [B1; B2] = c1 A1 B1 + c2 A2 B2
-    a = jnp.concatenate([term.a * term.coefficient for term in terms], -1)
-    return a, jnp.concatenate([term.b for term in terms], -2)
+    a = [x.a.astype(jnp.float32) * _coefficient(x, weight) for x, weight in pairs]
+    b = [x.b.astype(jnp.float32) for x, _ in pairs]
+    return jnp.concatenate(a, -1), jnp.concatenate(b, -2)
 
 
-def _linear(terms: list[_WeightedProduct], _: int) -> _Merged:
-    # The sign goes into A alone, since the root of a negative coefficient is not real.
-    roots = [jnp.sqrt(jnp.abs(term.coefficient)) for term in terms]
-    terms_and_roots = list(zip(terms, roots, strict=True))
+def _linear(pairs: list[_WeightedLoRA]) -> _Merged:
     # The result also has terms such as sqrt(c1 c2) A1 B2, as in PEFT.
-    a = sum(jnp.sign(x.coefficient) * root * x.a for x, root in terms_and_roots)
-    return jnp.asarray(a), jnp.asarray(sum(root * x.b for x, root in terms_and_roots))
+    a = b = jnp.float32(0)
+    for lora, weight in pairs:
+        coefficient = _coefficient(lora, weight)
+        root = jnp.sqrt(jnp.abs(coefficient))
+        # The sign goes into A alone, since the root of a negative number is not real.
+        a += jnp.sign(coefficient) * root * lora.a.astype(jnp.float32)
+        b += root * lora.b.astype(jnp.float32)
+    return a, b
 
 
-def _svd(terms: list[_WeightedProduct], rank: int) -> _Merged:
-    # With A = Q R and B^T = P L, A B = Q (R L^T) P^T, where Q and P have orthonormal
-    # columns. So only R L^T is decomposed. Its size t is the sum of the ranks, and no
-    # matrix is as large as the kernel.
-    a, b = _cat(terms, rank)
-    q, r = jnp.linalg.qr(a)  # [*batch, K, t] and [*batch, t, t]
-    p, left = jnp.linalg.qr(b.swapaxes(-1, -2))  # [*batch, N, t] and [*batch, t, t]
-    core = _highest_matmul(r, left.swapaxes(-1, -2))  # [*batch, t, t]
-    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
-    # The largest singular values give the best approximation (Eckart and Young).
-    u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
-    return (
-        _highest_matmul(q, u),  # [*batch, K, rank]
-        _highest_matmul(s[..., None] * vt, p.swapaxes(-1, -2)),  # [*batch, rank, N]
-    )
-
-
-_METHODS = {"cat": _cat, "svd": _svd, "linear": _linear}
+_METHODS = {"cat": _cat, "linear": _linear}
 
 
 def _mismatch(pairs: list[_WeightedLoRA], method: str) -> str | None:
@@ -427,11 +382,4 @@ def _mismatch(pairs: list[_WeightedLoRA], method: str) -> str | None:
     ranks = [x.rank for x in loras]
     if method == "linear" and len({*ranks}) > 1:
         return f"ranks must be equal for `method` linear. Got {ranks}."
-    for pair in pairs:
-        coefficient = known_values("weights", _coefficient(*pair))
-        if coefficient is not None and np.any(np.abs(coefficient) > FLOAT32_MAX):
-            return (
-                "a weight times the scaling must fit float32. Got "
-                f"{coefficient.tolist()}."
-            )
     return None

@@ -33,17 +33,16 @@ def delta(lora):
 def test_a_sum_of_adapters(weights):
     loras = adapters()
     want = sum(w * delta(lora) for w, lora in zip(weights, loras, strict=True))
-    for method, rank in ("cat", None), ("svd", 6), ("svd", np.int64(6)):
-        merged = ql.merge_adapters(loras, weights, method=method, rank=rank)
-        assert merged["kernel"].rank == 6
-        assert relative_error(delta(merged), want) < 10 * rounding(64)
+    merged = ql.merge_adapters(loras, weights)
+    assert merged["kernel"].rank == 6
+    assert relative_error(delta(merged), want) < rounding(64)
     traced = jax.jit(lambda w: ql.merge_adapters(loras, [w[0], w[1]]))(
         jnp.asarray(weights, jnp.float32)
     )
     assert relative_error(delta(traced), want) < rounding(64)
 
 
-@pytest.mark.parametrize("method", ["cat", "svd", "linear"])
+@pytest.mark.parametrize("method", ["cat", "linear"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_the_dtype_holds_those_of_all(method, order):
     """The result does not depend on the order of the adapters."""
@@ -74,18 +73,13 @@ def test_what_cannot_be_merged_is_refused():
         ((two, [1, None]), "`weights` must be finite numbers"),
         ((two, [1, [1]]), "`weights` must be finite numbers"),
         ((two, [1, 1], "mean"), "`method` must be one of"),
-        ((two, [1, 1], "cat", 4), "`rank` must be None for method 'cat'. Got 4."),
-        ((two, [1, 1], "linear", 4), "`rank` must be None for method 'linear'. Got 4."),
-        ((two, [1, 1], "svd", True), "`rank` must be a positive integer. Got True."),
-        ((two, [1, 1], "svd", 0), "`rank` must be a positive integer. Got 0."),
-        ((two, [1, 1], "svd", 2.0), "`rank` must be a positive integer. Got 2.0."),
         ((with_dropout, [1, 1]), "kernel: dropout must be equal. Got [0.0, 0.1]."),
         (([two[0], wide], [1, 1]), "kernel: each must be of one kernel"),
-        ((two, [1, 3e38]), "kernel: a weight times the scaling must fit float32. Got"),
+        ((two, [1, 3e38]), "kernel: A and B must be finite. Got infinite"),
         ((two, [1, 1], "linear"), "ranks must be equal"),
     ):
-        trees, weights, *optional_arguments = arguments
-        settings = dict(zip(("method", "rank"), optional_arguments, strict=False))
+        trees, weights, *method = arguments
+        settings = dict(zip(("method",), method, strict=False))
         run = functools.partial(ql.merge_adapters, trees, weights, **settings)
         refusal(run, words)
     with pytest.raises(TypeError, match="`weights` must be a sequence .* Got 1.0"):
@@ -94,7 +88,7 @@ def test_what_cannot_be_merged_is_refused():
         ql.merge_adapters((lora for lora in two), [1, 1])
 
 
-@pytest.mark.parametrize("method", ["cat", "svd", "linear"])
+@pytest.mark.parametrize("method", ["cat", "linear"])
 def test_sums_that_overflow_their_dtype_are_refused(method):
     """The largest number of float16 is 65504."""
     (lora,) = adapters((4,), (0.0,), ("float16",))
