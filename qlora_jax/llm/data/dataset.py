@@ -98,9 +98,8 @@ def read_dataset(
         seed: The seed that selects the validation rows.
 
     Raises:
-        ValueError: If a file cannot be read, or if rows are wrong, too long or without
-            a target token. The message lists them.
-        ImportError: If a library that the data needs is missing.
+        ValueError: If rows are wrong, too long or without a target token. The message
+            lists them.
 
     Example:
         >>> import tempfile
@@ -143,16 +142,19 @@ def read_dataset(
     if validation_split is not None and not reader.rows["valid"]:
         raise ValueError(_NO_ROWS.format(validation_split, path, "validate on"))
     mix = tuple(zip(counts, weights.values(), strict=True))
+    sequences = [x for row in reader.rows["train"] for x in row.sequences]
+    system, *others = encoder.system_messages or {None}
     return Dataset(
         **reader.rows,
         valid_examples=reader.examples["valid"],
         test_examples=reader.examples["test"],
-        trained_share=reader.num_targets / reader.num_tokens,
+        trained_share=sum(x.num_trained for x in sequences)
+        / sum(len(x.ids) for x in sequences),
         kind=" and ".join(reader.kinds),
         notes=reader.all_notes(),
         mix=mix if len(mix) > 1 else (),
         hash=reader.hasher.hexdigest()[:16],
-        system=encoder.shared_system_message,
+        system=None if others else system,
     )
 
 
@@ -206,8 +208,6 @@ class _Reader:
     notes: list[str] = field(default_factory=list)
     hasher: Any = field(default_factory=hashlib.sha256)
     num_straddling: int = 0  # rows where one token covers text of prompt and answer
-    num_targets: int = 0  # in training rows
-    num_tokens: int = 0  # in training rows
 
     def read(self, name: str) -> int:
         """Reads all splits of a data set, and returns its number of training rows."""
@@ -254,15 +254,11 @@ class _Reader:
         row, example, straddles, *_ = piece
         self.num_straddling += straddles
         self.examples[split] += [example] if example else []
-        sequences = row.sequences
         if split != "test":
-            for sequence in sequences:
+            for sequence in row.sequences:
                 self._hash(sequence)
-        if split == "train":
-            self.num_targets += sum(x.num_trained for x in sequences)
-            self.num_tokens += sum(len(x.ids) for x in sequences)
         if self.separates_pairs:
-            self.rows[split] += [x._replace(rejected=None) for x in sequences]
+            self.rows[split] += [x._replace(rejected=None) for x in row.sequences]
         else:
             self.rows[split].append(row)
 
@@ -305,16 +301,13 @@ def read_rows(
     Rows may have any number of tokens. Rows of `text` get no end token.
 
     Args:
-        path: The file, as in `read_dataset`.
-        tokenizer: The tokenizer of the model. Unused for rows with `input_ids`.
+        path: The file. This and the other arguments are those of `read_dataset`.
+        tokenizer: The tokenizer of the model.
         vocab_size: All ids must be below this number.
         max_length: The tokens per row of a .txt file, or None not to split it.
-        keys: As in `read_dataset`, and so are the arguments below.
+        keys: Maps our keys to the keys of the rows.
         train_on: The target tokens.
         chat: Whether to turn prompts and completions into messages.
-
-    Raises:
-        ValueError: If lines are wrong, which the message lists, or if an argument is.
 
     Example:
         >>> import tempfile

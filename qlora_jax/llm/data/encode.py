@@ -71,11 +71,7 @@ class Row(NamedTuple):
         return not is_tie and all((x != IGNORED).any() for x in labels)
 
     def truncated(self, size: int) -> "Row":
-        """Returns the row with at most `size` tokens per sequence.
-
-        Args:
-            size: The largest number of tokens.
-        """
+        """Returns the row with at most `size` tokens per sequence."""
         rejected = self.rejected and self.rejected.truncated(size)
         # KTO joins the answer to other prompts, after which more of it may fit.
         is_cut = self.label is not None and len(self.ids) > size
@@ -146,12 +142,6 @@ class Encoder:
         # The first messages of conversations so far: the text of a system message, or
         # None if there is none.
         self.system_messages: set[str | None] = set()
-
-    @property
-    def shared_system_message(self) -> str | None:
-        """The system message of all rows so far, or None if they do not share one."""
-        messages = [*self.system_messages]
-        return messages[0] if len(messages) == 1 else None
 
     def encode(
         self,
