@@ -187,12 +187,14 @@ class Encoder:
         return Encoded(row, first.example, straddles, fields.kind, is_cut)
 
     def _take_ids(self, values: Mapping[str, Any], place: str) -> Row:
-        labels = ids = self._to_array("input_ids", values["input_ids"])
-        if values["labels"] is not None:
-            labels = self._to_array("labels", values["labels"], (IGNORED,))
+        ids, labels = values["input_ids"], values["labels"]
+        self._check_ids("input_ids", ids)
+        if labels is None:
+            labels = ids
+        self._check_ids("labels", labels, (IGNORED,))
         if len(labels) != len(ids):
             raise ValueError(f"the row must have {len(ids)} labels. Got {len(labels)}.")
-        return Row(ids, labels, place)
+        return Row(np.asarray(ids, np.int32), np.asarray(labels, np.int32), place)
 
     def _encode_sequence(
         self,
@@ -226,7 +228,8 @@ class Encoder:
                 raise ModelError("the model must name a token that ends a text.")
             if ids[-1:] != [eos]:
                 ids, is_answer = [*ids, eos], np.append(is_answer, True)
-        ids = self._to_array("the ids of the row", ids)
+        self._check_ids("the ids of the row", ids)
+        ids = np.asarray(ids, np.int32)
         is_target = is_answer | (self.train_on == "all")
         labels = np.where(is_target, ids, IGNORED).astype(np.int32)
         start, example = 0, None
@@ -243,7 +246,8 @@ class Encoder:
         ids, eos = encoding.ids, self.tokenizer.eos_id
         if self.ends_text and not is_cut and eos is not None and ids[-1:] != [eos]:
             ids.append(eos)  # some tokenizers have already added it
-        ids = self._to_array("the ids of its text", ids)
+        self._check_ids("the ids of its text", ids)
+        ids = np.asarray(ids, np.int32)
         return Encoded(Row(ids, ids, place), is_cut=is_cut)
 
     def _render(self, conversation: Conversation, label: bool | None) -> AnswerSpans:
@@ -336,14 +340,12 @@ class Encoder:
         text = self.tokenizer.decode([x for x in answer_ids if x not in end_ids])
         return Example(ids, text, end_ids)
 
-    def _to_array(
-        self, name: str, ids: Any, others: tuple[int, ...] = ()
-    ) -> np.ndarray:
+    def _check_ids(self, name: str, ids: Any, others: tuple[int, ...] = ()) -> None:
         allowed, wrong = range(self.vocab_size), [ids]
         if isinstance(ids, list):
-            integers = [x for x in ids if type(x) is int]  # booleans are excluded
-            outside = [x for x in integers if x not in allowed and x not in others]
-            wrong = outside or [x for x in ids if type(x) is not int]
+            # `type(x) is int` excludes booleans.
+            are_ids = (type(x) is int and (x in allowed or x in others) for x in ids)
+            wrong = [x for x, is_id in zip(ids, are_ids, strict=True) if not is_id]
         if wrong:
             raise ValueError(
                 f"{name} must be a list of integers below {self.vocab_size}. Got "
@@ -351,4 +353,3 @@ class Encoder:
             )
         if not ids:
             raise ValueError("the row must have at least one token. Got none.")
-        return np.asarray(ids, np.int32)

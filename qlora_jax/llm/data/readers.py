@@ -1,6 +1,7 @@
 """Reads the raw rows of a file. The suffix of the file selects the reader."""
 
 import codecs
+import contextlib
 import csv
 import importlib
 import pathlib
@@ -102,15 +103,10 @@ def open_file(
         expected = f"a file ({FILES}){alternatives}"
         raise ValueError(f"`{option}` must be {expected}. Got {describe_path(path)}.")
     unit, read = READERS[suffix]
-    if suffix == ".json" and _has_row_per_line(path):
-        unit, read = READERS[".jsonl"]
-    return Source(str(path), unit, _read_file(path, read), suffix == ".txt")
-
-
-def _has_row_per_line(path: pathlib.Path) -> bool:
     # Many .json files are JSON lines: their first line is an object by itself.
-    with path.open("rb") as file:
-        return isinstance(next(_read_jsonl(file), (0, None))[1], dict)
+    if suffix == ".json" and isinstance(next(_read_jsonl(path), (0, 0))[1], dict):
+        unit, read = READERS[".jsonl"]
+    return Source(str(path), unit, read(path), suffix == ".txt")
 
 
 def describe_path(path: str | pathlib.Path) -> str:
@@ -118,64 +114,70 @@ def describe_path(path: str | pathlib.Path) -> str:
     return f"{str(path)!r}{'' if pathlib.Path(path).exists() else ', which is missing'}"
 
 
-def _read_file(path: pathlib.Path, read: Callable[[BinaryIO], RawRows]) -> RawRows:
+@contextlib.contextmanager
+def _open(path: pathlib.Path) -> Iterator[BinaryIO]:
     with path.open("rb") as file:
         try:
-            yield from read(file)
+            yield file
         except (ValueError, OSError) as error:
             if getattr(error, "errno", None):  # from the disk, and not from the reader
                 raise
             raise ValueError(f"{path} must be a {path.suffix} file. {error}") from error
 
 
-def _read_jsonl(file: BinaryIO) -> RawRows:
+def _read_jsonl(path: pathlib.Path) -> RawRows:
     # Yields the row of each line that is not blank.
-    # The limit keeps a file without line breaks from filling the memory.
-    lines = iter(lambda: file.readline(MAX_BYTES + 1), b"")
-    for number, line in enumerate(lines, 1):
-        if len(line) > MAX_BYTES:
-            yield number, ValueError(f"the row must have at most {MAX_BYTES} bytes.")
-            while line and not line.endswith(b"\n"):
-                line = file.readline(MAX_BYTES)
-            continue
-        if number == 1:
-            line = line.removeprefix(_BOM)
-        if line.strip():
+    with _open(path) as file:
+        # The limit keeps a file without line breaks from filling the memory.
+        lines = iter(lambda: file.readline(MAX_BYTES + 1), b"")
+        for number, line in enumerate(lines, 1):
+            if len(line) > MAX_BYTES:
+                problem = f"the row must have at most {MAX_BYTES} bytes."
+                yield number, ValueError(problem)
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_BYTES)
+                continue
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            if not line.strip():
+                continue
             try:
                 row = ql.io.parse_json(line.rstrip(), "the row")
-            except ValueError as error:  # whose line is always the first
-                yield number, ValueError(re.sub(r"line 1 (?=column)", "", str(error)))
-            else:
-                yield number, row
+            except ValueError as error:
+                # The number of the line is always that of the first one.
+                row = ValueError(re.sub(r"line 1 (?=column)", "", str(error)))
+            yield number, row
 
 
-def _read_json(file: BinaryIO) -> RawRows:
-    rows = ql.io.parse_json(file.read().removeprefix(_BOM), "The file")
-    if not isinstance(rows, list):
-        keys = f"an object with {[*rows]}" if isinstance(rows, dict) else repr(rows)
-        raise ValueError(
-            "The file must be a list of rows, or have one row per line. Got "
-            f"{keys:.200}."
-        )
+def _read_json(path: pathlib.Path) -> RawRows:
+    with _open(path) as file:
+        rows = ql.io.parse_json(file.read().removeprefix(_BOM), "The file")
+        if not isinstance(rows, list):
+            keys = f"an object with {[*rows]}" if isinstance(rows, dict) else repr(rows)
+            raise ValueError(
+                "The file must be a list of rows, or have one row per line. Got "
+                f"{keys:.200}."
+            )
     yield from enumerate(rows)
 
 
-def _read_csv(file: BinaryIO) -> RawRows:
-    # The first record names the columns.
-    reader = csv.reader(codecs.iterdecode(file, "utf-8-sig"), strict=True)
-    names = _next_record(reader) or []
-    if len({*names}) < len(names):
-        raise ValueError(f"The columns must have different names. Got {names}.")
-    while True:
-        # A record may span several lines; its number is that of its first line.
-        number, record = reader.line_num + 1, _next_record(reader)
-        if record is None:
-            return
-        if record and len(record) != len(names):
-            problem = f"the row must have {len(names)} fields, as the header has."
-            yield number, ValueError(f"{problem} Got {len(record)}.")
-        elif record:
-            yield number, dict(zip(names, record, strict=True))
+def _read_csv(path: pathlib.Path) -> RawRows:
+    with _open(path) as file:
+        # The first record names the columns.
+        reader = csv.reader(codecs.iterdecode(file, "utf-8-sig"), strict=True)
+        names = _next_record(reader) or []
+        if len({*names}) < len(names):
+            raise ValueError(f"The columns must have different names. Got {names}.")
+        while True:
+            # A record may span several lines; its number is that of its first line.
+            number, record = reader.line_num + 1, _next_record(reader)
+            if record is None:
+                return
+            if record and len(record) != len(names):
+                problem = f"the row must have {len(names)} fields, as the header has."
+                yield number, ValueError(f"{problem} Got {len(record)}.")
+            elif record:
+                yield number, dict(zip(names, record, strict=True))
 
 
 def _next_record(reader: Any) -> list[str] | None:
@@ -189,7 +191,7 @@ def _next_record(reader: Any) -> list[str] | None:
         csv.field_size_limit(old_limit)
 
 
-def _read_parquet(file: BinaryIO) -> RawRows:
+def _read_parquet(path: pathlib.Path) -> RawRows:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
@@ -198,9 +200,10 @@ def _read_parquet(file: BinaryIO) -> RawRows:
         ) from error
     # A file can be much smaller than its rows, because it stores equal texts once. So
     # only a few rows are in memory at a time, and only one as Python's objects.
-    batches = parquet.ParquetFile(file).iter_batches(4)
-    slices = (batch.slice(i, 1) for batch in batches for i in range(batch.num_rows))
-    yield from enumerate(without_none(row.to_pylist()[0]) for row in slices)
+    with _open(path) as file:
+        batches = parquet.ParquetFile(file).iter_batches(4)
+        slices = (batch.slice(i, 1) for batch in batches for i in range(batch.num_rows))
+        yield from enumerate(without_none(row.to_pylist()[0]) for row in slices)
 
 
 def without_none(value: Any) -> Any:
@@ -212,16 +215,18 @@ def without_none(value: Any) -> Any:
     return value
 
 
-def _read_text(file: BinaryIO) -> RawRows:
-    data = file.read(MAX_BYTES + 1).removeprefix(_BOM)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"The file must have at most {MAX_BYTES} bytes.")
-    if text := data.decode("utf-8"):
+def _read_text(path: pathlib.Path) -> RawRows:
+    with _open(path) as file:
+        data = file.read(MAX_BYTES + 1).removeprefix(_BOM)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"The file must have at most {MAX_BYTES} bytes.")
+        text = data.decode("utf-8")
+    if text:
         yield 1, {"text": text}
 
 
 # For each suffix, the unit of row numbers and the reader.
-READERS: dict[str, tuple[str, Callable[[BinaryIO], RawRows]]] = {
+READERS: dict[str, tuple[str, Callable[[pathlib.Path], RawRows]]] = {
     ".jsonl": ("line", _read_jsonl),
     ".json": ("row", _read_json),
     ".csv": ("line", _read_csv),
