@@ -15,7 +15,7 @@ from .names import Entry, Names
 from .native import Restored, restore, save
 from .peft.config import PeftConfig
 from .peft.files import load_peft, save_peft
-from .peft.servers import PlainLoRA, portable, read_mlx, save_mlx
+from .peft.servers import PlainLoRA, portable, save_mlx
 from .peft.settings import peft_config
 from .safetensors import open_safetensors, write_safetensors
 from .tensors import LazyTensor, Tensors
@@ -41,7 +41,6 @@ __all__ = [
     "peft_config",
     "portable",
     "read_config_json",
-    "read_mlx",
     "read_quantization",
     "restore",
     "save",

@@ -359,44 +359,6 @@ def test_mlx_continues_a_merged_folder_as_transformers_does(tmp_path):
     check_mlx(prompt, text, logs, folder)
 
 
-def test_an_adapter_that_mlx_trains_is_read(tmp_path):
-    mx = pytest.importorskip("mlx.core")
-    from mlx.utils import tree_flatten
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_lm.utils import load_model, save_config
-
-    base, folder = tmp_path / "base", tmp_path / "mlx"
-    save_model(base, "llama")
-    model, _ = load_model(base)
-    model.freeze()
-    settings = {"rank": 4, "scale": 2.5, "dropout": 0.0}
-    linear_to_lora_layers(model, 1, settings)
-
-    def draw_like(x):
-        return mx.array(np.random.default_rng(0).normal(size=x.shape) * 0.2)
-
-    trained = tree_flatten(model.trainable_parameters())
-    model.load_weights([(k, draw_like(x)) for k, x in trained], strict=False)
-    folder.mkdir()
-    trained = dict(tree_flatten(model.trainable_parameters()))
-    mx.save_safetensors(str(folder / "adapters.safetensors"), trained)
-    adapter_config = {
-        "fine_tune_type": "lora",
-        "num_layers": 1,
-        "lora_parameters": settings,
-    }
-    save_config(adapter_config, folder / "adapter_config.json")
-    tokens = np.random.default_rng(1).integers(3, 256, (1, 32))
-    want = np.array(model(mx.array(tokens)).astype(mx.float32))
-    config, params = load(base, progress=False)
-    plain = ql.io.read_mlx(folder)
-    params, lora, _ = ql.io.load_peft(plain, params, decoder_names(config))
-    got = llama.our_logits(config, params, lora, tokens)
-    assert_close(got, want)
-    bare = llama.our_logits(config, params, {}, tokens)
-    assert np.abs(bare - want).max() > 0.1
-
-
 def check_mlx(prompt, text, logs, *folders):
     """Checks the tokens and log-probabilities of mlx-lm, with or without an adapter."""
     logits = mlx_logits([prompt + text], *folders)[0]

@@ -27,9 +27,7 @@ from qlora_jax.io.named_leaves import find_leaves
 from qlora_jax.io.stored_weight import StoredWeight, in_float
 from qlora_jax.llm.data import Tokenizer, read_dataset
 from qlora_jax.llm.data.model_files import ModelError
-from qlora_jax.llm.models.checkpoint import abstract_params
 from qlora_jax.llm.models.config import DecoderConfig
-from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.families import config_from_hf
 from qlora_jax.llm.models.tiny import save_tiny
 
@@ -57,7 +55,6 @@ SETTINGS += [{"quant_method": "compressed-tensors", "config_groups": {"a": {}}}]
 CASES = int(os.environ.get("QLORA_JAX_CASES", "60"))  # of each reader
 SECONDS, BYTES = 1.0, 200 << 20
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-MLX = ("adapter_config.json", "adapters.safetensors")
 # Patterns that are matched with names: invalid, slow, or matching everything.
 PATTERNS = ["(", "(a+)+b", ".*" * 9, "(a|a)*c", ".*", "up|head", "x" * 5000]
 PATTERNS += ["a{1,99}" * 9]
@@ -213,12 +210,6 @@ class Files:
         tiny = pathlib.Path(save_tiny(folder / "tiny"))
         (tiny / "tokenizer.json").rename(folder / "tokenizer.json")
         (folder / "config.json").write_text(json.dumps(CONFIGS[0]))
-        self.decoder = abstract_params(config), decoder_names(config)
-        ab = {"a": np.ones((2, 32), np.float32), "b": np.ones((64, 2), np.float32)}
-        names = (f"model.layers.{i}.mlp.up_proj" for i in range(2))
-        plain = ql.io.PlainLoRA(4.0, dict.fromkeys(names, ab))
-        ql.io.save_mlx(folder / "mlx", plain, 2)
-        self.mlx = [(folder / "mlx" / n).read_bytes() for n in MLX]
 
     def written(self, tensors) -> bytes:
         ql.io.write_safetensors(self.path, tensors, metadata={"format": "pt"})
@@ -343,18 +334,6 @@ def read_adapter(files: Files, rng: random.Random):
     ql.io.load_peft(folder, files.base, files.names)
 
 
-def read_mlx_adapter(files: Files, rng: random.Random):
-    """Adapters of mlx-lm that may or may not fit a decoder."""
-    settings, tensors = files.mlx
-    if rng.random() < 0.5:
-        tensors = change_file(rng, tensors)
-    else:
-        settings = json.dumps(change_json(rng, json.loads(settings))).encode()
-    for name, data in zip(MLX, (settings, tensors), strict=True):
-        (files.folder / "mlx" / name).write_bytes(data)
-    ql.io.load_peft(ql.io.read_mlx(files.folder / "mlx"), *files.decoder)
-
-
 def read_model_config(files: Files, rng: random.Random):
     """Model configs, as a model family reads them and a decoder checks them."""
     raw = dict(rng.choice(CONFIGS))
@@ -414,7 +393,7 @@ def _read_dataset(path: pathlib.Path, tokenizer: Tokenizer, settings: dict):
 
 
 READERS = [read_rows, read_template, read_adapter, read_model_config]
-READERS += [read_mlx_adapter, read_file, read_index, read_packed, read_leaves]
+READERS += [read_file, read_index, read_packed, read_leaves]
 READERS += [read_native, read_config]
 
 

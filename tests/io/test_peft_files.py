@@ -314,14 +314,6 @@ def test_an_empty_list_of_layers_is_all_layers():
     assert config.layers is None and config.to_json()["layers_to_transform"] is None
 
 
-@pytest.mark.parametrize("keys", ["", "abm", "m"])
-def test_plain_adapters_must_have_a_and_b(keys):
-    factors = {"model.q_proj": {key: np.ones((2, 2), np.float32) for key in keys}}
-    message = "must have `a` and `b`, and nothing else, of .*:\n  model.q_proj"
-    with pytest.raises(ValueError, match=message):
-        ql.io.PlainLoRA(8, factors).to_peft()
-
-
 @pytest.mark.parametrize(
     "module, shape, message",
     [

@@ -10,7 +10,6 @@ FILES = [
     "*.json",
     "*.jinja",
     "adapter_model*.safetensors",
-    "adapters.safetensors",
     "merges.txt",
     "model*.safetensors",
     "sentencepiece.bpe.model",

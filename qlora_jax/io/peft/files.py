@@ -4,7 +4,7 @@ import pathlib
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +31,8 @@ from .settings import AdapterLayout, lay_out, peft_config, refuse_merge_aware
 _STORED_DTYPES = ("bfloat16", "float16", "float32")
 
 
-@runtime_checkable
-class PeftSource(Protocol):
-    """Adapters of another format, such as a `PlainLoRA`."""
-
-    def to_peft(self) -> tuple[PeftConfig, Mapping[str, np.ndarray]]:
-        """Returns the settings and the tensors that PEFT would store."""
-        ...
-
-
 def load_peft(
-    path: Path | PeftSource,
+    path: Path,
     base: Tree,
     names: Names,
     *,
@@ -58,8 +49,7 @@ def load_peft(
     layers of a stack, these replace the layers of `base` instead.
 
     Args:
-        path: A folder with `adapter_config.json` and `adapter_model.safetensors`; or
-            the adapters of another file, as `read_mlx` returns them.
+        path: A folder with `adapter_config.json` and `adapter_model.safetensors`.
         base: The base tree that the adapter is for: float, packed or partly packed.
         names: The names of the leaves of `base` in the Hugging Face model.
         dtype: The dtype of A and B; by default, that of the file. `Trained` leaves have
@@ -85,7 +75,7 @@ def load_peft(
     if dtype is not None:
         check_dtype("dtype", dtype)
     # Check the settings and the headers of the files before values are read.
-    config, file = path.to_peft() if isinstance(path, PeftSource) else _open(path)
+    config, file = _open(path)
     model = NamedBase.of(base, names)
     layout = lay_out(config, model)
     base_keys = layout.base_keys(file)
@@ -115,6 +105,8 @@ def _open(path: Path) -> tuple[PeftConfig, Mapping[str, LazyTensor]]:
             # Older versions of PEFT wrote pickles by default. They are never read here.
             is_pickled = (folder / "adapter_model.bin").exists()
             hint = " adapter_model.bin is a pickle, which can run code." * is_pickled
+            if (folder / "adapters.safetensors").exists():
+                hint = " It is of mlx-lm: add it to its model with mlx_lm.fuse."
             raise CheckpointError(
                 f"`path` must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}. Got "
                 f"{str(folder)!r}, which has no {name}.{hint}"

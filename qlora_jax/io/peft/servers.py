@@ -1,10 +1,8 @@
 """Adapters in the forms that servers load, such as llama.cpp, vLLM and mlx-lm."""
 
-import pathlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -12,12 +10,11 @@ from ...adapters.config import is_table
 from ...adapters.lora import LoRA, LowRank, is_low_rank
 from ...trees.adapters import checked_adapters
 from ...trees.paths import Tree, nested, raise_if_any
-from ..files import Path, member, new_folder, read_json, refuse, require, write_json
+from ..files import Path, new_folder, write_json
 from ..names import Names
-from ..safetensors import open_safetensors, write_safetensors
-from .config import CONFIG_FILE, PREFIX, PeftConfig, alpha_of, split_common
+from ..safetensors import write_safetensors
+from .config import CONFIG_FILE, PREFIX
 from .files import adapter_tensors
-from .modules import array_keys
 from .settings import peft_config
 
 _MLX_WEIGHTS = "adapters.safetensors"  # the name that mlx-lm requires
@@ -84,8 +81,6 @@ def _portable_lora(adapter: LowRank, rank: int) -> LoRA:
 class PlainLoRA:
     """Adapters by module, as llama.cpp and mlx-lm store them in files.
 
-    `load_peft` accepts one instead of a folder.
-
     Attributes:
         alpha: The scaling of each module is alpha divided by its rank.
         factors: The arrays of each module: `"a"` is `[rank, K]`, `"b"` `[N, rank]`.
@@ -99,8 +94,6 @@ class PlainLoRA:
         >>> plain = ql.io.PlainLoRA.of(base, lora, names)
         >>> plain.alpha, plain.factors["model.q_proj"]["a"].shape
         (4, (4, 64))
-        >>> ql.io.load_peft(plain, base, names)[1]["q_proj"]["kernel"].a.shape
-        (64, 4)
     """
 
     alpha: float
@@ -133,38 +126,6 @@ class PlainLoRA:
             module, _, kind = key.removeprefix(PREFIX).rpartition(".lora_")
             factors.setdefault(module, {})[kind[0].lower()] = x
         return cls(config.lora_alpha, factors, config.lora_dropout)
-
-    def to_peft(self) -> tuple[PeftConfig, dict[str, np.ndarray]]:
-        """Returns the settings and the tensors that PEFT would store.
-
-        Raises:
-            ValueError: If a module has neither `"a"` nor `"b"`, or other arrays.
-        """
-        invalid_modules = [
-            module
-            for module, arrays in self.factors.items()
-            if not arrays or {*arrays} - {"a", "b"}
-        ]
-        title = "`factors` must have `a` and `b`, and nothing else, of these modules"
-        raise_if_any(title, invalid_modules)
-        tensors, ranks = {}, {}
-        for module, arrays in self.factors.items():
-            keys = array_keys(LoRA, module)
-            tensors |= {keys[name]: x for name, x in arrays.items()}
-            # A hostile file may lack A or B, or contain a scalar. `load_peft` reports
-            # these, because it knows the shapes.
-            shape = arrays["a"].shape if "a" in arrays else arrays["b"].shape[::-1]
-            ranks[module] = shape[0] if shape else 0
-        # The most common rank is the default, and other ranks are exceptions.
-        rank, rank_pattern = split_common(ranks) if ranks else (1, {})
-        config = PeftConfig(
-            r=rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=tuple(self.factors),
-            rank_pattern=rank_pattern,
-        )
-        return config, tensors
 
 
 def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
@@ -228,69 +189,6 @@ def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
     with new_folder(path) as folder:
         write_safetensors(folder / _MLX_WEIGHTS, tensors)
         write_json(folder / CONFIG_FILE, settings | {"lora_parameters": parameters})
-
-
-def read_mlx(path: Path) -> PlainLoRA:
-    """Returns the adapters that mlx-lm trained, for `load_peft`.
-
-    Args:
-        path: A folder with `adapter_config.json` and `adapters.safetensors`.
-
-    Raises:
-        CheckpointError: If the adapters are not LoRA (for example DoRA), or if tensors
-            or ranks do not match the settings.
-
-    Example:
-        >>> import numpy as np, qlora_jax as ql, tempfile
-        >>> factors = {"a": np.ones((4, 64)), "b": np.ones((8, 4))}
-        >>> plain = ql.io.PlainLoRA(8, {"model.layers.0.mlp.up_proj": factors})
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     ql.io.save_mlx(folder, plain, num_layers=1)
-        ...     again = ql.io.read_mlx(folder)
-        >>> again.alpha, again.factors["model.layers.0.mlp.up_proj"]["b"].shape
-        (8, (8, 4))
-    """
-    folder = pathlib.Path(path)
-    rank, scale, dropout, keys = _mlx_settings(read_json(member(folder, CONFIG_FILE)))
-    factors: dict[str, dict[str, np.ndarray]] = {}
-    problems = []
-    for name, tensor in open_safetensors(member(folder, _MLX_WEIGHTS)).items():
-        module, _, kind = name.rpartition(".lora_")
-        # Keys are names within a layer, or full names of modules outside the layers.
-        is_listed = keys is None or {module, _in_layer(module)} & {*keys}
-        if not module or kind not in ("a", "b") or not is_listed:
-            problems.append(f"{name}: unexpected")
-        # A is [K, rank] and B is [rank, N].
-        elif len(shape := tensor.shape) != 2 or shape[{"a": 1, "b": 0}[kind]] != rank:
-            problems.append(f"{name}: its rank must be {rank}. Got shape {shape}")
-        else:
-            factors.setdefault(module, {})[kind] = tensor[...].T
-    refuse(f"{_MLX_WEIGHTS} does not match {CONFIG_FILE}", problems)
-    return PlainLoRA(alpha_of(scale, rank), factors, dropout)
-
-
-def _mlx_settings(raw: Mapping[str, Any]) -> tuple[int, float, float, list[str] | None]:
-    """Returns the rank, scaling, dropout and module names (None for all modules)."""
-    kind = raw.get("fine_tune_type", "lora")
-    settings: Any = raw.get("lora_parameters")
-    hint = f"Got {kind!r:.80}: fuse it into the model."
-    require(kind == "lora", f'`fine_tune_type` must be "lora". {hint}')
-    is_dict = isinstance(settings, dict)
-    require(is_dict, f"`lora_parameters` must be given. Got {settings!r:.80}.")
-    unknown = sorted(settings.keys() - {"rank", "scale", "dropout", "keys"})
-    problems = [f"`{key}` is not known." for key in unknown]
-    rank, scale = settings.get("rank", 0), settings.get("scale", 0)
-    # `type`, because `isinstance(True, int)` is true.
-    if type(rank) is not int or rank < 1:
-        problems.append(f"`rank` must be a positive integer. Got {rank!r:.80}.")
-    if type(scale) not in (int, float) or not 0 < scale < 1e9:
-        problems.append(f"`scale` must be a positive number. Got {scale!r:.80}.")
-    keys = settings.get("keys")
-    is_names = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
-    if keys is not None and not is_names:
-        problems.append(f"`keys` must be names of modules. Got {keys!r:.80}.")
-    refuse("`lora_parameters` are not supported", problems)
-    return rank, scale, settings.get("dropout", 0.0), keys
 
 
 def _in_layer(module: str) -> str:

@@ -48,7 +48,6 @@ from .train_config import TrainConfig
 # A model in `Decoder` or in PyTorch's code, with the attributes that all commands need.
 Engine = JaxEngine | TorchEngine
 
-MLX_ADAPTER = "adapters.safetensors"
 # The arguments `packing_config` and `dtype` with which `BaseModel.read` returns the
 # weights that training used. The dict is empty if training did not pack the weights in
 # the model's files, but used them unchanged.
@@ -172,10 +171,7 @@ class BaseModel:
 
         Only such an adapter can be merge-aware.
         """
-        path = self.adapter_path
-        if path is None or _is_peft(path):
-            return False
-        return not (path / MLX_ADAPTER).exists()
+        return self.adapter_path is not None and not _is_peft(self.adapter_path)
 
     def packing_config(
         self,
@@ -244,13 +240,7 @@ class BaseModel:
         if (path := self.adapter_path) is None:
             return self
         peft = None
-        if (path / MLX_ADAPTER).exists():
-            # mlx-lm loads the text part of a multimodal model as a model of its own, so
-            # its adapters have the names of a text-only model.
-            base, lora, _ = ql.io.load_peft(
-                ql.io.read_mlx(path), self.base, self.engine.exported_names
-            )
-        elif _is_peft(path):
+        if _is_peft(path):
             base, lora, peft = ql.io.load_peft(path, self.base, self.names)
         else:
             base, lora = self.base, _read_native(path)
@@ -261,8 +251,7 @@ class BaseModel:
 
 
 def _is_peft(path: pathlib.Path) -> bool:
-    is_mlx = (path / MLX_ADAPTER).exists()  # also has an adapter_config.json
-    return (path / "adapter_config.json").exists() and not is_mlx
+    return (path / "adapter_config.json").exists()
 
 
 def _read_native(path: pathlib.Path) -> PyTree:

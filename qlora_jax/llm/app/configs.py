@@ -60,7 +60,7 @@ class ScoreConfig(Config):
             `labels` are -100. Rows with `input_ids` need no tokenizer. In other rows,
             `train_on` selects the targets. A .txt file is cut into rows of
             `batch_tokens` tokens.
-        adapter: An adapter in the format of PEFT, mlx-lm or this library. Several,
+        adapter: An adapter in the format of PEFT or this library. Several,
             such as a,b, are scored separately.
         run: Folder of a training run, finished or not. Its newest adapter is used.
         fmt: Number format to pack the linear layers in; none keeps the stored format.
@@ -129,7 +129,7 @@ class ExportConfig(Config):
         out: The folder to write, new or empty; for gguf and gguf-lora, a new file.
             Required without `run`; with it, by default adapter-STEP (or model-STEP, for
             a merge-aware adapter) in the run's folder, if `format` is left out or peft.
-        adapter: An adapter in the format of PEFT, mlx-lm or this library.
+        adapter: An adapter in the format of PEFT or this library.
         run: Folder of a training run, finished or not, whose adapter is exported.
         step: With `run`, the step of the saved state to export; by default the newest.
         fmt: The number format. For bitsandbytes: nf4 (the default) or fp4; for awq and
@@ -274,7 +274,7 @@ class GenerateConfig(Config):
     Attributes:
         model: A Hugging Face folder in float or 4 bits, or a hub id.
             Required without `run`, whose model is the default.
-        adapter: An adapter in the format of PEFT, mlx-lm or this library. Several,
+        adapter: An adapter in the format of PEFT or this library. Several,
             such as a,b, answer separately.
         run: Folder of a training run, finished or not. Its newest adapter is used.
         prompt: The text to answer. By default it is read from stdin; on a terminal,
