@@ -171,7 +171,7 @@ def draw_olmoe(rng: random.Random) -> Options:
 
 def draw_qwen3_moe(rng: random.Random) -> Options:
     """Returns the options of Qwen3-MoE."""
-    sizes = draw_sizes(rng, (None, 12)) | draw_rope(rng)
+    sizes = draw_sizes(rng, (8, 12)) | draw_rope(rng)
     count = sizes["num_hidden_layers"]
     windows = {"use_sliding_window": draw_bool(rng)}
     windows |= {"sliding_window": rng.choice((3, 8))}

@@ -21,8 +21,8 @@ from ..models.config import DecoderConfig
 from ..models.families import is_known
 from ..models.folder import ModelFolder
 from ..models.jax_engine import LAYERS, JaxEngine
+from ..models.sharding import Contract
 from ..models.torch_decoder import TorchEngine, open_torch_engine
-from ..models.torch_sharding import Contract
 from ..reading import reading
 from ..train.checkpoints import Checkpoints
 from ..train.outputs import NATIVE_ADAPTER

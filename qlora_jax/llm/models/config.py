@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from typing import Literal
 
 # Limits far above any published model. Larger values are errors in a file, and would
@@ -167,8 +168,7 @@ class Experts:
         joined: How gate and up form one kernel: "alternating" for alternating columns,
             "halves" for the columns of gate followed by those of up. None if they are
             two kernels.
-        beside_mlp: Whether a layer has experts and an MLP, whose outputs are added (see
-            `mlp_with_experts.py`).
+        beside_mlp: Whether a layer has experts and an MLP, whose outputs are added.
         router: Name of the router in the Hugging Face model, relative to the layer.
         kernel: Name of an expert's kernel, also relative to the layer. NAME stands for
             "gate_proj" and so on. A name that ends in {expert} means that one tensor
@@ -198,7 +198,6 @@ class Experts:
     balance: float = dataclasses.field(default=0.0, compare=False)
 
     def __post_init__(self):
-        _check_choices(self, joined=(None, "alternating", "halves"))
         sizes = self.count, self.per_token
         is_int = all(type(size) is int for size in sizes)
         if not is_int or not 0 < self.per_token <= self.count <= _MAX_EXPERTS:
@@ -311,11 +310,6 @@ class DecoderConfig:
             raise ValueError(
                 f"{[*wrong]} must be positive integers, of type int. Got {wrong}."
             )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                "`num_kv_heads` must divide `num_heads`. "
-                f"Got {self.num_kv_heads=}, {self.num_heads=}."
-            )
         # Resolve defaults once, so that configs that mean the same compare equal. Some
         # defaults depend on `head_dim`.
         head_dim = self.head_dim or self.hidden_size // self.num_heads
@@ -328,87 +322,28 @@ class DecoderConfig:
             resolved["layers"] = self.layers * self.num_layers
         for name, value in resolved.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
-        self._check_options()
-        self._check_ropes()
         self._check_layers()
         self._check_numbers()
 
-    def _check_options(self):
-        _check_choices(
-            self,
-            activation=("silu", "gelu_pytorch_tanh", "clamped_swiglu"),
-            qk_norms=(False, True, "whole"),
-        )
-        if not (self.pre_norms or self.post_norms):
-            raise ValueError("`post_norms` must be True without `pre_norms`.")
-        if self.fused and self.attention_gate:
-            raise ValueError("`fused` must not be True with an `attention_gate`.")
-
-    def _check_ropes(self):
-        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
-            raise ValueError(
-                "`rotary_dim` must be positive, even and at most `head_dim`. "
-                f"Got {self.rotary_dim=}, {self.head_dim=}."
-            )
-        for rope in filter(None, self.ropes):
-            num_pairs = self.dim_of(rope) // 2
-            sizes = len(rope.divisors), len(rope.long_divisors)
-            if not set(sizes) <= {0, num_pairs}:
-                raise ValueError(
-                    f"`divisors` and `long_divisors` must be empty or have {num_pairs} "
-                    f"values, one for each pair. Got {sizes}."
-                )
-            if rope.num_pairs and not 0 < rope.num_pairs <= num_pairs:
-                raise ValueError(
-                    f"`num_pairs` must be from 0 to {num_pairs}. Got {rope.num_pairs}."
-                )
-        first_layers: dict[LayerKind, int] = {}  # by structure
-        for i, kind in enumerate(self.layers):
-            if not kind.has_attention:
-                continue
-            # Layers of equal structure may be in one stack, whose program rotates the
-            # same number of values in all layers.
-            first = first_layers.setdefault(kind.structure, i)
-            first_dim = self.dim_of(self.layers[first].rope)
-            if (dim := self.dim_of(kind.rope)) != first_dim:
-                raise ValueError(
-                    "the number of rotated values must be the same in layers that "
-                    "differ only in `rope` and `window`. It is `dim` of `rope`, or "
-                    "`rotary_dim` if `dim` is 0 or `rope` is None. Got "
-                    f"{first_dim} in layer {first} and {dim} in layer {i}."
-                )
-
     def _check_layers(self):
-        if not any(kind.has_attention for kind in self.layers):
-            raise ValueError(
-                "`layers` must have at least one with attention. Got none."
-            )
         if len(self.layers) != self.num_layers:
             raise ValueError(
                 "`layers` must have one entry, or one for each layer. "
                 f"Got {len(self.layers)} for {self.num_layers} layers."
             )
-        kv_groups = set()
-        for kind in self.layers:
-            if not kind.has_kv and kind.kv_group not in kv_groups:
+        for kind in filter(operator.attrgetter("has_attention"), self.layers):
+            if kind.window is not None and kind.window < 1:
                 raise ValueError(
-                    "`kv_group` of a layer without keys and values must be that of an "
-                    f"earlier layer with them. Got {kind.kv_group!r}."
+                    f"`window` must be positive or None. Got {kind.window}."
                 )
-            if kind.has_kv:
-                kv_groups.add(kind.kv_group)
             heads, dim = self.heads_of(kind), self.dim_of(kind.rope)
             is_valid_dim = dim % 2 == 0 and 0 < dim <= heads.head_dim
             if self.num_heads % heads.num_kv_heads or not is_valid_dim:
                 raise ValueError(
-                    f"`num_kv_heads` of a layer must divide {self.num_heads}, and its "
-                    "number of rotated values must be positive, even and at most "
-                    f"`head_dim`. Got {heads} with {dim} rotated values."
+                    f"`num_kv_heads` must divide {self.num_heads}, and the number of "
+                    "rotated values must be positive, even and at most `head_dim`. "
+                    f"Got {heads} with {dim} rotated values."
                 )
-        for name in ("window", "mlp_width"):
-            values = {getattr(kind, name) for kind in self.layers} - {None}
-            if wrong := sorted(value for value in values if value < 1):
-                raise ValueError(f"`{name}` must be positive or None. Got {wrong}.")
 
     def _check_numbers(self):
         names = ["rms_norm_eps", "embedding_scale", "attention_scale"]
@@ -456,12 +391,6 @@ class DecoderConfig:
         A state depends on all tokens so far, and on their order.
         """
         return not all(kind.has_attention for kind in self.layers)
-
-
-def _check_choices(record: object, **choices: tuple[object, ...]) -> None:
-    for name, values in choices.items():
-        if (value := getattr(record, name)) not in values:
-            raise ValueError(f"`{name}` must be one of {values}. Got {value!r}.")
 
 
 def _is_size(value: object) -> bool:

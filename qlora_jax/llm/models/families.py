@@ -2,8 +2,10 @@
 
 import difflib
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from .config import DecoderConfig, DeltaRule, Experts, LayerKind
@@ -125,14 +127,6 @@ def _read_llama(c: Any, has_sections: bool = False, **options: Any) -> DecoderCo
     return DecoderConfig(**fields, layers=_read_layers(c, has_sections))
 
 
-def _read_qwen2(c: Any) -> DecoderConfig:
-    return _read_llama(c, qkv_bias=True)
-
-
-def _read_qwen3(c: Any) -> DecoderConfig:
-    return _read_llama(c, qk_norms=True)
-
-
 def _read_smollm3(c: Any) -> DecoderConfig:
     config, flags = _read_llama(c), c.no_rope_layers
     if len(flags) < len(config.layers) or not {*flags} <= {0, 1}:
@@ -189,7 +183,7 @@ def _read_qwen2_moe(c: Any) -> DecoderConfig:
 
 
 def _read_qwen3_moe(c: Any) -> DecoderConfig:
-    return _with_sparse_layers(c, _read_qwen3(c))
+    return _with_sparse_layers(c, _read_llama(c, qk_norms=True))
 
 
 def _with_sparse_layers(c: Any, config: DecoderConfig) -> DecoderConfig:
@@ -293,14 +287,14 @@ _GEMMA4 = "global_head_dim num_global_key_value_heads per_layer_config"
 _FAMILIES = {  # of text-only models, by `model_type`
     "llama": Family("Llama", _read_llama),
     "mistral": Family("Mistral", _read_llama),
-    "qwen2": Family("Qwen2", _read_qwen2),
-    "qwen3": Family("Qwen3", _read_qwen3),
+    "qwen2": Family("Qwen2", partial(_read_llama, qkv_bias=True)),
+    "qwen3": Family("Qwen3", partial(_read_llama, qk_norms=True)),
     "smollm3": Family("SmolLM3", _read_smollm3, unread_keys="max_window_layers"),
     "phi3": Family("Phi3", _read_phi3, unread_keys=_PHI),
     "mixtral": Family("Mixtral", _read_mixtral),
     "olmoe": Family("Olmoe", _read_olmoe),
     "olmo2": Family("Olmo2", _read_olmo),
-    "olmo3": Family("Olmo3", lambda c: _read_olmo(c, has_sections=True)),
+    "olmo3": Family("Olmo3", partial(_read_olmo, has_sections=True)),
     "qwen2_moe": Family("Qwen2Moe", _read_qwen2_moe),
     "qwen3_moe": Family("Qwen3Moe", _read_qwen3_moe, unread_keys="max_window_layers"),
     "qwen3_5_text": Family("Qwen3_5", _read_qwen3_5, _INTERVAL, _QWEN3_5),
@@ -387,7 +381,8 @@ def text_only_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     if raw.get("model_type") not in _TEXT_HALVES:
         return dict(raw)
-    family, settings = _open(raw)
+    with warnings.catch_warnings(action="ignore"):  # `config_from_hf` warns
+        family, settings = _open(raw)
     config = settings.to_diff_dict() | {
         "architectures": [FAMILIES[family.text_family].architecture],
         "model_type": family.text_family,

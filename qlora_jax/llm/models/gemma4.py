@@ -29,16 +29,16 @@ def read_gemma4(c: Any) -> DecoderConfig:
             "`vocab_size_per_layer_input` must be `vocab_size`. Got "
             f"{c.vocab_size_per_layer_input} and {c.vocab_size}."
         )
-    heads, layers = _read_heads(c), _read_layers(c)
-    c.allow_global_per_layer_attribute_access = True  # for the sizes of heads
+    heads, layers, values = _read_heads(c), _read_layers(c), c.to_dict()
     return DecoderConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
         intermediate_size=c.intermediate_size,
         num_layers=c.num_hidden_layers,
         num_heads=c.num_attention_heads,
-        num_kv_heads=c.num_key_value_heads,
-        head_dim=c.head_dim,
+        # As attributes, these belong to a layer.
+        num_kv_heads=values["num_key_value_heads"],
+        head_dim=values["head_dim"],
         layers=tuple(
             replace(kind, rope=_read_rope(c, layer_type, size.head_dim), heads=size)
             for kind, layer_type, size in zip(layers, c.layer_types, heads, strict=True)

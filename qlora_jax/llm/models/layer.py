@@ -19,9 +19,8 @@ import qlora_jax as ql
 from .attention import Attention, LayerData, SharedKV, TokenData
 from .config import DecoderConfig, LayerKind
 from .delta_rule import GatedDeltaNet
-from .experts import MixtureOfExperts
+from .experts import MixtureOfExperts, MLPWithExperts
 from .mlp import DenseMLP
-from .mlp_with_experts import MLPWithExperts
 from .per_layer_input import PerLayerInput
 from .products import make_norm
 

@@ -105,7 +105,7 @@ def apply_gate(config: DecoderConfig, gate: Array, up: Array) -> Array:
 def activate(config: DecoderConfig, x: Array) -> Array:
     """Returns the activation of an array."""
     # Flax's gelu is the tanh approximation by default.
-    return nn.silu(x) if config.activation == "silu" else nn.gelu(x)
+    return {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}[config.activation](x)
 
 
 def name_product(x: Array) -> Array:

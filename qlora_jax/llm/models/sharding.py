@@ -20,6 +20,9 @@ from .config import DecoderConfig
 from .constraints import MESH_AXES, ROW_AXES, select_axes
 from .layer import PARTS
 
+# The roles of the axes of kernels, as in `QLoRAConfig`.
+Contract = dict[str | re.Pattern[str], str]
+
 # Kernels that `tensor` splits along their outputs, and kernels that it splits along
 # their inputs, which is the contracted axis.
 _SPLIT_OUTPUTS = {name for part in PARTS for name in part.split_outputs}
@@ -63,9 +66,7 @@ def place_arguments(
         (None, 'tensor', 'fsdp')
         >>> base, lora = ql.sharding.place(base, {}, mesh, **arguments)
     """
-    sizes = dict(mesh.shape)
-    if unknown := sorted({*sizes} - {*MESH_AXES}):
-        raise ValueError(f"`mesh` must have axes among {MESH_AXES}. Got {unknown}.")
+    sizes = _axis_sizes(mesh)
     heads, tensor = config.num_heads, sizes.get("tensor", 1)
     if heads % tensor:
         divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
@@ -76,10 +77,58 @@ def place_arguments(
     rules = {}
     for path, leaf in ql.leaves_by_path(base).items():
         specs = [PartitionSpec(*spec) for spec in _candidate_specs(config, path, sizes)]
-        fitting = (spec for spec in specs if divides(leaf, spec, sizes))
+        fitting = (spec for spec in specs if _divides(leaf, spec, sizes))
         if specs:  # if none fits, `place` raises an error about the first one
             rules[re.escape(path)] = next(fitting, specs[0])
     return {"rules": rules, "rows": (select_axes(ROW_AXES, sizes),)}
+
+
+def place_torch_arguments(
+    contract: Contract, base: PyTree, mesh: Mesh | AbstractMesh
+) -> dict[str, Any]:
+    """Returns the arguments `rules` and `rows` of `ql.sharding.place` for a model.
+
+    Rows of inputs are split over `data` and `fsdp`. Nothing is known about how the
+    kernels of a model follow each other, so all are split alike: `fsdp` splits the
+    contracted axis if this cuts no quantization block, and `tensor` the outputs. If the
+    contracted axis cannot be split, both split the outputs, or one of them does. Other
+    parameters, the embedding and the head are replicated.
+
+    Args:
+        contract: The roles of the axes of kernels, as in `QLoRAConfig`.
+        base: Its parameters, in float or packed, or their shapes.
+        mesh: A mesh with axes among `data`, `fsdp` and `tensor`.
+    """
+    sizes = _axis_sizes(mesh)
+    rules = {}
+    for path, leaf in ql.leaves_by_path(base).items():
+        roles = contract.get(re.escape(path))
+        if roles is None:
+            continue
+        for axes in _torch_axes(sizes):
+            stack_axes = [None] * (leaf.ndim - 2)
+            spec = PartitionSpec(*stack_axes, *(axes[role] for role in roles[-2:]))
+            if _divides(leaf, spec, sizes):
+                rules[re.escape(path)] = spec
+                break
+    return {"rules": rules, "rows": (select_axes(ROW_AXES, sizes),)}
+
+
+def _torch_axes(sizes: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Yields the mesh axes of contracted axes (k) and outputs (n), the best first."""
+    fsdp, tensor = (axis if axis in sizes else None for axis in ("fsdp", "tensor"))
+    yield {"k": fsdp, "n": tensor}
+    both = tuple(axis for axis in (tensor, fsdp) if axis)
+    yield {"k": None, "n": both or None}
+    for axis in both:
+        yield {"k": None, "n": axis}
+
+
+def _axis_sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    sizes = dict(mesh.shape)
+    if unknown := sorted({*sizes} - {*MESH_AXES}):
+        raise ValueError(f"`mesh` must have axes among {MESH_AXES}. Got {unknown}.")
+    return sizes
 
 
 def _candidate_specs(
@@ -105,7 +154,7 @@ def _candidate_specs(
         yield *stack, tensor, fsdp
 
 
-def divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
+def _divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
     """Whether a spec splits a leaf evenly, and only between quantization blocks."""
     shape = list(leaf.shape)
     if ql.is_packed(leaf):

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, PyTree
 import qlora_jax as ql
 
 from .folder import ModelFolder, check_tied
-from .torch_sharding import Contract, place_torch_arguments
+from .sharding import Contract, place_torch_arguments
 
 TOKENS_PER_CHUNK = 1024  # number of tokens whose logits are in memory at the same time
 

@@ -16,7 +16,6 @@ from qlora_jax.llm.models.attention import attend, rotary_table
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.config import (
     DecoderConfig,
-    Experts,
     LayerKind,
     Rope,
 )
@@ -275,42 +274,22 @@ def test_published_configs_are_read_without_a_warning(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_kv_heads": 3}, "`num_kv_heads` must divide `num_heads`"),
+        ({"num_kv_heads": 3}, "`num_kv_heads` must divide"),
         ({"layers": (LayerKind(),) * 3}, "`layers` must have one entry, or one for"),
         ({"layers": (LayerKind(window=0),)}, "`window` must be positive or None"),
-        ({"layers": (LayerKind(Rope(divisors=(1.0,))),)}, "must be empty or have 4"),
-        ({"rotary_dim": 10}, "`rotary_dim` must be positive, even and at most `head"),
-        ({"pre_norms": False}, "`post_norms` must be True without `pre_norms`"),
-        ({"activation": "relu"}, "`activation` must be one of"),
+        ({"rotary_dim": 10}, "10 rotated values"),
+        ({"rotary_dim": -2}, "-2 rotated values"),
+        ({"layers": (LayerKind(Rope(dim=-2)),)}, "-2 rotated values"),
         ({"logit_soft_cap": 0.0}, "'logit_soft_cap'. must be positive and finite"),
         ({"layers": (LayerKind(Rope(float("nan"))),)}, r"'ropes\[0\].theta'. must be"),
         ({"num_kv_heads": 0}, "'num_kv_heads'. must be positive integers"),
         ({"intermediate_size": 1.5}, "'intermediate_size'. must be positive integers"),
-        ({"rotary_dim": -2}, "`rotary_dim` must be positive, even and at most `head"),
-        ({"layers": (LayerKind(Rope(dim=-2)),)}, "must be positive, even and at most"),
-        (
-            {"layers": (LayerKind(Rope(num_pairs=5)),)},
-            "`num_pairs` must be from 0 to 4",
-        ),
-        (
-            {"layers": (LayerKind(Rope(dim=8)), LayerKind(Rope(dim=4), window=3))},
-            "Got 8 in layer 0 and 4 in layer 1",
-        ),
-        (
-            {"layers": (LayerKind(None), LayerKind(Rope(dim=4)))},
-            "Got 8 in layer 0 and 4 in layer 1",
-        ),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(change, message):
     sizes = {"intermediate_size": 8, "num_heads": 4, "num_kv_heads": 2}
     with pytest.raises(ValueError, match=message):
         DecoderConfig(8, 32, num_layers=2, **sizes | change)
-
-
-def test_an_unknown_order_of_gate_and_up_is_refused():
-    with pytest.raises(ValueError, match="`joined` must be one of"):
-        Experts(4, 2, joined="interleaved")
 
 
 @pytest.mark.parametrize("length", [4, 8])
@@ -413,9 +392,8 @@ def test_pairs_that_are_not_rotated_stay_so_in_long_sequences(length):
             GEMMA4 | {"per_layer_config": {"0": {"hidden_size": 4}}},
             "must have only `head_dim`",
         ),
-        ("gemma4_text", GEMMA4 | {"num_key_value_heads": 3}, "must divide `num_heads`"),
+        ("gemma4_text", GEMMA4 | {"num_key_value_heads": 3}, "must divide"),
         ("qwen3_5_text", {"full_attention_interval": 0}, "config.json"),
-        ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "at least one"),
         ("qwen3_5_text", {"linear_num_key_heads": 3}, "must divide `num_value_heads`"),
         ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size"),
     ],
