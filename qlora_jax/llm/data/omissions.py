@@ -53,7 +53,7 @@ class _Search:
         # Texts are compared without white space, which templates often change.
         self.dense_text = without_space(text)
         self.dense_template = without_space(template)
-        self.dense_row = without_space(_to_json(row))
+        [self.dense_row] = _dense_forms(row)
         self.redundant = {*_redundant_paths(row)}
 
     def find(self, path: Path, value: Any) -> list[Path]:
@@ -142,12 +142,11 @@ def _is_empty(value: object) -> bool:
 def _part_keys(value: Any, path: Path) -> list[Any]:
     if path[-1] in _OPAQUE_KEYS or not isinstance(value, dict | list):
         return []
-    if isinstance(value, list):
-        return [index for index, x in enumerate(value) if not _is_empty(x)]
+    items = value.items() if isinstance(value, dict) else enumerate(value)
     # The keys in the arguments of a tool call are those of the tool's parameters, so
     # even a key such as "type" must be written there.
     labels = () if "arguments" in path else _LABEL_KEYS
-    return [k for k, x in value.items() if not _is_empty(x) and k not in labels]
+    return [key for key, x in items if not _is_empty(x) and key not in labels]
 
 
 def _replace(row: dict[str, Any], path: Path, value: Any) -> dict[str, Any]:
@@ -166,11 +165,7 @@ def without_space(text: str) -> str:
     return "".join(text.split())
 
 
-def _to_json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
 def _dense_forms(value: object) -> list[str]:
     # Templates write a string as it is or, inside JSON, with escapes. JSON comes last.
-    form = without_space(_to_json(value))
+    form = without_space(json.dumps(value, ensure_ascii=False, default=str))
     return [without_space(value), form[1:-1]] if isinstance(value, str) else [form]
