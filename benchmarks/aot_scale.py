@@ -79,11 +79,11 @@ def compile_here(row: dict, lower: Callable[[dict], Any] = lower_row) -> dict:
 
 
 def model_of(row: dict, folder: pathlib.Path) -> Any:
-    """Returns the model of a row, a `BaseModel` of shapes.
+    """Returns the model of a row, an `OpenModel` of shapes.
 
     With the engine "torch", it is described by a `config.json` in `folder`.
     """
-    from qlora_jax.llm.app.base_model import BaseModel, open_model
+    from qlora_jax.llm.app.open_model import OpenModel, open_model
     from qlora_jax.llm.models.families import config_from_hf
     from qlora_jax.llm.models.jax_engine import JaxEngine
 
@@ -92,7 +92,7 @@ def model_of(row: dict, folder: pathlib.Path) -> Any:
         (folder / "config.json").write_text(json.dumps(raw), "utf-8")
         return open_model(str(folder), engine="torch")
     engine = JaxEngine(pathlib.Path(row["model"]), config_from_hf(raw))
-    return BaseModel(engine, engine.shapes)
+    return OpenModel(engine, engine.shapes)
 
 
 def devices_of(row: dict) -> tuple[Sequence[Any], Sequence[str]]:

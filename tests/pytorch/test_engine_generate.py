@@ -10,7 +10,7 @@ from helpers import refusal
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.base_model import open_model
+from qlora_jax.llm.app.open_model import open_model
 from qlora_jax.llm.models.generation import generate
 from qlora_jax.llm.models.stream import Stream
 

@@ -8,7 +8,7 @@ from engine_models import SIZES, save_model
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.llm.app.base_model import open_model
+from qlora_jax.llm.app.open_model import open_model
 from qlora_jax.llm.data import Row, eval_batches
 from qlora_jax.llm.train import decoder_loss
 

@@ -17,7 +17,12 @@ from torch_helpers import init, with_decoded_weights
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app import base_model
+from qlora_jax.llm.app.adapters import (
+    init_shapes,
+    lora_config_for,
+    packing_config_for,
+)
+from qlora_jax.llm.app.open_model import open_model
 from qlora_jax.llm.cli.main import main
 
 ROWS = [("See this?", "yes"), ("Alike?", "no, not at all"), ("How are you?", "fine")]
@@ -102,13 +107,13 @@ def test_a_vision_tower_is_adapted_only_by_name(trained):
         config = app.TrainConfig.from_settings(
             settings | {"target_modules": target_modules, "rank": 4}
         )
-        model = base_model.open_model(config.model, engine="torch")
-        packing = base_model.packing_config_for(config.model, model, "nf4")
-        adapters = base_model.lora_config_for(config.adapter, model, packing)
-        base, lora = base_model.init_shapes(model.base, adapters)
+        model = open_model(config.model, engine="torch")
+        packing = packing_config_for(config.model, model, "nf4")
+        adapters = lora_config_for(config, model, packing)
+        base, lora = init_shapes(model.base, adapters)
         adapted = {x.split(".")[-2] for x in lora if "vision_tower" in x}
         assert adapted == expected
-        packed, _ = base_model.init_shapes(base, packing)
+        packed, _ = init_shapes(base, packing)
         assert not any(ql.is_packed(packed[x]) for x in packed if "vision_tower" in x)
         assert any(ql.is_packed(packed[x]) for x in packed if "language_model" in x)
 

@@ -20,7 +20,8 @@ from hlo_collectives import collectives
 from test_tpu_aot import needs_libtpu, run_script
 
 import qlora_jax as ql
-from qlora_jax.llm.app.base_model import BaseModel, lora_config_for
+from qlora_jax.llm.app.adapters import lora_config_for
+from qlora_jax.llm.app.open_model import OpenModel
 from qlora_jax.llm.app.program import (
     lower_step,
     make_batch_placer,
@@ -68,7 +69,7 @@ def settings(**overrides):
 
 def model_of(decoder):
     engine = JaxEngine(pathlib.Path("model"), decoder)
-    return BaseModel(engine, engine.shapes)
+    return OpenModel(engine, engine.shapes)
 
 
 def both(mesh, **overrides):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .preview import Preview
     from .repacking import FileLosses, Repacked
     from .run_results import TrainResult
-    from .scoring import Score, Scores, score
+    from .scoring import Score, score
     from .training import train
     from .writing import Written, export
 
@@ -40,7 +40,6 @@ __all__ = [
     "Repacked",
     "Score",
     "ScoreConfig",
-    "Scores",
     "TrainConfig",
     "TrainResult",
     "Written",

@@ -60,8 +60,7 @@ class ScoreConfig(Config):
             `labels` are -100. Rows with `input_ids` need no tokenizer. In other rows,
             `train_on` selects the targets. A .txt file is cut into rows of
             `batch_tokens` tokens.
-        adapter: An adapter in the format of PEFT or this library. Several,
-            such as a,b, are scored separately.
+        adapter: An adapter in the format of PEFT or this library.
         run: Folder of a training run, finished or not. Its newest adapter is used.
         fmt: Number format to pack the linear layers in; none keeps the stored format.
             Defaults to the format of the run if the adapter is in a run's folder.
@@ -71,8 +70,6 @@ class ScoreConfig(Config):
             if `fmt` supports it.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
         batch_tokens: Maximum number of tokens in a batch, including padding.
-        recode: Whether to decode the layers of a module to floats if only some of them
-            are in 4 bits.
         engine: What computes the model, as in train. Defaults to that of the run if the
             adapter is in a run's folder, and otherwise to auto.
         train_on: Which tokens of rows with prompts or messages are targets, as in
@@ -91,14 +88,13 @@ class ScoreConfig(Config):
     usage = "(--model MODEL | --run RUN) --data DATA"
     model: str | None = option(None, section="model and data")
     data: str | None = None
-    adapter: str | list[str] | None = None
+    adapter: str | None = None
     run: str | None = None
     fmt: Fmt | None = None
     block_size: int | None = None
     double_quant: bool | None = None
     dtype: Dtype = option("float32", section="computation")
     batch_tokens: int = option(1024, limit=Limit("at least 2", lambda x: x >= 2))
-    recode: bool = False
     engine: EngineName | None = None
     train_on: TrainOn | None = option(None, section="rows")
     keys: dict[str, str] | None = None
@@ -274,8 +270,7 @@ class GenerateConfig(Config):
     Attributes:
         model: A Hugging Face folder in float or 4 bits, or a hub id.
             Required without `run`, whose model is the default.
-        adapter: An adapter in the format of PEFT or this library. Several,
-            such as a,b, answer separately.
+        adapter: An adapter in the format of PEFT or this library.
         run: Folder of a training run, finished or not. Its newest adapter is used.
         prompt: The text to answer. By default it is read from stdin; on a terminal,
             each line is a prompt.
@@ -301,8 +296,6 @@ class GenerateConfig(Config):
         double_quant: With `fmt`: whether to also quantize the scales; by default true
             if `fmt` supports it.
         dtype: Dtype of the computation; norms and softmax are float32.
-        recode: Whether to decode the layers of a module if only some of them are in 4
-            bits, and to pack them again in `fmt`.
         engine: What computes the model, as in train. Defaults to that of the run if the
             adapter is in a run's folder, and otherwise to auto.
         template: File with a chat template that replaces the model's. Defaults to that
@@ -316,7 +309,7 @@ class GenerateConfig(Config):
 
     usage = "(--model MODEL | --run RUN)"
     model: str | None = option(None, section="model and prompts")
-    adapter: str | list[str] | None = None
+    adapter: str | None = None
     run: str | None = None
     prompt: str | None = None
     prompts: str | None = None
@@ -333,7 +326,6 @@ class GenerateConfig(Config):
     block_size: int | None = None
     double_quant: bool | None = None
     dtype: Dtype = option("float32", section="computation")
-    recode: bool = False
     engine: EngineName | None = None
     template: str | None = option(None, section="chat template")
 

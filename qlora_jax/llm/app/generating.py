@@ -23,7 +23,7 @@ from ..data.readers import convert_rows, open_file
 from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
 from ..train.answers import generate_answers
-from .base_model import open_model_and_adapters, read_as_trained
+from .as_trained import open_model_for, read_as_trained, training_load_options
 from .configs import GenerateConfig
 from .merge_aware import note_packing
 from .processes import log
@@ -44,7 +44,6 @@ class Answer:
         new_tokens: The number of tokens of the answer, including the end token.
         finished: Whether the model ended the answer with an end token.
         seconds: The time that the answer took; for a file, the mean over all answers.
-        adapter: The adapter, if there are several.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -58,10 +57,9 @@ class Answer:
     new_tokens: int
     finished: bool
     seconds: float
-    adapter: str | None = None
 
     def __str__(self):
-        return self.text if self.adapter is None else f"{self.adapter}:\n{self.text}"
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,8 @@ def generate(
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     # Everything is checked before the weights are read.
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    model, adapters, load_options = open_model_and_adapters(config)
+    model = open_model_for(config)
+    load_options = training_load_options(config, model)
     note_packing(model.lora)
     if (problem := model.engine.generation_problem) is not None:
         raise ValueError(
@@ -138,41 +137,29 @@ def generate(
     else:
         prompts = _open_prompts(config)
     is_typed = not isinstance(prompts, list)
-    if adapters and is_typed:
-        raise ValueError("`prompt` must be given with several adapters. Got none.")
     # Prompts of a file are checked already; a placeholder stands for those to be typed.
     conversation.check(["Hello"] if is_typed else prompts, model.engine.vocab_size)
     dtype = jnp.dtype(config.dtype)
     model = read_as_trained(model, load_options, dtype)
-    # Streams share the compiled programs, and keep one cache per conversation.
     variables = {"params": model.base, "lora": model.lora}
     stream = Stream(model.engine.make_model(dtype=dtype), variables, sampling)
-    results, write = [], write or (lambda text: None)
-    for adapter, lora in (adapters or {None: model.lora}).items():
-        adapted = stream.with_lora(lora)
-        if file_prompts:
-            answered = _answer_file(config, tokenizer, file_prompts, adapted)
-        else:
-            if adapter is not None:
-                write(f"{adapter}:\n")
-            # Each adapter starts a new conversation.
-            conversation = _Conversation(config, tokenizer)
-            answered = (
-                conversation.answer(prompt, index, adapted, write)
+    write = write or (lambda text: None)
+    if not file_prompts:
+        return Generated(
+            tuple(
+                conversation.answer(prompt, index, stream, write)
                 for index, prompt in enumerate(prompts)
             )
-        results += [dataclasses.replace(answer, adapter=adapter) for answer in answered]
-    if file_prompts:
-        lines = "".join(map(_to_json_line, results))
-        write_text(out, lines) if out else write(lines)
-    return Generated(tuple(results))
+        )
+    answers = _answer_file(config, tokenizer, file_prompts, stream)
+    lines = "".join(map(_to_json_line, answers))
+    write_text(out, lines) if out else write(lines)
+    return Generated(tuple(answers))
 
 
 def _to_json_line(answer: Answer) -> str:
     row = dataclasses.asdict(answer)
     del row["seconds"]  # a mean, which is the same for all answers
-    if answer.adapter is None:
-        del row["adapter"]
     return json.dumps(row) + "\n"
 
 

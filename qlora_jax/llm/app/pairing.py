@@ -6,14 +6,10 @@ from typing import Any
 
 import qlora_jax as ql
 
-from .base_model import (
-    BaseModel,
-    LoadOptions,
-    open_model_for,
-    training_load_options,
-)
+from .as_trained import LoadOptions, open_model_for, training_load_options
 from .configs import ExportConfig
 from .merge_aware import Q4_0_BLOCK_SIZE, describe_packing, fits_q4_0, target_packing_of
+from .open_model import OpenModel
 from .servers import INT4_FMTS, SERVERS, Server
 
 # Stand for formats of `export`: the base is not exported, or the adapter is merged into
@@ -49,13 +45,13 @@ class Pair:
         return f"base {self.base}, adapter {self.adapter}, {exact}: {self.why}"
 
 
-def open_pair(config: ExportConfig) -> tuple[BaseModel, LoadOptions, Pair]:
+def open_pair(config: ExportConfig) -> tuple[OpenModel, LoadOptions, Pair]:
     """Returns a model with its adapter, how training read it, and what a server gets.
 
     The adapter is read, unless it replaces weights, which needs the base's weights.
     Raises ValueError if the server cannot run the model.
     """
-    server, (model, _) = SERVERS[str(config.server)], open_model_for(config)
+    server, model = SERVERS[str(config.server)], open_model_for(config)
     model.check_for_torch("for", server.name, ())
     options = training_load_options(config, model)
     if not model.replaces_weights:
@@ -70,7 +66,7 @@ def open_pair(config: ExportConfig) -> tuple[BaseModel, LoadOptions, Pair]:
     return model, options, _with_gguf_type(pair, config.gguf_type, is_merge_aware)
 
 
-def _find_pair(server: Server, model: BaseModel, options: LoadOptions) -> Pair:
+def _find_pair(server: Server, model: OpenModel, options: LoadOptions) -> Pair:
     """Returns the formats in which a server loads a model and its adapter.
 
     `options` are those with which training read the model. The adapter is merged if the
@@ -121,7 +117,7 @@ def _with_gguf_type(pair: Pair, gguf_type: str | None, is_merge_aware: bool) -> 
     return dataclasses.replace(pair, exact=False, why=why)
 
 
-def _pair_merged(server: Server, model: BaseModel, packing: Any) -> Pair:
+def _pair_merged(server: Server, model: OpenModel, packing: Any) -> Pair:
     """Returns the format of the one file that a merge-aware adapter was trained for."""
     base, problem = server.bases.get(packing.fmt), _find_4_bit_problem(server, model)
     if base == "gguf" and not fits_q4_0(packing):
@@ -138,7 +134,7 @@ def _pair_merged(server: Server, model: BaseModel, packing: Any) -> Pair:
 
 
 def _find_adapter_problem(
-    server: Server, model: BaseModel, fmt: str | None
+    server: Server, model: OpenModel, fmt: str | None
 ) -> str | None:
     """Returns why a server cannot load the adapter beside the base, or None."""
     adapters = ql.leaves_by_path(model.lora)
@@ -155,7 +151,7 @@ def _find_adapter_problem(
     return None
 
 
-def _find_4_bit_problem(server: Server, model: BaseModel) -> str | None:
+def _find_4_bit_problem(server: Server, model: OpenModel) -> str | None:
     """Returns why a server cannot load a model in 4 bits, or None."""
     # Servers that load GGUF files also load experts in 4 bits.
     if model.decoder.experts is not None and not server.loads_gguf:
@@ -163,7 +159,7 @@ def _find_4_bit_problem(server: Server, model: BaseModel) -> str | None:
     return None
 
 
-def _loads_exactly(server: Server, model: BaseModel, fmt: str | None) -> bool:
+def _loads_exactly(server: Server, model: OpenModel, fmt: str | None) -> bool:
     """Returns whether a server loads a model's files exactly, without an export."""
     if model.quantization.get("quant_method", "float") not in server.reads:
         return False
@@ -174,7 +170,7 @@ def _loads_exactly(server: Server, model: BaseModel, fmt: str | None) -> bool:
 
 
 def _find_difference(
-    server: Server, model: BaseModel, fmt: str | None, base: str
+    server: Server, model: OpenModel, fmt: str | None, base: str
 ) -> str | None:
     """Returns what a server rounds or computes differently from training, or None.
 

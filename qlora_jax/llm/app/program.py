@@ -28,14 +28,9 @@ from ..train.arrays import put_rows
 from ..train.loss_scale import LossScale
 from ..train.objectives import find_objective
 from ..train.step import State, Step, make_step
-from .base_model import (
-    BaseModel,
-    Engine,
-    init_shapes,
-    lora_config_for,
-    packing_config_for,
-)
+from .adapters import init_shapes, lora_config_for, packing_config_for
 from .environment import fastest_dtype
+from .open_model import Engine, OpenModel
 from .train_config import TrainConfig
 
 
@@ -175,7 +170,7 @@ def _row_axes(mesh: Mesh) -> list[str]:
 
 def lower_step(
     config: TrainConfig,
-    model: BaseModel,
+    model: OpenModel,
     devices: Sequence[Any],
     backend: str | Sequence[str] | None = None,
 ) -> jax.stages.Lowered:

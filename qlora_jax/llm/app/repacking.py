@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32, PyTree
 
 import qlora_jax as ql
 
-from .base_model import BaseModel
+from .open_model import OpenModel
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class FileLosses:
         )
 
 
-def repack(model: BaseModel, packing: ql.QLoRAConfig) -> tuple[PyTree, Repacked]:
+def repack(model: OpenModel, packing: ql.QLoRAConfig) -> tuple[PyTree, Repacked]:
     """Returns the base with the adapter merged and then packed, and what this costs."""
     merged = ql.merge(model.base, model.lora)
     packed = ql.quantize(merged, packing)

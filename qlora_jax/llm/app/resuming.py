@@ -10,7 +10,7 @@ from ..reading import reading
 from ..train.arrays import describe_changes
 from ..train.checkpoints import Checkpoints
 from ..train.objectives import OBJECTIVES, find_objective
-from .base_model import BaseModel, hash_files
+from .open_model import OpenModel, hash_files
 from .options import options_of
 from .processes import all_or_none, log
 from .run_folder import METRICS, STATE
@@ -18,7 +18,7 @@ from .train_config import TrainConfig
 
 
 def make_fingerprint(
-    config: TrainConfig, model: BaseModel, data: Dataset, teacher: BaseModel | None
+    config: TrainConfig, model: OpenModel, data: Dataset, teacher: OpenModel | None
 ) -> dict[str, Any]:
     """Returns everything that determines the adapter that a run trains, as JSON values.
 

@@ -10,8 +10,9 @@ from ..data.encode import Row
 from ..data.kinds import TrainOn
 from ..data.readers import describe_path
 from ..train.objectives import find_objective
-from .base_model import BaseModel, run_configs_of
+from .as_trained import ConfigWithAdapter, run_config_of
 from .configs import ExportConfig, GenerateConfig, ScoreConfig
+from .open_model import OpenModel
 from .run_folder import read_system_message
 from .train_config import TrainConfig
 
@@ -26,12 +27,8 @@ class RowSettings(NamedTuple):
     date: str | None = None
 
 
-# The configs of commands that read text for an adapter.
-ConfigWithRows = ScoreConfig | ExportConfig | GenerateConfig
-
-
 def read_rows_like_run(
-    config: ScoreConfig | ExportConfig, model: BaseModel, path: str, max_length: int
+    config: ScoreConfig | ExportConfig, model: OpenModel, path: str, max_length: int
 ) -> list[Row]:
     """Returns the rows of a file as tokens, with the settings of the adapter's run.
 
@@ -51,7 +48,7 @@ def read_rows_like_run(
 
 
 def open_tokenizer_like_run(
-    config: ConfigWithRows, model: BaseModel
+    config: ConfigWithAdapter, model: OpenModel
 ) -> tuple[Tokenizer, RowSettings]:
     """Returns the tokenizer of a model, and the settings with which rows are read.
 
@@ -71,15 +68,8 @@ def find_system_message(config: GenerateConfig | ExportConfig) -> str | None:
 
     It is None if there is no run, or if the rows of the run do not share a message.
     """
-    runs = run_configs_of(config.adapter, config.run)
-    messages = {read_system_message(run) for run in runs}
-    if len(messages) > 1:
-        texts = " and ".join(sorted(map(repr, messages)))
-        raise ValueError(
-            "`system` must be given if the runs of the adapters have different system "
-            f"messages. Got none, and {texts:.400}."
-        )
-    return next(iter(messages), None)
+    run_config = run_config_of(config)
+    return None if run_config is None else read_system_message(run_config)
 
 
 def check_template(template: str | None) -> None:
@@ -88,32 +78,15 @@ def check_template(template: str | None) -> None:
         raise ValueError(f"`template` must be a file. Got {describe_path(template)}.")
 
 
-def _row_settings(config: ConfigWithRows) -> RowSettings:
-    """Returns the settings of the adapter's run, replaced by those that `config` sets.
-
-    Several adapters read the same rows, so their runs must agree on the settings that
-    the config leaves out. The date is that of the first run.
-    """
+def _row_settings(config: ConfigWithAdapter) -> RowSettings:
+    """Returns the settings of the adapter's run, or those that `config` sets."""
     # `generate` renders prompts alone, and its option `chat` has another meaning.
     is_generate = isinstance(config, GenerateConfig)
     names = ("template",) if is_generate else ("template", "train_on", "keys", "chat")
     options = {name: getattr(config, name, None) for name in names}
     set_options = {name: value for name, value in options.items() if value is not None}
-    run_settings = [
-        _row_settings_of_run(x) for x in run_configs_of(config.adapter, config.run)
-    ]
-    for name in options.keys() - set_options.keys():
-        values = [str(getattr(settings, name)) for settings in run_settings]
-        distinct = {*values}
-        if name == "template":  # each run has a copy of its own
-            files = map(pathlib.Path, distinct)
-            distinct = {x.read_bytes() if x.is_file() else x for x in files}
-        if len(distinct) > 1:
-            raise ValueError(
-                f"`{name}` must be given if the runs of the adapters have different "
-                f"ones. Got none, and runs with {' and '.join(sorted({*values}))}."
-            )
-    settings = run_settings[0] if run_settings else RowSettings()
+    run_config = run_config_of(config)
+    settings = RowSettings() if run_config is None else _row_settings_of_run(run_config)
     return settings._replace(**set_options)
 
 

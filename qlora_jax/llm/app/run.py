@@ -22,20 +22,19 @@ from ..data.encode import Row
 from ..models.torch_decoder import TorchEngine
 from ..train.objectives import OBJECTIVES, find_objective
 from ..train.outputs import plural
-from .base_model import (
-    BaseModel,
+from .adapters import (
     init_shapes,
     lora_config_for,
-    open_model,
     packing_config_for,
+    read_initial_lora,
 )
+from .open_model import OpenModel, open_model
 from .processes import is_first, log
 from .program import make_mesh, make_placer, make_schedule, resolve_dtype
 from .pushing import check_base, push
 from .resuming import make_fingerprint
 from .row_settings import check_template
 from .run_folder import CONFIG, read_run_config
-from .starting import read_initial_lora
 from .train_config import LOGGERS, TrainConfig
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class Run:
     """A run whose settings, data and model were checked to be compatible."""
 
     config: TrainConfig  # with the settings that the model or the data decide
-    model: BaseModel  # with shapes instead of parameters
+    model: OpenModel  # with shapes instead of parameters
     # How to pack kernels while they are read; None to use them as they are stored.
     packing_config: ql.QLoRAConfig | None
     lora_config: ql.QLoRAConfig  # the adapters to create
@@ -57,7 +56,7 @@ class Run:
     mesh: Mesh | None  # None for one device
     # Puts a base and a lora tree on the devices.
     place: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
-    teacher: BaseModel | None  # for an objective that uses one
+    teacher: OpenModel | None  # for an objective that uses one
     initial_lora: PyTree | None  # the adapters to start from, if they are not new
 
     @property
@@ -132,7 +131,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
     )
 
 
-def _read_data(config: TrainConfig, tokenizer: Tokenizer, model: BaseModel) -> Dataset:
+def _read_data(config: TrainConfig, tokenizer: Tokenizer, model: OpenModel) -> Dataset:
     data = read_dataset(
         config.data,
         tokenizer,
@@ -153,10 +152,10 @@ def _read_data(config: TrainConfig, tokenizer: Tokenizer, model: BaseModel) -> D
 
 def _open_teacher(
     config: TrainConfig,
-    model: BaseModel,
+    model: OpenModel,
     packing_config: ql.QLoRAConfig | None,
     tokenizer: Tokenizer,
-) -> BaseModel | None:
+) -> OpenModel | None:
     """Returns the teacher, or None if the objective uses none.
 
     By default, the teacher is the model itself, whose weights are then read again
@@ -278,7 +277,7 @@ def _check_torch_settings(config: TrainConfig, engine: TorchEngine) -> None:
         )
 
 
-def _check_unpacked(config: TrainConfig, model: BaseModel) -> None:
+def _check_unpacked(config: TrainConfig, model: OpenModel) -> None:
     """Checks the settings of a run whose base stays as it is stored."""
     if config.base_memory == "host" and model.stored_fmt is None:
         raise ValueError(
@@ -288,7 +287,7 @@ def _check_unpacked(config: TrainConfig, model: BaseModel) -> None:
 
 
 def _check_model_fits(
-    model: BaseModel,
+    model: OpenModel,
     lora_config: ql.QLoRAConfig,
     packing_config: ql.QLoRAConfig | None,
     mesh: Mesh | None,

@@ -1,7 +1,7 @@
 """`qlora-jax score`: the mean loss of a model on data."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from ..data.encode import Row
 from ..train.means import make_mean_loss
 from ..train.objectives.sft import decoder_loss
 from ..train.outputs import plural
-from .base_model import BaseModel, open_model_and_adapters, read_as_trained
+from .as_trained import open_model_for, read_as_trained, training_load_options
 from .configs import ScoreConfig
 from .merge_aware import note_packing
+from .open_model import OpenModel
 from .row_settings import read_rows_like_run
 
 BATCH_TOKENS = 1024  # the default size of a batch
@@ -47,29 +48,8 @@ class Score:
         return f"loss {self.loss:.6f} nats a token ({counts})"
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The result of `score` for several adapters.
-
-    Attributes:
-        scores: The score of each adapter, by its name in the config.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> print(app.Scores({"run/adapter": app.Score(0.5, tokens=1200, rows=3)}))
-        run/adapter: loss 0.500000 nats a token (1,200 tokens in 3 rows)
-    """
-
-    scores: Mapping[str, Score]
-
-    def __str__(self):
-        return "\n".join(f"{name}: {score}" for name, score in self.scores.items())
-
-
-def score(config: ScoreConfig) -> Score | Scores:
+def score(config: ScoreConfig) -> Score:
     """Returns the loss of a model, with or without an adapter, on the rows of a file.
-
-    Several adapters are scored on one base, which is read once.
 
     Args:
         config: The model, the adapter and the rows.
@@ -88,19 +68,18 @@ def score(config: ScoreConfig) -> Score | Scores:
         >>> app.score(app.ScoreConfig(model, str(data))).tokens
         3
     """
-    model, adapters, load_options = open_model_and_adapters(config)
+    model = open_model_for(config)
+    load_options = training_load_options(config, model)
     note_packing(model.lora)
     # The rows are read before the weights, so that their errors are reported early.
     rows = read_rows_like_run(config, model, str(config.data), config.batch_tokens)
     scorer = make_scorer(model, rows, config.batch_tokens, config.dtype)
     model = read_as_trained(model, load_options, config.dtype)
-    if not adapters:
-        return scorer(model.base, model.lora)
-    return Scores({name: scorer(model.base, x) for name, x in adapters.items()})
+    return scorer(model.base, model.lora)
 
 
 def make_scorer(
-    model: BaseModel,
+    model: OpenModel,
     rows: Sequence[Row],
     batch_tokens: int = BATCH_TOKENS,
     dtype: str = "float32",

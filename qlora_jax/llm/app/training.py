@@ -30,6 +30,7 @@ from ..train.loop import Callback, fit
 from ..train.outputs import Metrics, plural
 from ..train.step import Report, State
 from . import processes
+from .adapters import copy_weights
 from .evaluation import Evaluation
 from .loggers import LogRow, open_loggers
 from .preview import Preview, preview
@@ -46,7 +47,6 @@ from .resuming import find_resumed_step
 from .run import Run, make_batches, make_run
 from .run_folder import METRICS, STATE, open_run_folder, quiet_orbax, write_run_config
 from .run_results import TrainResult, write_results
-from .starting import copy_weights
 from .train_config import TrainConfig
 
 if TYPE_CHECKING:

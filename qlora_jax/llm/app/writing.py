@@ -12,14 +12,12 @@ from jaxtyping import PyTree
 import qlora_jax as ql
 
 from ..data.chat_tokenizer import open_tokenizer
-from .base_model import (
-    LAYERS,
-    BaseModel,
+from ..models.jax_engine import LAYERS
+from .as_trained import (
     LoadOptions,
-    open_model,
     open_model_for,
     read_as_trained,
-    run_configs_of,
+    run_config_of,
     training_load_options,
 )
 from .configs import PACKING_OPTIONS, AdapterFormat, ExportConfig
@@ -31,6 +29,7 @@ from .merge_aware import (
     pack_as_trained,
     target_packing_of,
 )
+from .open_model import OpenModel, open_model
 from .pairing import AS_IS, MERGED, Pair, open_pair
 from .processes import log
 from .pushing import check_base, push
@@ -115,9 +114,10 @@ def export(config: ExportConfig) -> Written:
         return _export(config)
     is_adapter = config.format in (None, *get_args(AdapterFormat))
     if is_adapter and config.server is None:
-        for run in run_configs_of(config.adapter, config.run):
-            if not run.merge_aware:  # which is not exported as an adapter
-                check_base(run.model, config.model)
+        run_config = run_config_of(config)
+        # A merge-aware adapter is not exported as an adapter.
+        if run_config is not None and not run_config.merge_aware:
+            check_base(run_config.model, config.model)
     # Without a path, `push` uploads nothing. If the repository cannot be written, it
     # fails here, before the export.
     push(config.push_to_hub)
@@ -129,8 +129,8 @@ def export(config: ExportConfig) -> Written:
 def _export(config: ExportConfig) -> Written:
     if config.server is not None:
         return _export_for_server(config)
-    model, step = open_model_for(config)
-    config = complete_export(config, model.lora, step)
+    model = open_model_for(config)
+    config = complete_export(config, model.lora, model.step)
     export_format, path = str(config.format), pathlib.Path(str(config.out))
     model.check_for_torch("format", export_format, ("peft", "peft-portable", "merged"))
     _check_out(config, path)
@@ -208,11 +208,9 @@ def _note_rounding(training_options: LoadOptions, stored_fmt: str | None) -> Non
 
 
 def _score_model(
-    scorer: Callable[[PyTree, PyTree], Score], model: BaseModel, options: LoadOptions
+    scorer: Callable[[PyTree, PyTree], Score], model: OpenModel, options: LoadOptions
 ) -> float:
     """Returns the loss of a model, which is in memory only during this call."""
-    # 4-bit weights in a format that this package lacks are decoded exactly.
-    model = dataclasses.replace(model, recode=True)
     model = read_as_trained(model, options, "float32")
     return scorer(model.base, model.lora).loss
 
@@ -254,7 +252,7 @@ def _export_for_server(config: ExportConfig) -> Written:
 
 def _write_pair(
     config: ExportConfig,
-    model: BaseModel,
+    model: OpenModel,
     options: LoadOptions,
     pair: Pair,
     folder: pathlib.Path,
@@ -269,7 +267,7 @@ def _write_pair(
     paths = {"base": str(path.absolute()) if path.exists() else model.name}
 
     def write_part(
-        file: str, model: BaseModel, options: LoadOptions, export_format: Any
+        file: str, model: OpenModel, options: LoadOptions, export_format: Any
     ) -> tuple[str, Repacked | None]:
         file += ".gguf" * export_format.startswith("gguf")
         gguf_type = None
@@ -306,7 +304,7 @@ class _Writer:
     """Writes a model or an adapter; there is a method for each format."""
 
     config: ExportConfig
-    model: BaseModel
+    model: OpenModel
     options: LoadOptions  # for the weights to merge into, or for the base of a server
     out: pathlib.Path
 
@@ -345,7 +343,7 @@ class _Writer:
         model = self._read_plain()
         return ql.io.PlainLoRA.of(model.base, model.lora, model.engine.exported_names)
 
-    def _read_plain(self) -> BaseModel:
+    def _read_plain(self) -> OpenModel:
         """Returns the model with its adapter.
 
         Raises ValueError if the adapter replaces weights.

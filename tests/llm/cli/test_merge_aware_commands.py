@@ -179,13 +179,6 @@ def test_it_answers_as_its_file(aware, capsys):
     assert by_run == by_file
 
 
-def test_several_adapters_are_refused(folder, aware, plain, capsys):
-    adapters = f"{plain / 'adapter'},{aware / 'adapter'}"
-    source = ["--model", folder / "base", "--adapter", adapters]
-    status, _, err = run(capsys, "score", "--data", folder / "valid.jsonl", *source)
-    assert status == 1 and "`adapter` must be a single one if it is merge-aware" in err
-
-
 @pytest.mark.slow
 def test_a_target_in_the_format_of_the_base_has_its_blocks(folder, tmp_path, capsys):
     base = dict(fmt="nf4", block_size=32, double_quant=False)

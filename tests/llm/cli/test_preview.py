@@ -8,7 +8,7 @@ import pytest
 from tokenizer_helpers import write_rows
 
 from qlora_jax.llm import app
-from qlora_jax.llm.app.base_model import BaseModel
+from qlora_jax.llm.app.open_model import OpenModel
 from qlora_jax.llm.data import open_tokenizer
 from qlora_jax.llm.models.tiny import save_tiny
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_weights(monkeypatch):
-    monkeypatch.setattr(BaseModel, "read", None)
+    monkeypatch.setattr(OpenModel, "read", None)
 
 
 def show(folder, tmp_path, *rows, preview=3, **options):

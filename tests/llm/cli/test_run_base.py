@@ -1,6 +1,5 @@
 """Commands that use the adapter of a run use the weights and the format of its base."""
 
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -17,15 +16,22 @@ from tokenizer_helpers import write_rows
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.base_model import (
-    open_model_and_adapters,
+from qlora_jax.llm.app.as_trained import (
+    open_model_for,
     read_as_trained,
-    run_configs_of,
+    run_config_of,
+    training_load_options,
 )
 from qlora_jax.llm.models.tiny import save_tiny
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def open_for(config):
+    """Returns a config's model, and the options to read it as training did."""
+    model = open_model_for(config)
+    return model, training_load_options(config, model)
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +162,7 @@ def test_the_dtype_of_a_run_rounds_weights_before_they_are_packed(models):
     adapter = str(run / "adapter")
     for fmt in (None, "nf4"):  # also if the format of the run is requested
         config = app.ScoreConfig(str(models / "base"), "d", adapter, fmt=fmt)
-        model, _, packing = open_model_and_adapters(config)
-        base = read_as_trained(model, packing, "float32").base
+        base = read_as_trained(*open_for(config), "float32").base
         w = tensors_of(models / "base")[DOWN].T.astype(ml_dtypes.bfloat16)
         codes, scales = quantize(np.float32(w), "nf4", 64)
         kernel = base["layers"]["mlp"]["down_proj"]["kernel"]
@@ -210,11 +215,11 @@ def test_a_run_and_what_it_replaces(capsys, command):
 
 def test_an_adapter_has_its_run_in_the_current_folder_too(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
-    assert len(run_configs_of("~/run/adapter")) == 1
+    config = app.ScoreConfig(str(folder / "base"), "d", adapter="~/run/adapter")
+    assert run_config_of(config) is not None
     monkeypatch.chdir(folder / "run" / "adapter")
     config = app.ScoreConfig(str(folder / "base"), "d", adapter=".")
-    _, _, options = open_model_and_adapters(config)
-    packing = options["packing_config"]
+    packing = open_for(config)[1]["packing_config"]
     assert (packing.fmt, packing.block_size, packing.double_quant) == ("nf4", 64, False)
 
 
@@ -226,17 +231,19 @@ def test_an_adapter_is_not_read_without_the_damaged_settings_of_its_run(
     adapter = str(tmp_path / "run" / "adapter")
     config = app.ScoreConfig(str(folder / "base"), "d", adapter)
     with pytest.raises(ValueError, match="config.yaml cannot be read"):
-        open_model_and_adapters(config)
+        open_for(config)
     (tmp_path / "run" / "metrics.jsonl").unlink()  # then it is another program's folder
-    assert open_model_and_adapters(config)[2] == {}
+    assert open_for(config)[1] == {}
 
 
 def test_options_of_the_model_replace_those_of_the_run(folder, tmp_path):
     source = dict(data="d", run=str(folder / "run"))
+    config = app.ScoreConfig(fmt="int4", **source)
+    assert open_for(config)[1]["packing_config"].fmt == "int4"
     packed = str(tmp_path / "packed")
     export(folder / "base", "bitsandbytes", packed)
-    config = app.ScoreConfig(packed, fmt="int4", recode=True, **source)
-    assert open_model_and_adapters(config)[2]["packing_config"].fmt == "int4"
+    with pytest.raises(ValueError, match="`fmt` must be none or nf4, .* Got 'int4'"):
+        open_for(app.ScoreConfig(packed, fmt="int4", **source))
 
 
 def test_a_run_writes_no_adapter_without_a_tokenizer(folder, tmp_path):
@@ -251,7 +258,7 @@ def test_a_format_is_needed_for_its_options(folder, capsys):
     assert status == 1 and "`fmt` must be given with `block_size`" in err
     options = ["--model", folder / "base", "--data", folder / "valid.jsonl"]
     status, _, err = run(capsys, "score", *options, "--fmt=none", "--block-size=32")
-    assert status == 1 and "`block_size` must be left out with `fmt` none" in err
+    assert status == 1 and "`fmt` must be given with `block_size`" in err
 
 
 @pytest.mark.slow
@@ -352,26 +359,6 @@ def test_rows_are_scored_with_the_settings_of_the_run(
     assert app.score(config).tokens == num_trained
 
 
-def test_runs_must_agree_on_the_settings_of_rows(folder, tmp_path):
-    rows = str(write_rows(tmp_path / "rows.jsonl", [{"messages": MESSAGES}]))
-    runs = []
-    for train_on in ("last", "all"):
-        (tmp_path / train_on).mkdir()
-        runs.append(run_with(folder, tmp_path / train_on, train_on=train_on))
-    adapters = [str(run / "adapter") for run in runs]
-    config = app.ScoreConfig(str(folder / "base"), rows, adapters)
-    message = "`train_on` must be given if .*Got none, and runs with all and last"
-    with pytest.raises(ValueError, match=message):
-        app.score(config)
-    scores = app.score(dataclasses.replace(config, train_on="last")).scores
-    assert [x.tokens for x in scores.values()] == [3, 3]
-    # Each run has a copy of its template.
-    (runs[1] / "template.jinja").write_text("{{ messages }}")
-    message = "`template` must be given if .*Got none, and runs with .*/all/run/temp"
-    with pytest.raises(ValueError, match=message):
-        app.score(dataclasses.replace(config, train_on="last"))
-
-
 def test_the_chat_template_is_that_of_the_run(folder, tmp_path):
     """Without its marks, the first of several answers could not be found."""
     out = run_with(folder, tmp_path)
@@ -449,6 +436,3 @@ def test_the_system_message_that_all_rows_share_is_used_again(folder, tmp_path, 
     other = tmp_path / "other"
     app.train(settings(folder / "base", mixed, other, **options))
     assert num_tokens(run=str(other))[0] == without
-    adapters = [str(run / "adapter") for run in (out, other)]
-    with pytest.raises(ValueError, match="`system` must be given"):
-        num_tokens(run=None, model=str(folder / "base"), adapter=adapters)

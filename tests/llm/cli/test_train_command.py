@@ -22,7 +22,7 @@ from tolerances import assert_close
 import qlora_jax as ql
 from qlora_jax.llm import app
 from qlora_jax.llm.app import environment, evaluation
-from qlora_jax.llm.app.base_model import BaseModel
+from qlora_jax.llm.app.open_model import OpenModel
 from qlora_jax.llm.app.processes import StopAtSignal, catch_signals
 from qlora_jax.llm.app.program import make_program
 from qlora_jax.llm.app.resuming import check_fingerprint
@@ -422,7 +422,7 @@ SPLASH = dict(batch_size=8, attention="splash")
 def test_what_is_wrong_is_refused_before_the_model_is_read(
     folder, data, tmp_path, options, message, monkeypatch
 ):
-    monkeypatch.setattr(BaseModel, "read", None)
+    monkeypatch.setattr(OpenModel, "read", None)
     config = settings(folder, data, tmp_path / "run")
     monkeypatch.chdir(data)
     with pytest.raises(ValueError, match=message):

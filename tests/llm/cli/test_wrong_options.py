@@ -62,7 +62,6 @@ MISSING = [
     ("data", ["score", *BASE, "--data", "nothing"]),
     ("adapter", [*SCORE, "--adapter", "nothing"]),
     ("adapter", [*SCORE, "--adapter", "no/thing"]),
-    ("adapter", [*SCORE, "--adapter", "adapter,nothing"]),
     ("adapter", [*GENERATE, "--adapter", "nothing.gguf"]),
     ("adapter", [*EXPORT, "--adapter", "run/adapter/nothing"]),
     ("prompts", ["generate", *BASE, "--prompts", "nothing.jsonl"]),

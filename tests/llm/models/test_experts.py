@@ -17,13 +17,13 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.llm import train
-from qlora_jax.llm.app.base_model import LAYERS
 from qlora_jax.llm.gguf.save import save_gguf, save_gguf_lora
 from qlora_jax.llm.models.checkpoint import abstract_params, load, read_config
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.experts import MixtureOfExperts, split_alternating
 from qlora_jax.llm.models.families import config_from_hf
+from qlora_jax.llm.models.jax_engine import LAYERS
 from qlora_jax.llm.models.sharding import place_arguments
 from qlora_jax.llm.models.tiny import CONFIG, save_tiny
 

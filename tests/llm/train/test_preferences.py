@@ -13,7 +13,7 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.llm import data, train
-from qlora_jax.llm.app.base_model import BaseModel
+from qlora_jax.llm.app.open_model import OpenModel
 from qlora_jax.llm.app.program import lower_step
 from qlora_jax.llm.app.train_config import TrainConfig
 from qlora_jax.llm.models.config import DecoderConfig
@@ -163,7 +163,7 @@ def test_metrics_without_values_are_nan_without_a_warning():
 def test_there_is_no_second_model_in_memory():
     decoder = DecoderConfig(512, 256, 512, 4, num_heads=4, num_kv_heads=2)
     engine = JaxEngine(pathlib.Path("model"), decoder)
-    model = BaseModel(engine, engine.shapes)
+    model = OpenModel(engine, engine.shapes)
 
     def memory_of(objective):
         options = dict(objective=objective, batch_size=1, max_length=32, rank=4)

@@ -1,8 +1,9 @@
-"""Starts the training of adapters from another adapter."""
+"""The adapters of a run: their `QLoRAConfig`, and adapters to start from."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +13,98 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
-from .base_model import BaseModel, fetch_adapter, init_shapes
+from ..models.jax_engine import LAYERS
+from ..train.target_modules import ALL_LINEAR, find_target_paths
+from .merge_aware import target_settings
+from .open_model import OpenModel, fetch_adapter
 from .train_config import TrainConfig
 
 
+def packing_config_for(
+    settings: TrainConfig, model: OpenModel, default_fmt: str = "none"
+) -> ql.QLoRAConfig | None:
+    """Returns how training packs the layers; None if they are used as stored."""
+    return model.packing_config(
+        settings.fmt or default_fmt,
+        settings.block_size,
+        settings.double_quant,
+    )
+
+
+def init_shapes(base: PyTree, config: ql.QLoRAConfig) -> tuple[PyTree, PyTree]:
+    """Returns the base and the lora tree that `ql.init` would make, as shapes."""
+    return jax.eval_shape(lambda base: ql.init(jax.random.key(0), base, config), base)
+
+
+def lora_config_for(
+    config: TrainConfig,
+    model: OpenModel,
+    packing_config: ql.QLoRAConfig | None,
+) -> ql.QLoRAConfig:
+    """Returns the settings of the adapters that a run trains.
+
+    `packing_config` says how the base is packed, as `OpenModel.packing_config` returns
+    it. Only merge-aware adapters depend on it.
+    """
+    params, engine = model.base, model.engine
+    if config.target_modules == ALL_LINEAR:
+        # A vision part is only adapted if its modules are named.
+        params = engine.language_params(params)
+    targets = find_target_paths(
+        config.target_modules, params, model.names, head=engine.head_module
+    )
+    settings: dict[str, Any] = {"fmt": None}  # reading the model packs its kernels
+    if config.merge_aware:
+        packings = (
+            {packing_config.packing} if packing_config else {*model.stored_packings}
+        )
+        unadapted = [
+            path
+            for path in ql.leaves_by_path(model.base)
+            if re.fullmatch(LAYERS, path)
+            and (path not in targets or _is_trained_in_full(config, path))
+        ]
+        settings |= target_settings(config, packings, unadapted)
+    return ql.QLoRAConfig(
+        rank=config.rank,
+        rank_pattern=_find_small_kernels(config, model, targets),
+        alpha=config.lora_alpha,
+        targets=tuple(map(re.escape, targets)),
+        trainable=config.trainable or (),
+        contract=model.contract_of([*map(re.escape, targets)]),
+        dropout=config.lora_dropout,
+        rank_stabilized=config.use_rslora,
+        use_dora=config.use_dora,
+        **settings,
+    )
+
+
+def _is_trained_in_full(config: TrainConfig, path: str) -> bool:
+    """Returns whether a leaf is trained itself, so that it gets no LoRA."""
+    return bool(config.trainable and re.fullmatch(config.trainable, path))
+
+
+def _find_small_kernels(
+    config: TrainConfig, model: OpenModel, targets: Sequence[str]
+) -> dict[str | re.Pattern, int]:
+    """Returns patterns of kernels that are smaller than their adapters, and the rank.
+
+    One of them is the gate of a shared expert, which has one output. Unless these
+    patterns are in `rank_pattern`, `ql.init` rejects such adapters, because wrong axes
+    are the usual cause. Here, the axes are known, and PEFT has these adapters too.
+    """
+    leaves = ql.leaves_by_path(model.base)
+    ranks: dict[str | re.Pattern, int] = {}
+    for path in targets:
+        k, n = leaves[path].shape[-2:]
+        is_small = config.rank * (k + n) > k * n
+        if is_small and not _is_trained_in_full(config, path):
+            ranks[re.escape(path)] = config.rank
+    return ranks
+
+
 def read_initial_lora(
-    config: TrainConfig, model: BaseModel, lora_config: ql.QLoRAConfig
+    config: TrainConfig, model: OpenModel, lora_config: ql.QLoRAConfig
 ) -> tuple[PyTree, float]:
     """Returns the adapters in `config.adapter`, and the alpha for the new adapters.
 
