@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from helpers import biases, normal, put, randomized
-from integration_pairs import PAIRS
+from integration_pairs import PAIRS, TABLES
 from tolerances import assert_close
 
 import qlora_jax as ql
@@ -166,7 +166,7 @@ def make_x(pair, dtype=jnp.float32):
 @functools.cache
 def build(flax, name, config=CONFIG):
     """Returns a wrapped model, adapters in which B is not zero, and an input."""
-    pair = PAIRS[name]
+    pair = (PAIRS | TABLES)[name]
     x = make_x(pair)
     wrapped = flax.wrap(flax.make(pair), config, x)
     return wrapped, randomized(wrapped.lora), x

@@ -104,8 +104,6 @@ PAIRS = {
     "mapped convolution": Pair(
         *mapped(*CONVOLUTION), SEQUENCE, {"heads/kernel": (LAYERS, 3 * DIM, 24)}
     ),
-    "embedding": Pair(models.LinenEmbed, models.NNXEmbed, SEQUENCE,
-                      {"embed/embedding": (48, 32)}),
     "own": Pair(*SQUARE, SEQUENCE, {"w": (DIM, DIM)}),
     "two kernels": Pair(models.LinenTwoKernels, models.NNXTwoKernels, SEQUENCE,
                         {"gate": (DIM, HIDDEN), "up": (DIM, HIDDEN)}),
@@ -116,6 +114,11 @@ PAIRS = {
                       stacked(MLP)),
     "own stack": Pair(*stack(*SQUARE, "layers"), SEQUENCE, OWN_STACKED),
     "own stack remat": Pair(*stack(*SQUARE, remat=True), SEQUENCE, OWN_STACKED),
+}  # fmt: skip
+# A table, whose rows can be trained.
+TABLES = {
+    "embedding": Pair(models.LinenEmbed, models.NNXEmbed, SEQUENCE,
+                      {"embed/embedding": (48, 32)}),
 }  # fmt: skip
 # Sixteen layers and nothing else, to measure the memory of a compiled gradient.
 DEEP = {

@@ -85,13 +85,14 @@ ql.nnx.register(Registered, kernel="w", einsum="bk,kn->bn")
 def cases():
     """Returns functions of a traced number that close over all other arguments."""
     params = {"kernel": normal(0, (64, 8)), "embedding": normal(1, (64, 16))}
-    settings = {"rank": 2, "block_size": 16, "targets": ".*"}
+    settings = {"rank": 2, "block_size": 16, "targets": "kernel"}
     base, lora = trees_of(params, **settings)
     config = ql.QLoRAConfig(**settings)
     large = jnp.full((128, 8), 4.5e5)
     bank = ql.bank([lora, randomized(lora, 7)], capacity=3)
     stack = ql.quantize(normal(2, (2, 64, 8)), block_size=16, double_quant=False)
     trained = ql.Trained(normal(4, (64, 8)))
+    rows = ql.TrainedRows(normal(6, (1, 16)), (1,))
     layers = trees_of({"kernel": normal(3, (2, 64, 8))}, rank=2, block_size=16)
     rules = {".*": P(None, "a", "b")}
     split_layers = ql.sharding.place(*layers, make_mesh("Auto"), rules)[1]
@@ -120,10 +121,7 @@ def cases():
         "bank": lambda y: ql.bank([lora, lora]).lora,
         "matmul": lambda y: ql.matmul(x * y, stack, layer=index),
         "ragged_dot": lambda y: ql.ragged_dot(x * y, stack, sizes),
-        "lookup": lambda y: ql.lookup(base["embedding"], lora["embedding"], ids) * y,
-        "lookup of a bank": lambda y: ql.lookup(
-            base["embedding"], ql.select(bank, ids)["embedding"], ids
-        ),
+        "lookup": lambda y: ql.lookup(base["embedding"], rows, ids) * y,
         "quantize": lambda y: ql.quantize(params["kernel"]),
         "quantize large weights": lambda y: ql.quantize(large, "int4_f16"),
         "quantize a tree": lambda y: ql.quantize(params, config),

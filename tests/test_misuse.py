@@ -11,7 +11,8 @@ import qlora_jax as ql
 
 X = jnp.ones((3, 64))
 BASE, LORA = trees_of({"kernel": normal(0, (64, 8))}, rank=2)
-TABLES, TABLE_LORA = trees_of({"embedding": normal(0, (64, 8))}, rank=2, targets=".*")
+TABLES = ql.quantize({"embedding": normal(0, (64, 8))}, ql.QLoRAConfig(targets=".*"))
+TABLE_LORA = {"embedding": ql.TrainedRows(jnp.ones((1, 8)), (3,))}
 EXPERTS, SIZES = ql.quantize(normal(1, (2, 64, 8))), jnp.ones(2, int)
 BANK, COMPLEX = ql.bank([LORA]), jnp.ones((64, 8), jnp.complex64)
 KERNEL, TABLE = BASE["kernel"], TABLES["embedding"]

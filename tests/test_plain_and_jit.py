@@ -71,7 +71,7 @@ def experts(i: Inputs):
 
 
 def table(i: Inputs):
-    config = ql.QLoRAConfig(rank=2, targets="embedding")
+    config = ql.QLoRAConfig(targets=(), trainable_rows={"embedding": [1]})
     base, lora = ql.init(i.key, {"embedding": i.head}, config)
     return base["embedding"], lora["embedding"]
 

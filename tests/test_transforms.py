@@ -44,22 +44,14 @@ def packed(contract=-2):
 
 
 def tables():
-    """Returns stacked adapters of a table: of low rank, and of some rows."""
-    trees = {}
-    for name, options in (
-        ("low", {}),
-        ("rows", {"trainable_rows": {"embedding": [63, 2]}}),
-    ):
-        config = ql.QLoRAConfig(
-            rank=2, targets=() if options else "embedding", **options
-        )
+    """Returns stacked adapters of a table."""
+    config = ql.QLoRAConfig(targets=(), trainable_rows={"embedding": [63, 2]})
 
-        def init(w, c=config):
-            return ql.init(jax.random.key(0), {"embedding": w}, c)
+    def init(w):
+        return ql.init(jax.random.key(0), {"embedding": w}, config)
 
-        lora = jax.vmap(init)(params()["kernel"])[1]["embedding"]
-        trees[name] = jax.tree.map(lambda x: x + 0.1, lora)
-    return trees
+    lora = jax.vmap(init)(params()["kernel"])[1]["embedding"]
+    return {"rows": jax.tree.map(lambda x: x + 0.1, lora)}
 
 
 def ids():

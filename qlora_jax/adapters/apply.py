@@ -124,24 +124,24 @@ def lookup(table: PyTree, lora: Adapter | None, ids: Int[Array, "..."]) -> jax.A
     """Returns rows of an embedding table with its adapter, `[..., D]`.
 
     They equal the rows of the table that `ql.merge` returns, but only these rows are
-    decoded and multiplied by the adapter. A DoRA also needs the norms of the table's
-    columns, for which all rows are decoded, a few at a time.
+    decoded.
 
     Args:
         table: A float array or QTensor, `[V, D]`.
-        lora: Its adapter, or None.
+        lora: Its `TrainedRows` or `Trained`, or None.
         ids: Integers of any dtype. Negative ids count from the end, as in `jnp.take`,
             and ids outside `[-V, V)` return NaN.
 
     Raises:
         TypeError: If `lora` is not an adapter, or the table is complex.
-        ValueError: If the table does not have two axes, the adapter does not fit it, or
-            `ids` are not integers.
+        ValueError: If the table does not have two axes, the adapter does not fit it or
+            is of another kind, or `ids` are not integers.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
         >>> params = {"embedding": jnp.ones((9, 64))}
-        >>> config = ql.QLoRAConfig(rank=4, targets="embedding")
+        >>> rows = {"embedding": [7, 8]}
+        >>> config = ql.QLoRAConfig(targets=(), trainable_rows=rows)
         >>> base, lora = ql.init(jax.random.key(0), params, config)
         >>> ids = jnp.array([[3, 8]])
         >>> ql.lookup(base["embedding"], lora["embedding"], ids).shape

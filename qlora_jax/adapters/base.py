@@ -95,24 +95,10 @@ class Adapter(TreeLeaf, abc.ABC):
             ids: int32 ids of rows, from 0 to V.
             kernel: The frozen table, `[V, D]`.
         """
-        return jnp.take(self.merged(kernel), ids, axis=0)
-
-    def lookup_by_row(
-        self, ids: Array, kernel: Kernel, places: Array, take: Callable[[Array], Array]
-    ) -> Float[Array, "..."]:
-        """Returns `lookup` where each row of `ids` uses its own adapter of a bank.
-
-        The arrays of this adapter are those of the bank: the first axis has the places.
-
-        Args:
-            ids: int32 ids of rows of the table, `[R, ...]`.
-            kernel: The frozen table, `[V, D]`.
-            places: The places of the adapters in the bank, int32 `[R]`.
-            take: A function that takes the entries at these places from an array of the
-                bank, along its first axis.
-        """
-        adapters = jax.tree.map(take, self)
-        return jax.vmap(lambda lora, ids: lora.lookup(ids, kernel))(adapters, ids)
+        raise ValueError(
+            "`lora` of a table must be a Trained or a TrainedRows, as `trainable` and "
+            f"`trainable_rows` make it. Got {type(self).__name__}."
+        )
 
     def at(self, index: tuple[int, ...]) -> Self:
         """Returns the adapter of one matrix of a stack, for a kernel `[K, N]`.

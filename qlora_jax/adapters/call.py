@@ -144,8 +144,6 @@ def adapted_call(
     `path` names the kernel in errors. Raises ValueError if the equation does not fit.
     """
     if isinstance(call, Lookup):
-        if lora is not None and dropout_key is not None and lora.dropout:
-            raise ValueError(f"{path}: adapters of tables must not have dropout.")
         return call.compute(kernel, lora)
     scalar = jnp.zeros((), kernel.dtype)
     x, _, bias = call.promote(jnp.asarray(call.x), scalar, call.bias)

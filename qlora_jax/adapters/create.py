@@ -8,7 +8,7 @@ from jaxtyping import Array
 from ..quant.kernel import Kernel
 from ..quant.views import take_rows
 from .base import Adapter
-from .config import QLoRAConfig, is_table
+from .config import QLoRAConfig
 from .dora import DoRA, column_norms
 from .lora import SETTINGS, LoRA
 from .merge_aware import MergeAware
@@ -43,25 +43,18 @@ def _new_low_rank(
 
     A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`: Kaiming-uniform with a = sqrt(5) (He et
     al. 2015), PEFT's default. B is zero. Magnitudes start as the norms of the columns.
-    For an embedding table, of which a batch uses few rows, A is zero and B is drawn
-    from a normal distribution, as in PEFT, and there is no dropout.
     """
     *batch, k, n = kernel.matrix_shape
     rank, scaling = config.rank_of(path), config.scaling_of(path)
     # 1. Initial A [*batch, K, r] and B [*batch, r, N].
     bound, dtype = 1 / max(k, 1) ** 0.5, config.lora_dtype
-    dropout = 0.0 if is_table(path) else config.dropout
-    if is_table(path) and kernel.geometry.kinds == "kn":
-        a = jnp.zeros((*batch, k, rank))
-        b = jax.random.normal(key, (*batch, rank, n)).astype(dtype)
-    else:
-        a = jax.random.uniform(key, (*batch, k, rank), jnp.float32, -bound, bound)
-        b = jnp.zeros((*batch, rank, n), dtype)
+    a = jax.random.uniform(key, (*batch, k, rank), jnp.float32, -bound, bound)
+    b = jnp.zeros((*batch, rank, n), dtype)
     if (packing := config.merged_packing(kernel.packing)) is not None:
         packing.check_rows(k)
         settings = scaling, 0.0, kernel.geometry, packing
         return MergeAware(a.astype(dtype), b, *settings)
-    lora = LoRA(a.astype(dtype), b, scaling, dropout, kernel.geometry)
+    lora = LoRA(a.astype(dtype), b, scaling, config.dropout, kernel.geometry)
     if not config.use_dora:
         return lora
     # 2. The magnitudes of a DoRA.

@@ -14,7 +14,6 @@ from .._jax.modes import is_local, split_as, varying_with
 from ..product.floats import float_product
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor
-from ..quant.views import take_rows
 from .base import Multiply, ProductCall, constrained, on_matrix, register_adapter
 from .lora import (
     LowRank,
@@ -85,25 +84,6 @@ class DoRA(LowRank):
         lora = constrained(self, kernel)
         return on_matrix(kernel, adapt, lora_delta(lora), lora.m)
 
-    def _table_norms(self, kernel: Kernel) -> Array | None:
-        if self.row_role != "k":  # each row has its own magnitude and norm
-            return None
-        # On one device, `column_norms` decodes tiles of columns. A table has so many
-        # rows that a tile would have one or two columns, so use tiles of rows.
-        compute_norms = _norms_by_rows if is_local() else column_norms
-        return compute_norms(self, kernel)
-
-    def _adapt_rows(self, rows: Array, norms: Array | None) -> Array:
-        v, m = super()._adapt_rows(rows, norms), self.m.astype(jnp.float32)
-        if norms is not None:
-            # In a bank, both are 0 for an id of -1, and 0 / 0 would have a gradient of
-            # NaN. Other norms are far above the floor (see `_safe_sqrt`).
-            scale = m / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
-            # `jax_numpy_rank_promotion` may be "raise", so broadcast [D] explicitly.
-            return v * jnp.broadcast_to(scale, v.shape)
-        norms = _safe_sqrt(jnp.sum(jnp.square(lax.stop_gradient(v)), -1))
-        return v * (m / norms)[..., None]
-
 
 register_adapter(DoRA)
 
@@ -161,27 +141,6 @@ def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
 
     sums = varying_with(jnp.zeros((*batch, n), jnp.float32), q)
     return lax.fori_loop(0, num_tiles, add_tile, sums)
-
-
-def _norms_by_rows(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
-    """Returns `column_norms` of a table on one device, decoding some rows at a time."""
-    lora, kernel = lax.stop_gradient((lora, kernel.take().to_device()))
-    if isinstance(kernel, QTensor):
-        kernel = kernel.with_float_scales()
-    size, width = kernel.shape
-    num_tiles = max(math.ceil(4 * kernel.size / TILE_BYTES), 1)
-    tile_rows = -(-size // num_tiles)
-
-    def add_tile(i: Array, squares: Array) -> Array:
-        ids = i * tile_rows + jnp.arange(tile_rows)
-        v = LowRank._adapt_rows(lora._at_rows((ids,)), take_rows(kernel, ids), None)
-        # Ids beyond the table, in the last tile, return NaN.
-        v = jnp.where((ids < size)[:, None], v, 0)
-        return squares + jnp.sum(jnp.square(v), 0)
-
-    squares = varying_with(jnp.zeros(width, jnp.float32), lora, kernel)
-    norms = _safe_sqrt(lax.fori_loop(0, num_tiles, add_tile, squares))
-    return checkpoint_name(norms, "dora_norms")
 
 
 def _without_row_axes(kernel: Kernel) -> Kernel:

@@ -1,9 +1,8 @@
 """LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,6 @@ from .._jax.modes import split_as
 from ..product.floats import float_product, ragged_float_product
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
-from ..quant.views import take_rows
 from .base import (
     Adapter,
     ProductCall,
@@ -54,73 +52,6 @@ class LowRank(Adapter):
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         lora = constrained(self, kernel)
         return on_matrix(kernel, jnp.add, lora_delta(lora))
-
-    def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
-        if self.row_role is None:
-            return super().lookup(ids, kernel)
-        rows = take_rows(kernel, ids)
-        lora, norms = self._at_rows((ids,)), self._table_norms(kernel)
-        return lora._adapt_rows(rows, norms).astype(rows.dtype)
-
-    def lookup_by_row(  # noqa: D102
-        self, ids: Array, kernel: Kernel, places: Array, take: Callable[[Array], Array]
-    ) -> Float[Array, "..."]:
-        if self.row_role is None:
-            return super().lookup_by_row(ids, kernel, places, take)
-        # 1. Index the places of the bank and the rows of the table at once. Otherwise,
-        #    XLA takes a full A for each row of the input.
-        places = jnp.expand_dims(places, tuple(range(1, ids.ndim)))
-        row_loras = self._at_rows((places, ids), take)
-        # 2. Compute the norms once for each adapter of the bank, for the same reason.
-        bank_norms = jax.vmap(lambda lora: lora._table_norms(kernel))(self)
-        norms = jax.tree.map(take, bank_norms)  # None if there are no norms
-
-        # 3. Adapt the rows of the table.
-        def adapt(lora: Self, rows: Array, norms: Array | None) -> Array:
-            return lora._adapt_rows(rows, norms)
-
-        return jax.vmap(adapt)(row_loras, take_rows(kernel, ids), norms)
-
-    @property
-    def row_role(self) -> str | None:
-        """The role of the rows of a table `[V, D]`; None for any other kernel."""
-        return {"kn": "k", "nk": "n"}.get(self.geometry.kinds)
-
-    def _at_rows(
-        self, index: tuple[Array, ...], take: Callable[[Array], Array] = lambda x: x
-    ) -> Self:
-        """Returns the adapter with only those entries that some rows of a table use.
-
-        `index` is `(ids,)`, or `(places, ids)` if the arrays are those of a bank. An id
-        of V gives NaN. Arrays without an axis of rows, such as B `[r, D]`, are returned
-        whole; those of a bank are passed to `take`, which takes them at the places.
-        """
-
-        def take_entries(name: str, x: Array) -> Array:
-            row_role: Any = self.row_role  # not None, because the kernel is a table
-            row_axis = self.roles[name].find(row_role)
-            if row_axis < 0:
-                return take(x)
-            # Move the axis of rows to the front, or behind the axis of a bank, so that
-            # `index` selects along the first axes.
-            front = len(index) - 1
-            x = jnp.moveaxis(x, front + row_axis, front)
-            return x.at[index].get(mode="fill", fill_value=jnp.nan)
-
-        return replace_arrays(self, take_entries)
-
-    def _table_norms(self, kernel: Kernel) -> Array | None:
-        """Returns the norms of columns if `_adapt_rows` needs them, else None."""
-        return None
-
-    def _adapt_rows(self, rows: Array, norms: Array | None) -> Array:
-        """Returns adapted rows `[..., D]` in float32, with the arrays of `_at_rows`."""
-        # If the rows of the table are along K, a lookup is a product with one-hot rows,
-        # so a row changes by A[id] B. Along N, it changes by B[:, id]^T A^T.
-        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
-        left, right = (a, b) if self.row_role == "k" else (b, a.swapaxes(-1, -2))
-        change = float_product(left, right, lax.Precision.HIGHEST)
-        return add_change(rows.astype(jnp.float32), self.scaling * change)
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,7 +44,6 @@ from ..quant.kernel import Kernel
 from ..quant.pack import straight_through
 from ..quant.qtensor import QTensor, round_to, stored_specs
 from ..quant.schemes import StoredScales, next_power_of_two
-from ..quant.views import take_rows
 from .base import Adapter, ProductCall, register_adapter
 from .lora import SETTINGS, LowRank, lora_product
 
@@ -105,13 +104,6 @@ class MergeAware(LowRank):
         frozen, frozen_kernel = lax.stop_gradient((self, kernel))
         w = frozen.packed(frozen_kernel).dequantize()
         return straight_through(super().merged(kernel), w)
-
-    def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
-        if self.row_role is None:
-            return super().lookup(ids, kernel)
-        frozen, frozen_kernel = lax.stop_gradient((self, kernel))
-        rows = take_rows(frozen.packed(frozen_kernel), ids)
-        return straight_through(super().lookup(ids, kernel), rows)
 
     def packed(self, kernel: Kernel) -> QTensor:
         """Returns the packed weights that `product` applies.

@@ -16,7 +16,6 @@ from .._jax.modes import explicit_mesh, in_auto_mode, split_by
 from .._jax.pytree import register
 from .._jax.specs import Axes, free_prefix, make_spec, mesh_axes
 from ..quant.kernel import Kernel
-from ..quant.views import take_rows
 from .base import Adapter, ProductCall
 
 # A selected adapter has some attributes of the bank's adapters, as properties.
@@ -117,27 +116,6 @@ class Selected(Adapter):
         is_off = jnp.any(self.ids == -1)  # all ids along the batch axes are equal
         merged = self._take_adapters(self.ids).merged(kernel)
         return jnp.where(is_off, kernel.dequantize(), merged)
-
-    def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
-        # `ids` are rows of the table; `self.ids` are adapters.
-        rows = take_rows(kernel, ids)
-        if self.ids.ndim == 0:
-            adapted = self._take_adapters(self.ids).lookup(ids, kernel)
-            return jnp.where(self.ids == -1, rows, adapted)
-        if ids.shape[:1] != self.ids.shape:
-            raise ValueError(
-                "`ids` must be one number, or one for each row of the first axis of "
-                "the ids of a table [V, D]. Got "
-                f"{self.ids.shape[-1]} for ids {ids.shape}."
-            )
-
-        take_by_row = functools.partial(self._take, ids=self.ids)
-        # Ids below -1 return NaN, as in `_take`. An id of -1 takes the last place, but
-        # its result is replaced by the frozen rows below.
-        places = jnp.where(self.ids < -1, self.adapters.batch_shape[-1], self.ids)
-        adapted = self.adapters.lookup_by_row(ids, kernel, places, take_by_row)
-        is_off = jnp.expand_dims(self.ids == -1, tuple(range(1, rows.ndim)))
-        return jnp.where(is_off, rows, adapted.astype(rows.dtype))
 
     def _take_adapters(self, ids: Array) -> Adapter:
         """Returns the adapters of the ids. For an id of -1, their arrays are zero."""

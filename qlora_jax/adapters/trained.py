@@ -60,6 +60,9 @@ class Trained(Replacement):
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         return self.value.astype(kernel.dtype)
 
+    def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
+        return jnp.take(self.merged(kernel), ids, axis=0)
+
 
 register_adapter(Trained)
 

@@ -13,7 +13,7 @@ from .._jax.memory import is_concrete
 from .._jax.pytree import is_tree_leaf, register, split_arrays
 from ..adapters.base import parts_of
 from ..adapters.call import Lookup, ModuleCall
-from ..adapters.config import QLoRAConfig, check_config, is_table
+from ..adapters.config import QLoRAConfig, check_config
 from ..product.einsum import kernel_kinds, parse_equation
 from ..trees.init import check_and_init
 from ..trees.paths import Leaf, Tree, leaves_by_path, map_by_path
@@ -238,7 +238,7 @@ class _Recorder:
                 )
             elif path in self.stacked:
                 problems[path] = WRONG_AXIS.format(self.stacked[path])
-            elif config.dropout and path in self.read_in_float and not is_table(path):
+            elif config.dropout and path in self.read_in_float:
                 module = self.read_in_float[path]
                 problems[path] = no_dropout(path, config.dropout, module)
         return self.unfit | problems

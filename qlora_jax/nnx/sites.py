@@ -10,7 +10,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from ..adapters.call import is_plain
-from ..adapters.config import QLoRAConfig, is_table
+from ..adapters.config import QLoRAConfig
 from ..trees.paths import KeyPath
 from .rules import (
     RULES,
@@ -177,8 +177,7 @@ def _axis_roles(site: Site, target_names: list[str], config: QLoRAConfig) -> str
         raise ValueError(
             f"no method of its module, {cls}, reads it. {register}xclude it."
         )
-    # Adapters of tables never have dropout.
-    if config.dropout and not is_table(name):
+    if config.dropout:
         raise ValueError(
             f"{cls} reads it itself, so that no dropout can act on the adapter's input."
             f" {register}xclude it, or set dropout=0."

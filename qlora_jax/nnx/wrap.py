@@ -9,11 +9,11 @@ from jaxtyping import Array
 
 from .._jax.memory import check_donated
 from ..adapters.base import Adapter
-from ..adapters.config import QLoRAConfig, check_config, is_table
+from ..adapters.config import QLoRAConfig, check_config
 from ..quant.kernel import as_kernel
 from ..trees.init import init_targets
 from ..trees.paths import Leaf, leaves_by_path
-from ..trees.targets import find_targets
+from ..trees.targets import find_targets, refuse_tables
 from .bridge import linen_axis_roles, packed_linen
 from .sites import Site, check_targets, find_sites, packed_rule, why_no_adapter
 from .subclass import materializing, packed
@@ -123,6 +123,7 @@ def wrap(
         if reason := why_no_adapter(site):
             problems.setdefault(path, reason)
     geometries = find_targets(values, config, axis_roles, problems)
+    refuse_tables(geometries)
     _check_streams(rngs, targets, config)
     if donate and config.fmt is not None and config.freeze_base:
         check_donated(leaves_by_path(nnx.to_pure_dict(nnx.state(model))), targets)
@@ -166,9 +167,7 @@ def _check_call(model: nnx.Module, args: tuple, kwargs: dict) -> None:
 
 
 def _check_streams(rngs: nnx.Rngs, paths: Iterable[str], config: QLoRAConfig) -> None:
-    # Adapters of tables never have dropout.
-    has_dropout = config.dropout > 0 and not all(map(is_table, paths))
-    streams = ["params", "dropout"] if has_dropout else ["params"]
+    streams = ["params", "dropout"] if config.dropout > 0 else ["params"]
     # A default stream replaces those that are missing.
     if not all(hasattr(rngs, stream) for stream in streams):
         raise ValueError(

@@ -21,7 +21,7 @@ from .paths import (
     path_string,
 )
 from .quantize import as_base_leaf, largest_weights_of
-from .targets import check_adapter_sizes, find_targets
+from .targets import check_adapter_sizes, find_targets, refuse_tables
 
 
 def init(
@@ -86,6 +86,7 @@ def check_and_init(
     check_key("key", key)
     leaves = leaves_by_path(params)
     geometries = find_targets(leaves, config, axis_roles, problems, accept=is_packed)
+    refuse_tables(geometries)
     # An integration passes the roles of axes. Without them, a huge adapter is a sign
     # that the contracted axes were guessed wrong.
     if axis_roles is None:

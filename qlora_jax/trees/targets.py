@@ -1,7 +1,7 @@
 """Finds the targets of a config in a tree."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from .._jax.pytree import is_tree_leaf
 from ..adapters.config import (
     QLoRAConfig,
     check_config,
+    is_table,
     matches,
     setting_patterns,
     unmatched_by,
@@ -167,6 +168,15 @@ def _check_accepted(
             f"it is packed with axes {stored!r} (b batch, k contracted, n output), but "
             f"the {'module' if is_module else 'config'} has {expected!r}."
         )
+
+
+def refuse_tables(paths: Iterable[str]) -> None:
+    """Raises ValueError for targets that are embedding tables."""
+    raise_if_any(
+        "embedding tables cannot have adapters: exclude them, or match them in "
+        "`trainable_rows` or `trainable`. Got",
+        [path for path in paths if is_table(path)],
+    )
 
 
 def check_adapter_sizes(

@@ -1,8 +1,6 @@
 """DoRA against its formula in float64. tests/interop/test_peft.py has PEFT's."""
 
-import contextlib
 import dataclasses
-import functools
 import re
 
 import jax
@@ -15,8 +13,6 @@ from helpers import (
     fast_and_slow,
     make_mesh,
     normal,
-    relative_error,
-    rounding,
     spread,
 )
 from jax.sharding import AxisType
@@ -170,67 +166,6 @@ def on_one_device(run):
     """The function inside a `shard_map` over one device."""
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     return jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P())
-
-
-def table_gradient(lora, table, ids, g):
-    def loss(lora):
-        rows = ql.lookup(table, lora, ids)
-        return jnp.vdot(rows, g), rows
-
-    return jax.grad(loss, has_aux=True)(lora)
-
-
-@pytest.mark.parametrize("place", ["eight devices", "one device", "Auto", "Explicit"])
-@pytest.mark.parametrize("contract", ["kn", "nk"])
-def test_rows_of_a_table_and_their_gradients(contract, place):
-    """A lookup equals a product with one-hot rows, for both storage orders."""
-    table, lora = make((K, 32) if contract == "kn" else (32, K), contract=contract)
-    ids = jnp.array([[5, 0, -1], [5, 31, 8]])
-    flat = np.asarray(ids).ravel() % len(table.dequantize())
-    g = normal(3, (*ids.shape, table.shape[1]))
-    rows = np.asarray(g, np.float64).reshape(len(flat), -1)
-    w = np.asarray(ql.dequantize(table))
-    if contract == "kn":
-        y, _, want = oracle(w, lora, np.eye(K)[flat], rows)
-    else:
-        columns = np.zeros((K, 32))
-        np.add.at(columns.T, flat, rows)
-        y, _, want = oracle(w.T, lora, np.eye(K), columns)
-        y = y[:, flat].T
-    run, args = table_gradient, (lora, table, ids, g)
-    if place == "one device":
-        run = on_one_device(run)
-    mesh = make_mesh(place) if place in ("Auto", "Explicit") else None
-    if mesh is not None:
-        rules = {"t": P("b", "a")}
-        base, adapters = ql.sharding.place({"t": table}, {"t": lora}, mesh, rules)
-        args = adapters["t"], base["t"], spread(ids, mesh), spread(g, mesh)
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        grads, got = jax.jit(run)(*args)
-    assert relative_error(got, y.reshape(got.shape)) < rounding(K)
-    for name, value in grads.arrays.items():
-        assert relative_error(value, want[name]) < 2 * rounding(K), name
-
-
-def test_rows_of_a_table_take_no_float_table():
-    """One device decodes a few rows at a time. The last group runs past the end."""
-    size, width = 33_333, 64
-    config = dataclasses.replace(CONFIG, targets="embedding")
-    params = {"embedding": jax.ShapeDtypeStruct((size, width), jnp.float32)}
-    init = functools.partial(ql.init, jax.random.key(0), config=config)
-    base, lora = jax.eval_shape(init, params)
-    ids = jax.ShapeDtypeStruct((2, 4), jnp.int32)
-    g = jax.ShapeDtypeStruct((2, 4, width), jnp.float32)
-    run = on_one_device(table_gradient)
-    program = jax.jit(run).lower(lora["embedding"], base["embedding"], ids, g)
-    memory = program.compile().memory_analysis()
-    # Half the size of a float table. An earlier version held two of them.
-    assert memory.temp_size_in_bytes < 4 * size * width / 2
-    table, lora = make((size, width))
-    norms = jax.jit(on_one_device(type(lora)._table_norms))(lora, table)
-    v = np.asarray(ql.dequantize(table), np.float64)
-    v += SCALING * np.asarray(lora.a, np.float64) @ np.asarray(lora.b)
-    assert relative_error(norms, np.sqrt((v**2).sum(0))) < rounding(size)
 
 
 @pytest.mark.slow

@@ -99,6 +99,8 @@ def refusal_of(kind, operation, roles, selection):
         selection != "alone" or kind not in ("LoRA", "MergeAware")
     ):
         return "supports LoRA and MergeAware adapters, and none from a bank"
+    if operation == "lookup" and kind not in ("Trained", "TrainedRows"):
+        return "must be a Trained or a TrainedRows"
     if selection == "by row" and operation == "merged":
         return "`ids` must be one number where weights are merged"
     if selection == "by row" and roles == "bkn":

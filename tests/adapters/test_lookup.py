@@ -15,7 +15,6 @@ from helpers import (
     fast_and_slow,
     normal,
     randomized,
-    relative_error,
 )
 from tolerances import assert_close
 
@@ -39,20 +38,24 @@ def test_rows_of_a_packed_table_are_those_of_the_decoded_one(fmt, contract):
     np.testing.assert_array_equal(np.float32(rows), want.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("contract", ["kn", "nk"])
-def test_a_lookup_adds_the_rows_of_a_b(contract):
-    config = ql.QLoRAConfig(rank=4, alpha=8, contract=contract, targets="embedding")
-    base, lora = ql.init(jax.random.key(0), {"embedding": normal(0, (64, 48))}, config)
-    lora = randomized(lora)["embedding"]
-    delta = np.asarray(lora.a, np.float64) @ np.asarray(lora.b)
-    w = np.asarray(ql.dequantize(base["embedding"]))
-    want = w + 2 * (delta if contract == "kn" else delta.T)
-    rows = ql.lookup(base["embedding"], lora, IDS)
-    assert_close(rows, want[IDS], terms=64)
+def test_a_table_has_no_low_rank_adapter():
+    params, key = {"embedding": normal(0, (64, 48))}, jax.random.key(0)
+    config = ql.QLoRAConfig(rank=4, targets="embedding")
+    message = "cannot have adapters: .*`trainable_rows`.*\n  embedding"
+    with pytest.raises(ValueError, match=message):
+        ql.init(key, params, config)
+    with pytest.raises(ValueError, match=message):
+        ql.linen.init(key, nn.Embed(64, 48), params, config, IDS)
+    with pytest.raises(ValueError, match=message):
+        ql.nnx.wrap(nnx.Embed(64, 48, rngs=nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+    w = params["embedding"]
+    _, lora = ql.init(key, {"w": w}, ql.QLoRAConfig(rank=4, targets="w"))
+    with pytest.raises(ValueError, match="a Trained or a TrainedRows.* Got LoRA"):
+        ql.lookup(w, lora["w"], IDS)
     with pytest.raises(ValueError, match="must be the adapter of the table: "):
-        ql.lookup(normal(0, (48, 48)), lora, IDS)
+        ql.lookup(normal(0, (48, 48)), lora["w"], IDS)
     with pytest.raises(ValueError, match="must be integers. Got float32"):
-        ql.lookup(base["embedding"], lora, np.float32(IDS))
+        ql.lookup(w, None, np.float32(IDS))
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
@@ -79,13 +82,8 @@ def test_rows_of_a_stack_of_tables_are_trained(is_packed):
 
 NUM_ROWS = 300  # more rows than 8-bit ids can address
 TABLES = {
-    "LoRA": {},
-    "LoRA of nk": {"contract": "nk"},
-    "LoRA of a float table": {"fmt": None},
-    "DoRA": {"use_dora": True},
-    "DoRA of nk": {"use_dora": True, "contract": "nk"},
-    "trained rows": {"targets": (), "trainable_rows": {".*": [3, 299]}},
-    "trained": {"targets": (), "trainable": ".*"},
+    "trained rows": {"trainable_rows": {".*": [3, 299]}},
+    "trained": {"trainable": ".*"},
 }
 # Ids of each dtype: some at both ends of the table, and then out-of-range ones.
 IDS_BY_DTYPE = {
@@ -107,22 +105,20 @@ def lookups():
     """Lookup functions by name, each with the merged table that it should read."""
     lookups_by_name = {}
     params = {"embedding": normal(0, (NUM_ROWS, 32))}
+    packed = ql.quantize(params, ql.QLoRAConfig(targets="embedding"))
+    run = functools.partial(ql.lookup, packed["embedding"], None)
+    lookups_by_name["packed"] = run, ql.dequantize(packed["embedding"])
     for name, settings in TABLES.items():
-        config = ql.QLoRAConfig(rank=2, **{"targets": "embedding", **settings})
-        base, lora = ql.init(jax.random.key(0), params, config)
-        table, lora = base["embedding"], randomized(lora)
-        run = functools.partial(ql.lookup, table, lora["embedding"])
+        config = ql.QLoRAConfig(targets=(), **settings)
+        tree = params if name == "trained" else packed
+        base, lora = ql.init(jax.random.key(0), tree, config)
+        lora = randomized(lora)
+        run = functools.partial(ql.lookup, base["embedding"], lora["embedding"])
         lookups_by_name[name] = run, ql.merge(base, lora)["embedding"]
-        if name == "LoRA":
-            bank = ql.bank([lora, lora])
-            for ids in (1, np.array([0])):
-                chosen = ql.select(bank, ids)["embedding"]
-                run = functools.partial(ql.lookup, table, chosen)
-                lookups_by_name[f"{name} of a bank, {ids}"] = (
-                    run,
-                    lookups_by_name[name][1],
-                )
-    linen, config = nn.Embed(NUM_ROWS, 32), ql.QLoRAConfig(targets="embedding")
+    linen, config = (
+        nn.Embed(NUM_ROWS, 32),
+        ql.QLoRAConfig(targets=(), **TABLES["trained rows"]),
+    )
     base, lora = ql.linen.init(jax.random.key(0), linen, params, config, IDS)
     variables = {"params": base, "lora": lora}
     run = functools.partial(ql.linen.wrap(linen).apply, variables)
@@ -151,7 +147,10 @@ def test_ids_of_every_dtype_count_from_either_end(dtype):
 @pytest.mark.parametrize("is_nnx", [False, True])
 def test_a_table_of_one_row_takes_any_id(is_nnx):
     """Flax's `Embed` does the same."""
-    ids, config = jnp.array([0, 5]), ql.QLoRAConfig(rank=1, targets="embedding")
+    ids, config = (
+        jnp.array([0, 5]),
+        ql.QLoRAConfig(targets=(), trainable_rows={"embedding": [0]}),
+    )
     if is_nnx:
         model = nnx.Embed(1, 32, rngs=nnx.Rngs(0))
         want = model(ids)
@@ -163,28 +162,17 @@ def test_a_table_of_one_row_takes_any_id(is_nnx):
         args = jax.random.key(1), model, variables["params"], config, ids
         base, lora = ql.linen.init(*args)
         got = ql.linen.wrap(model).apply({"params": base, "lora": lora}, ids)
-    assert relative_error(got, want) < 0.1
+    assert_close(got, want)
 
 
-@pytest.mark.parametrize("is_nnx", [False, True])
-def test_a_table_is_not_decoded(is_nnx):
+def test_a_table_is_not_decoded():
     """The float table has 0.25 MiB; the program may use less than a 16th of that."""
-    x, config = jnp.asarray(IDS), ql.QLoRAConfig(rank=2, targets="embedding")
-    if is_nnx:
-        model = ql.nnx.wrap(
-            nnx.Embed(2048, 32, rngs=nnx.Rngs(0)), config, rngs=nnx.Rngs(1)
-        )
-        graph, state = nnx.split(model)
-    else:
-        model = nn.Embed(2048, 32)
-        params = model.init(jax.random.key(0), x)["params"]
-        base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
-        graph, state = None, {"params": base, "lora": lora}
+    x, config = jnp.asarray(IDS), ql.QLoRAConfig(targets="embedding")
+    model = nn.Embed(2048, 32)
+    state = ql.quantize(model.init(jax.random.key(0), x)["params"], config)
 
     def run(state):
-        if is_nnx:
-            return nnx.merge(graph, state)(x)
-        return ql.linen.wrap(model).apply(state, x)
+        return ql.linen.wrap(model).apply({"params": state}, x)
 
     memory = jax.jit(run).lower(state).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2048 * 32 * 4 / 16

@@ -138,9 +138,7 @@ def test_targets_are_packed_along_what_is_contracted_and_keep_their_shape(flax, 
         assert q.scales.shape == (*batch, -(-k // 16), n)
         assert adapter.a.shape == (*batch, k, 4)
         assert adapter.b.shape == (*batch, 4, n)
-        is_table = path.endswith("embedding")  # PEFT draws B for those
-        assert not np.any(adapter.a if is_table else adapter.b) and adapter.scaling == 2
-        assert not is_table or 0.8 < np.std(adapter.b) < 1.2
+        assert not np.any(adapter.b) and adapter.scaling == 2
     factors = [np.asarray(adapter.a) for adapter in lora.values()]
     # No two adapters or layers start with the same factors.
     for i, factor in enumerate(factors):

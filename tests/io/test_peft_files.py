@@ -167,7 +167,7 @@ UNSUPPORTED = [
     ({"rank_pattern": {"up": 2}}, "`rank_pattern`: 'up' matches no"),
     ({"modules_to_save": ["score"]}, "'score' matches no module"),
     ({"exclude_modules": ["x_proj"]}, "`exclude_modules`: 'x_proj'"),
-    ({"target_modules": ["embed_tokens"], "use_dora": True}, "cannot have DoRA"),
+    ({"target_modules": ["embed_tokens"]}, r"\['model.embed_tokens'\] must be linear"),
     ({"target_modules": ["norm"]}, r"adapters of norms .* \['model.norm'\]"),
     ({"trainable_token_indices": [1, 1]}, "distinct token ids"),
     ({"trainable_token_indices": [99]}, "'embed_tokens' has 8 rows. Got row 99"),
@@ -436,14 +436,6 @@ def test_biases_of_several_axes_are_vectors_there(tmp_path):
     assert new["q"]["bias"] is base["q"]["bias"]
     np.testing.assert_array_equal(lora["q"]["bias"].value, bias.reshape(2, 3))
     np.testing.assert_array_equal(lora["q"]["kernel"].b, b.T)
-
-
-def test_dropout_is_that_of_kernels_where_a_table_is_adapted(base):
-    """Adapters of embedding tables have no dropout."""
-    config = ql.QLoRAConfig(dropout=0.1, targets="embed/.*|layers/q_proj/kernel")
-    _, lora = ql.init(jax.random.key(0), base, config)
-    written_config = ql.io.peft_config(base, lora, NAMES)
-    assert (written_config.lora_dropout, len(written_config.target_modules)) == (0.1, 2)
 
 
 def test_base_weights_that_the_model_lacks_are_refused(base, tmp_path):

@@ -92,7 +92,7 @@ class ReadsVariable(nn.Module):
 def test_variables_of_other_modules_are_read_as_float_arrays(read):
     model = TiedHead(read)
     params = model.init(KEY, IDS)["params"]
-    config = ql.QLoRAConfig(rank=4, targets="e/embedding", block_size=16)
+    config = ql.QLoRAConfig(targets=(), trainable_rows={"e/embedding": [3, 60]})
     base, lora = ql.linen.init(KEY, model, params, config, IDS)
     variables = {"params": base, "lora": randomized(lora)}
     got = ql.linen.wrap(model).apply(variables, IDS)

@@ -98,22 +98,6 @@ def test_a_packed_kernel_is_no_array():
             read()
 
 
-class TiedHead(nnx.Module):
-    """Reads the table of another module, as bonsai's Qwen 3 does."""
-
-    def __init__(self, *, rngs):
-        self.embedder = nnx.Embed(48, 32, rngs=rngs)
-
-    def __call__(self, ids):
-        return self.embedder(ids) @ self.embedder.embedding[:].T
-
-
-def test_a_table_that_another_module_reads_is_named():
-    wrapped = wrap(TiedHead(rngs=nnx.Rngs(0)), ql.QLoRAConfig(targets=".*embedding"))
-    with pytest.raises(TypeError, match="^embedder/embedding: .*exclude"):
-        wrapped(jnp.array([1, 2]))
-
-
 @pytest.mark.slow
 def test_a_step_on_donated_arrays_is_that_on_kept_ones(x):
     def step(model, optimizer, x):
@@ -161,9 +145,6 @@ def test_a_missing_stream_of_keys_is_named_before_a_kernel_is_donated():
     with pytest.raises(ValueError, match=match):
         ql.nnx.wrap(model, DROPOUT, rngs=rngs, donate=True)
     assert not model.kernel.get_value().is_deleted()
-    # Adapters of tables have no dropout.
-    config = dataclasses.replace(DROPOUT, targets="embedding")
-    ql.nnx.wrap(nnx.Embed(64, 8, rngs=nnx.Rngs(0)), config, rngs=rngs)
 
 
 def test_a_base_that_is_trained_stays_a_param():
@@ -232,13 +213,12 @@ class Kernels(nnx.Module):
         self.general = nnx.LinearGeneral(16, (2, 8), rngs=rngs)
         self.einsum = nnx.Einsum("bd,df->bf", (16, 8), rngs=rngs)
         self.conv = nnx.Conv(16, 8, (5,), rngs=rngs)
-        self.embed = nnx.Embed(16, 8, rngs=rngs)
 
 
 @pytest.mark.slow
 def test_stacks_along_another_axis_than_the_first_are_refused_by_name():
-    config = ql.QLoRAConfig(rank=4, targets=r".*/(kernel|embedding)")
-    names = [f"  {name}/" for name in ("linear", "general", "einsum", "conv", "embed")]
+    config = ql.QLoRAConfig(rank=4, targets=r".*/kernel")
+    names = [f"  {name}/" for name in ("linear", "general", "einsum", "conv")]
 
     def run():
         return wrap(stack(Kernels, out_axes=1), config)

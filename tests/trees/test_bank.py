@@ -291,53 +291,6 @@ def test_gradients_keep_no_adapters_of_rows():
     assert used < of_all_layers
 
 
-@pytest.mark.newest
-@pytest.mark.parametrize("contract", ["kn", "nk"])
-def test_rows_of_a_table_have_their_adapters(contract):
-    settings = dict(contract=contract, targets="embedding", alpha=3.0)
-    table = {"embedding": normal(0, (512, 64))}
-    (base, first), (_, second) = (trees_of(table, rank=r, **settings) for r in (4, 2))
-    loras = [randomized(lora, seed) for seed, lora in enumerate((first, second))]
-    ids, row_adapters = (
-        np.array([[0, 3, 511], [3, 7, -1], [3, 0, 9]]),
-        np.array([1, -1, 0]),
-    )
-
-    def look_up_rows(bank, adapter_ids):
-        chosen = ql.select(bank, adapter_ids)
-        return ql.lookup(base["embedding"], chosen["embedding"], ids)
-
-    w = np.float64(ql.dequantize(base["embedding"]))
-    deltas = [
-        3 / x["embedding"].rank * (np.float64(x["embedding"].a) @ x["embedding"].b)
-        for x in loras
-    ]
-    full = [w + (delta if contract == "kn" else delta.T) for delta in deltas] + [w]
-    bank = ql.bank(loras, capacity=3)
-    for adapter_ids in (row_adapters, 0, 1, -1):
-        want = [
-            full[adapter_id][i]
-            for adapter_id, i in zip(np.broadcast_to(adapter_ids, 3), ids, strict=True)
-        ]
-        got = jax.jit(look_up_rows)(bank, adapter_ids)
-        assert_close(got, want)
-    compiled = jax.jit(look_up_rows).lower(bank, row_adapters).compile()
-    # An A for each row would be 3 x 512 x 4 floats.
-    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 512 * 4 * 4
-    grads = jax.grad(
-        lambda b: (look_up_rows(dataclasses.replace(bank, lora=b), row_adapters)).sum()
-    )
-    a = grads(bank.lora)["embedding"].arrays["a" if contract == "kn" else "b"]
-    used = np.abs(a).sum(-1 if contract == "kn" else -2) > 0
-    assert [np.nonzero(rows)[0].tolist() for rows in used] == [
-        [0, 3, 9],
-        [0, 3, 511],
-        [],
-    ]
-    with pytest.raises(ValueError, match=r"a table \[V, D\]. Got 2 for ids \(3, 3\)"):
-        look_up_rows(bank, np.array([0, 1]))
-
-
 def test_what_does_not_fit_is_refused():
     base, (first, second, third) = trees()
     _, (dora, *_) = trees(use_dora=True)

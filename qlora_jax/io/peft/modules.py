@@ -33,9 +33,8 @@ from .config import PREFIX
 
 # The modules of the embedding and the head, whose weights PEFT may store too.
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
-# PEFT's names of an adapter's arrays, for linear modules and for embeddings.
+# PEFT's names of an adapter's arrays.
 _KEYS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
-_EMBEDDING_KEYS = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
 
 Arrays = Mapping[str, np.ndarray]  # an adapter's arrays in PEFT's layout, by name
 
@@ -120,12 +119,9 @@ def _with_named_axes(leaf: Any, named: NamedLeaf) -> Any:
     return kernel
 
 
-def array_keys(
-    kind: type[Adapter], module: str, is_table: bool = False
-) -> dict[str, str]:
+def array_keys(kind: type[Adapter], module: str) -> dict[str, str]:
     """Returns PEFT's keys for the arrays of a module's adapter, by name."""
-    keys = _EMBEDDING_KEYS if is_table else _KEYS
-    return {name: f"{PREFIX}{module}.{keys[name]}" for name in kind.roles}
+    return {name: f"{PREFIX}{module}.{_KEYS[name]}" for name in kind.roles}
 
 
 def to_stored(name: str, x: np.ndarray, window: tuple[int, ...]) -> np.ndarray:

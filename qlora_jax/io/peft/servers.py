@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...adapters.config import is_table
 from ...adapters.lora import LoRA, LowRank, is_low_rank
 from ...trees.adapters import checked_adapters
 from ...trees.paths import Tree, nested, raise_if_any
@@ -52,9 +51,9 @@ def portable(base: Tree, lora: Tree) -> Tree:
     """
     adapters = checked_adapters(base, lora)
     unsupported = {
-        path: type(x).__name__ + " of a table" * is_table(path)
+        path: type(x).__name__
         for path, x in adapters.items()
-        if not (is_low_rank(x) and x.is_linear) or is_table(path)
+        if not (is_low_rank(x) and x.is_linear)
     }
     title = "adapters for servers must be LoRA: export others as a merged model. Got"
     raise_if_any(title, unsupported)

@@ -162,19 +162,16 @@ def _module_adapter(
 ) -> ModuleAdapter:
     kind = DoRA if config.use_dora else LoRA
     position, shape = model.modules[module], model.tensor_shape(f"{module}.weight")
-    is_table = module in model.tables
     pattern_key = pattern_keys.get(module)
     return ModuleAdapter(
         label=f"{position.path} ({module})",
-        keys=array_keys(kind, module, is_table) if pattern_key else {},
+        keys=array_keys(kind, module) if pattern_key else {},
         rank=ranks[pattern_key] if pattern_key else 0,
         scaling=scalings[pattern_key] if pattern_key else 0.0,
         position=position,
         kind=kind,
-        # A table is [V, D] in PEFT, where V is K.
-        matrix_shape=shape[::-1] if is_table else shape,
-        # Embeddings have no dropout: their input is one token.
-        dropout=0.0 if is_table else float(config.lora_dropout),
+        matrix_shape=shape,
+        dropout=float(config.lora_dropout),
     )
 
 
@@ -226,13 +223,10 @@ def _adapted_modules(
     convolutions = {m for m in chosen & {*model.modules} if model.window(m)}
     if convolutions and config.use_dora:
         problems.append(f"`use_dora`: {sorted(convolutions)} must be linear.")
-    tables = sorted(chosen & model.tables)
-    if tables and config.use_dora:
-        problems.append(f"`target_modules`: {tables} cannot have DoRA adapters.")
-    elif tables and model.is_tied:
+    if tables := sorted(chosen & model.tables):
         problems.append(
-            f"`target_modules`: {tables} cannot also be the head, because PEFT would "
-            "adapt only one of the two."
+            f"`target_modules`: {tables} must be linear. Of embeddings, only trained "
+            "rows (`trainable_token_indices`) and tables (`modules_to_save`) are read."
         )
     if not targets and not config.target_parameters:
         problems.append("`target_modules` must name at least one module. Got none.")
@@ -435,7 +429,6 @@ def peft_config(
         lora_alpha=alpha,
         target_modules=_ends(modules, model.modules, names, last_part),
         target_parameters=_ends(parameters, all_parameters, names, _after_numbers),
-        # Adapters of embeddings have no dropout.
         lora_dropout=max(x.adapter.dropout for x in adapted.values()),
         bias=bias,
         use_rslora=use_rslora,
