@@ -118,7 +118,7 @@ def test_public_jax_only(name):
         ("flax", {"_jax", "linen", "nnx", "llm"}),
         ("optax", {"optim", "llm"}),
         ("grain", {"llm"}),
-        ("jinja2", {"llm"}),
+        ("jinja2", set()),
         ("torch", {"torch"}),
         ("torchax", {"torch"}),
         ("transformers", {"llm", "torch"}),

@@ -5,6 +5,10 @@ import pathlib
 from collections.abc import Iterator
 
 
+class ModelError(ValueError):
+    """The files of a model are wrong or incomplete. The fault is not in a row."""
+
+
 @contextlib.contextmanager
 def reading(
     source: str | pathlib.Path, error_type: type[ValueError] = ValueError

@@ -26,10 +26,10 @@ from qlora_jax.io.files import read_json
 from qlora_jax.io.named_leaves import find_leaves
 from qlora_jax.io.stored_weight import StoredWeight, in_float
 from qlora_jax.llm.data import Tokenizer, read_dataset
-from qlora_jax.llm.data.model_files import ModelError
 from qlora_jax.llm.models.config import DecoderConfig
 from qlora_jax.llm.models.families import config_from_hf
 from qlora_jax.llm.models.tiny import save_tiny
+from qlora_jax.llm.reading import ModelError
 
 SIZES = {
     "vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8,

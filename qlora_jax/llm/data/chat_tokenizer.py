@@ -3,21 +3,19 @@
 import datetime
 import functools
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..models.folder import ChatSettings, ModelFolder
-from ..models.tokenizer import read_text
-from ..reading import reading
-from .model_files import ModelError, read_model_files
-from .omissions import without_space
+from ..models.tokenizer import chat_templates, open_folder_tokenizer, read_end_ids
+from ..reading import ModelError, reading
 from .readers import MAX_BYTES
+from .rendering import Rendering, render_template
 
 if TYPE_CHECKING:
     import tokenizers
-
-    from .rendering import Rendering, Template
+    from transformers import PreTrainedTokenizerFast
 
 Message = Mapping[str, Any]
 Messages = Sequence[Message]
@@ -25,8 +23,6 @@ Messages = Sequence[Message]
 MessageGroups = Mapping[str, Messages]
 Tools = Sequence[Any] | None  # descriptions of tools
 _ROLES = ("system", "user", "assistant", "tool")
-_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-_PROBE = "a key that no template reads"
 
 
 class Tokenizer:
@@ -64,62 +60,51 @@ class Tokenizer:
         self.path, self._template, self._now = pathlib.Path(path), template, now
 
     @functools.cached_property
+    def hf(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer of transformers."""
+        return open_folder_tokenizer(self.path)
+
+    @property
     def inner(self) -> "tokenizers.Tokenizer":
         """The `tokenizers.Tokenizer`."""
-        with reading(f"the tokenizer of {self.path}", ModelError):
-            tokenizer = ModelFolder(self.path).build_tokenizer()
-        # Some files enable these, which would change rows without a warning.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
-
-    @functools.cached_property
-    def _settings(self) -> ChatSettings:
-        return read_model_files(self.path)
+        return self.hf.backend_tokenizer
 
     @functools.cached_property
     def chat(self) -> "Chat":
         """The chat templates."""
-        sources = self._settings.templates
+        templates = chat_templates(self.hf)
         if self._template is not None:
-            sources = {"default": self._template}
-        return Chat(str(self.path), sources, self._settings.special, self._now)
+            templates = {"default": self._template}
+        special = self.hf.special_tokens_map
+        return Chat(str(self.path), templates, special, self._now)
 
     @property
     def has_template(self) -> bool:
         """Whether the model has a chat template."""
-        return bool(self.chat.sources)
+        return bool(self.chat.templates)
 
     @functools.cached_property
     def eos_id(self) -> int | None:
         """The token that ends a text, or None if the model names none."""
-        token = self._settings.special.get("eos_token")
-        token_id = self.inner.token_to_id(token) if token else None
-        end_ids = self._settings.end_ids
-        return next(iter(end_ids), None) if token_id is None else token_id
+        eos_id: Any = self.hf.eos_token_id
+        return next(iter(self._config_end_ids), None) if eos_id is None else eos_id
+
+    @functools.cached_property
+    def _config_end_ids(self) -> tuple[int, ...]:
+        with reading(f"the tokenizer of {self.path}", ModelError):
+            return read_end_ids(self.path)
 
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer: the model's, and the chat template's."""
-        ids = [self.eos_id, *self._settings.end_ids, self._find_turn_end()]
+        ids = [self.eos_id, *self._config_end_ids, self._find_turn_end()]
         return tuple(dict.fromkeys(x for x in ids if x is not None))
 
     def _find_turn_end(self) -> int | None:
         # The last special token that the template writes after an answer.
-        if not self.has_template:
-            return None
-        question, answer = ({"role": r, "content": "a"} for r in ("user", "assistant"))
-        try:
-            prompt = self.render([question], add_generation_prompt=True)
-            text = self.render([question, answer])
-        except ModelError:
-            raise
-        except ValueError:  # the template rejects these two messages
-            return None
-        if not text.startswith(prompt):
-            return None
+        _, written = self.chat.frame(None) if self.has_template else ("", "")
         added_tokens = self.inner.get_added_tokens_decoder()
-        ids = self.encode(text[len(prompt) :], add_special_tokens=False)
+        ids = self.encode(written, add_special_tokens=False)
         special = [i for i in ids if i in added_tokens and added_tokens[i].special]
         return special[-1] if special else None
 
@@ -130,9 +115,6 @@ class Tokenizer:
             text: The text.
             add_special_tokens: Whether to add special tokens, such as the one for the
                 beginning. Pass False for text from `render`, which has all of them.
-
-        Raises:
-            ValueError: If the text has a lone surrogate, which is not a character.
         """
         return encode_with_offsets(self, text, add_special_tokens)[0].ids
 
@@ -150,7 +132,8 @@ class Tokenizer:
             skip_special_tokens: Whether to omit special tokens.
         """
         ids = [int(i) for i in ids]
-        return self.inner.decode(ids, skip_special_tokens=skip_special_tokens)
+        text: Any = self.hf.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
 
     def render(
         self,
@@ -168,7 +151,7 @@ class Tokenizer:
         Raises:
             ValueError: If there is no template, or if it rejects the messages.
         """
-        messages = self.chat.adapt_contents(messages, tools)
+        messages = join_parts(messages)
         return self.chat.render(messages, tools, add_generation_prompt).text
 
 
@@ -180,16 +163,13 @@ def open_tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer of a model, with its chat template.
 
-    Tokens are the same as in transformers 5.24. The first use raises a ValueError if
-    the model has settings that change tokens and are not supported.
+    transformers opens it, on first use, and renders chats. The tokenizer must be one of
+    the library tokenizers, as in `tokenizer.json`.
 
     Args:
         path: A folder with tokenizer.json.
         template: A file with a chat template that replaces the model's.
         now: The date for templates that write one. Defaults to the current date.
-
-    Raises:
-        ValueError: If `template` cannot be read.
 
     Example:
         >>> import tempfile
@@ -198,7 +178,12 @@ def open_tokenizer(
         >>> open_tokenizer("folder", template=path).has_template
         True
     """
-    source = None if template is None else read_text(pathlib.Path(template))
+    source = None
+    if template is not None:
+        if not pathlib.Path(template).is_file():
+            raise ValueError(f"`template` must be a file. Got {str(template)!r}.")
+        with reading(template):
+            source = pathlib.Path(template).read_text("utf-8")
     return Tokenizer(path, template=source, now=now)
 
 
@@ -252,29 +237,19 @@ class Chat:
     """The chat templates of a model, with the special tokens that they write."""
 
     owner: str  # the path of the model, for error messages
-    sources: Mapping[str, str]  # the templates by name
+    templates: Mapping[str, str]  # by name
     special: Mapping[str, str]  # the special tokens by their variables in templates
     now: datetime.datetime | None
+    _frames: dict[str, tuple[str, str]] = field(default_factory=dict)
 
-    @functools.cached_property
-    def _templates(self) -> "dict[str, Template]":
-        # Rows of text or tokens need no Jinja, which may be missing.
-        try:
-            from .rendering import Template
-        except ImportError as error:
-            raise ImportError(
-                "chat templates need: pip install 'qlora-jax[train]'"
-            ) from error
-        return {name: Template(text, self.now) for name, text in self.sources.items()}
-
-    def template(self, tools: Tools) -> "Template":
+    def template(self, tools: Tools) -> str:
         """Returns the template for messages with or without tools."""
         for name in ("tool_use", "default") if tools else ("default",):
-            if name in self.sources:
-                return self._templates[name]
+            if name in self.templates:
+                return self.templates[name]
         problem = "has none"
-        if self.sources:
-            problem = f"has templates {sorted(self.sources)}, but no default"
+        if self.templates:
+            problem = f"has templates {sorted(self.templates)}, but no default"
         raise ModelError(
             f"messages need a chat template: {self.owner} {problem}. Pass a file with "
             "a template, or rows of `prompt` and `completion`."
@@ -282,12 +257,14 @@ class Chat:
 
     def check_roles(self, groups: MessageGroups, tools: Tools) -> None:
         """Rejects roles that are neither usual nor named in the template."""
-        allowed = {*_ROLES, *self.template(tools).literals}
+        # If a template handles a role by its name, the name is one of its strings.
+        template = self.template(tools)
         if unknown := [
             f"{message['role']!r} in `{name}[{index}]`"
             for name, messages in groups.items()
             for index, message in enumerate(messages)
-            if message["role"] not in allowed
+            if message["role"] not in _ROLES
+            and not any(f"{x}{message['role']}{x}" in template for x in "'\"")
         ]:
             raise ValueError(
                 f"roles must be {', '.join(_ROLES)}, or others that the chat template "
@@ -295,74 +272,95 @@ class Chat:
                 "human, and assistant instead of bot or gpt."
             )
 
-    def adapt_contents(self, messages: Messages, tools: Tools) -> Messages:
-        """Joins contents that are lists of texts if the template expects strings."""
-        if not any(isinstance(message.get("content"), list) for message in messages):
-            return messages
-        if self._supports_parts(messages, tools):
-            return messages
-        # A template that expects strings would write a list as Python or JSON code.
-        adapted = []
-        for message in messages:
-            if isinstance(parts := message.get("content"), list):
-                if wrong := [part for part in parts if not _is_text(part)]:
-                    raise ValueError(
-                        "the chat template reads contents as strings, so all parts "
-                        'must be {"type": "text", "text": ...}. Got '
-                        f"{wrong[0]!r:.60}."
-                    )
-                message = {**message, "content": "".join(x["text"] for x in parts)}
-            adapted.append(message)
-        return adapted
-
-    def _supports_parts(self, messages: Messages, tools: Tools) -> bool:
-        # Add a key to each part. A template that reads parts ignores this key. One that
-        # expects a string writes the whole list, including this key.
-        probed, texts = [], []
-        for message in messages:
-            if isinstance(parts := message.get("content"), list):
-                if not all(isinstance(part, dict) for part in parts):
-                    return False
-                texts += [str(part["text"]) for part in parts if part.get("text")]
-                message = {**message, "content": [x | {_PROBE: _PROBE} for x in parts]}
-            probed.append(message)
-        try:
-            rendered = without_space(self.render(probed, tools).text)
-        except ModelError:
-            raise
-        except ValueError:
-            return False
-        has_texts = all(without_space(text) in rendered for text in texts)
-        return has_texts and without_space(_PROBE) not in rendered
-
     def render(
         self, messages: Messages, tools: Tools, add_generation_prompt: bool = False
-    ) -> "Rendering":
+    ) -> Rendering:
         """Renders messages. The result has the answers that the template marks."""
-        # Define the same variables as transformers, even those that are None, since
-        # templates test whether a variable is defined.
-        variables = {
-            **self.special,
-            "messages": [_normalize(message) for message in messages],
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        return self.template(tools).render(variables)
+        # Data sets fill missing fields with None, which templates would write.
+        fields = [
+            {key: value for key, value in message.items() if value is not None}
+            for message in messages
+        ]
+        return render_template(
+            self.template(tools),
+            fields,
+            tools,
+            add_generation_prompt,
+            self.special,
+            self.now,
+        )
+
+    def frame(self, tools: Tools) -> tuple[str, str]:
+        """Returns what the template writes before an answer "a", and from it on.
+
+        These are empty if they do not follow the question, or if it is rejected.
+        """
+        template = self.template(tools)
+        if template not in self._frames:
+            question, answer = ({"role": r, "content": "a"} for r in _ROLES[1:3])
+            before, written = "", ""
+            try:
+                asked = self.render([question], tools).text
+                prompt = self.render([question], tools, True).text
+                answered = self.render([question, answer], tools).text
+            except ModelError:
+                raise
+            except ValueError:
+                asked = prompt = answered = ""
+            if answered.startswith(prompt):
+                before, written = prompt[len(asked) :], answered[len(prompt) :]
+            self._frames[template] = (before, written)
+        return self._frames[template]
 
     def find_answers(
-        self, rendering: "Rendering", messages: Messages, turns: list[int], tools: Tools
+        self, rendering: Rendering, messages: Messages, turns: list[int], tools: Tools
     ) -> AnswerSpans:
         """Finds the answers in the messages whose indices are `turns`."""
         if not turns:
             raise ValueError(
                 "the row must have a message of the assistant to train on."
             )
-        text, answers = rendering
+        text, marked = rendering
+        assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if marked and turns == assistant:
+            return AnswerSpans(text, marked, True)
+        spans = self._find_framed(text, messages, assistant, tools)
+        if spans is None:
+            spans = {x: self._find_by_prefix(text, messages, x, tools) for x in turns}
+        answers = [spans[turn] for turn in turns]
+        if marked:
+            answers = [
+                x for x in marked if any(x[0] < y[1] and y[0] < x[1] for y in answers)
+            ]
+            if not answers:
+                raise ValueError("the chat template must mark an answer in the row.")
+        return AnswerSpans(text, answers, True)
 
-        def find_end(count, turn, add_generation_prompt):
-            # Returns where the text of the first `count` messages ends. `turn` is the
-            # message with the answer, for the error.
+    def _find_framed(
+        self, text: str, messages: Messages, assistant: list[int], tools: Tools
+    ) -> dict[int, tuple[int, int]] | None:
+        # Most templates write the same text before each answer, and nowhere else, and
+        # the same text after each. If the number of these texts is that of the answers,
+        # and each is followed by its answer, no other rendering is needed.
+        before, written = self.frame(tools)
+        if not before or not written.startswith("a"):
+            return None
+        starts = [match.end() for match in re.finditer(re.escape(before), text)]
+        if len(starts) != len(assistant):
+            return None
+        spans = {}
+        for turn, start in zip(assistant, starts, strict=True):
+            answer = f"{messages[turn].get('content')}{written[1:]}"
+            if not text.startswith(answer, start):
+                return None
+            spans[turn] = start, start + len(answer)
+        return spans
+
+    def _find_by_prefix(
+        self, text: str, messages: Messages, turn: int, tools: Tools
+    ) -> tuple[int, int]:
+        # An answer is the difference between renderings with and without it.
+        def find_end(count, add_generation_prompt):
             beginning = self.render(messages[:count], tools, add_generation_prompt).text
             if not text.startswith(beginning):
                 raise ValueError(
@@ -373,29 +371,26 @@ class Chat:
                 )
             return len(beginning)
 
-        def find_span(turn):
-            # An answer is the difference between renderings with and without it. It
-            # starts where the `turn` messages before it and the generation prompt end.
-            start = find_end(turn, turn, True)
-            is_last = turn + 1 == len(messages)
-            return start, len(text) if is_last else find_end(turn + 1, turn, False)
+        is_last = turn + 1 == len(messages)
+        return find_end(turn, True), len(text) if is_last else find_end(turn + 1, False)
 
-        if not self.template(tools).marks_answers:
-            return AnswerSpans(text, [find_span(turn) for turn in turns], True)
-        assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        # The template has marked the answers of all assistant messages. Remove those of
-        # messages that are not in `turns`. One rendering shows where the first turn
-        # starts, which removes all earlier answers. Later ones are located one by one.
-        if assistant[0] < turns[0]:
-            start = find_end(turns[0], turns[0], True)
-            answers = [span for span in answers if span[1] > start]
-        for turn in assistant:
-            if turn > turns[0] and turn not in turns:
-                start, end = find_span(turn)
-                answers = [x for x in answers if x[1] <= start or x[0] >= end]
-        if not answers:
-            raise ValueError("the chat template must mark an answer in the row.")
-        return AnswerSpans(text, answers, True)
+
+def join_parts(messages: Messages) -> Messages:
+    """Returns messages whose contents are texts, also where they were lists of texts.
+
+    A template that expects texts would write a list as Python or JSON code.
+    """
+    joined = []
+    for message in messages:
+        if isinstance(parts := message.get("content"), list):
+            if wrong := [part for part in parts if not _is_text(part)]:
+                raise ValueError(
+                    'all parts of a content must be {"type": "text", "text": ...}. Got '
+                    f"{wrong[0]!r:.60}."
+                )
+            message = {**message, "content": "".join(x["text"] for x in parts)}
+        joined.append(message)
+    return joined
 
 
 def _is_text(part: Any) -> bool:
@@ -403,14 +398,3 @@ def _is_text(part: Any) -> bool:
         return False
     keys = {key for key, x in part.items() if x is not None}
     return keys == {"type", "text"} and isinstance(part["text"], str)
-
-
-def _normalize(message: Message) -> dict[str, Any]:
-    # Data sets fill missing fields with None, which templates would write, so drop
-    # those. Store the reasoning under two names, since templates differ in which they
-    # read.
-    fields = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((fields[key] for key in _REASONING_KEYS if key in fields), None)
-    if reasoning is not None:
-        fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
-    return fields

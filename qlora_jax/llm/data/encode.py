@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from ..reading import ModelError
 from . import kinds
-from .chat_tokenizer import AnswerSpans, Tokenizer, encode_with_offsets
+from .chat_tokenizer import AnswerSpans, Tokenizer, encode_with_offsets, join_parts
 from .kinds import Conversation, Text, TrainOn
-from .model_files import ModelError
 from .omissions import check_nothing_omitted
 
 IGNORED = -100  # the label of a token that is not a target, as in PyTorch
@@ -261,7 +261,7 @@ class Encoder:
         first = conversation.messages[0]
         has_system = first["role"] == "system" and isinstance(first["content"], str)
         self.system_messages.add(first["content"] if has_system else None)
-        messages = chat.adapt_contents(conversation.messages, tools)
+        messages = join_parts(conversation.messages)
         rendering = chat.render(messages, tools)
         iterator = iter(messages)  # puts the messages back into their groups
         row: dict[str, Any] = {
@@ -273,7 +273,7 @@ class Encoder:
             parts = [group for name, group in row.items() if name != "tools"]
             return chat.render([*itertools.chain(*parts)], row.get("tools")).text
 
-        source = chat.template(tools).source
+        source = chat.template(tools)
         row["tools"] = tools
         check_nothing_omitted(render_variant, row, rendering.text, source)
         roles = enumerate(message["role"] for message in messages)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import qlora_jax as ql
 
-from .model_files import ModelError
+from ..reading import ModelError
 
 MAX_BYTES = 64 << 20  # of a line, or of a file with one text
 _BOM = b"\xef\xbb\xbf"  # Windows programs write it at the start of UTF-8 files

@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 from tokenizers import Tokenizer
 
 from ..models.folder import ModelFolder
-from ..models.tokenizer import AS_IN_FILE, NAMED, FolderTokenizer
+from ..models.tokenizer import chat_templates, open_folder_tokenizer
 from .pre_tokenizers import PRE_TOKENIZERS, make_pre_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _UNLIKE = "a tokenizer in GGUF must be like llama.cpp's:"
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -31,27 +34,28 @@ _SPLIT = {
 
 def check_gguf_tokenizer(source: ModelFolder) -> None:
     """Raises if llama.cpp would compute other tokens than a model's tokenizer."""
-    raw = _read_tokenizer(FolderTokenizer(source.path))
+    raw = _read_tokenizer(open_folder_tokenizer(source.path))
     if _is_spm(raw):
         scores_of(raw)
     else:
         _find_pre_tokenizer(raw)
 
 
-def _read_tokenizer(files: FolderTokenizer) -> dict[str, Any]:
+def _read_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
     """Returns the `tokenizer.json` of the tokenizer that training uses."""
-    tokenizer, reason = files.build(), None
-    if files.class_name == "LlamaTokenizer":
+    reason = None
+    if type(tokenizer).__name__ == "LlamaTokenizer":
         reason = (
             "`tokenizer_class` in tokenizer_config.json must not be LlamaTokenizer: "
             "llama.cpp puts a space after each special token, and this class does not. "
-            f"To train with llama.cpp's tokens, set it to {AS_IN_FILE} before training,"
+            "To train with llama.cpp's tokens, set it to PreTrainedTokenizerFast "
+            "before training,"
         )
-    elif tokenizer.encode_special_tokens:
+    elif tokenizer.split_special_tokens:
         reason = "`split_special_tokens` in tokenizer_config.json must be false,"
     if reason:
         raise ValueError(f"{reason} or use tokenizer=False to write the model alone.")
-    return json.loads(tokenizer.to_str())
+    return json.loads(tokenizer.backend_tokenizer.to_str())
 
 
 def write_gguf_tokenizer(
@@ -63,8 +67,8 @@ def write_gguf_tokenizer(
     """
     # 1. Find the ids, texts and types of the tokens.
     folder = source.path
-    files = FolderTokenizer(folder)
-    raw = _read_tokenizer(files)
+    tokenizer = open_folder_tokenizer(folder)
+    raw = _read_tokenizer(tokenizer)
     scores = scores_of(raw) if _is_spm(raw) else None
     added = {t["content"]: t for t in raw.get("added_tokens") or []}
     ids = raw["model"]["vocab"] | {text: t["id"] for text, t in added.items()}
@@ -97,12 +101,11 @@ def write_gguf_tokenizer(
     # Templates are set here, because gguf-py reads them only if the folder has a
     # `tokenizer_config.json`, and prefers the template in that file to other files.
     special = gguf.SpecialVocab(folder, load_merges=scores is None, n_vocab=vocab_size)
-    for name in NAMED:  # such as "bos_token"
-        index = ids.get(files.special.get(name, ""))
-        if index is not None:
-            special.special_token_ids[name.removesuffix("_token")] = index
-    _set_bos_and_eos(special, source.build_tokenizer())
-    templates = source.read_chat().templates
+    for name, text in tokenizer.special_tokens_map.items():  # such as "bos_token"
+        if name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES and text in ids:
+            special.special_token_ids[name.removesuffix("_token")] = ids[text]
+    _set_bos_and_eos(special, tokenizer.backend_tokenizer)
+    templates = chat_templates(tokenizer)
     special.chat_template = [{"name": k, "template": x} for k, x in templates.items()]
     special.add_to_gguf(writer, quiet=True)
 

@@ -16,6 +16,7 @@ from .config import DecoderConfig
 from .decoder import Decoder
 from .decoder_names import decoder_names
 from .folder import ModelFolder
+from .tokenizer import open_folder_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -90,11 +91,7 @@ def load_tokenizer(path: str | pathlib.Path) -> "Tokenizer":
     """Returns the `tokenizers.Tokenizer` of a checkpoint.
 
     Args:
-        path: A folder with `tokenizer.json`.
-
-    Raises:
-        ValueError: If the folder's settings would change tokens in a way that is not
-            supported.
+        path: A folder with `tokenizer.json`, which transformers opens.
 
     Example:
         >>> import tempfile
@@ -103,7 +100,7 @@ def load_tokenizer(path: str | pathlib.Path) -> "Tokenizer":
         >>> len(tokenizer.encode("four").ids)
         4
     """
-    return ModelFolder(pathlib.Path(path)).build_tokenizer()
+    return open_folder_tokenizer(pathlib.Path(path)).backend_tokenizer
 
 
 def abstract_params(config: DecoderConfig) -> dict[str, Any]:

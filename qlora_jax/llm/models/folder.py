@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,23 +20,11 @@ from ..reading import reading
 from .config import DecoderConfig
 from .decoder_names import decoder_names
 from .families import config_from_hf, text_only_config
-from .tokenizer import FolderTokenizer, folder_templates, read_object
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 # Suffixes of the files in a folder that contain settings, not weights.
 _SETTINGS_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 _CONTEXT_KEY = "max_position_embeddings"
 _ROWS_PER_PART = 4096  # number of rows of tied tensors that are compared at a time
-
-
-class ChatSettings(NamedTuple):
-    """The chat templates and the special tokens of a model."""
-
-    templates: dict[str, str]  # by name; the usual one is named "default"
-    special: dict[str, str]  # by the names of variables in templates: "eos_token", ...
-    end_ids: tuple[int, ...]  # tokens that end generation
 
 
 def has_vision(config: DecoderConfig) -> bool:
@@ -113,29 +101,6 @@ class ModelFolder:
             new_name = re.sub(head, "lm_head.", new_name)
             renamed[new_name] = tensors[name]
         return tensors.with_tensors(renamed)
-
-    def build_tokenizer(self) -> "Tokenizer":
-        """Returns the tokenizer."""
-        return FolderTokenizer(self.path).build()
-
-    def read_chat(self) -> ChatSettings:
-        """Returns the chat templates and the special tokens."""
-        settings = read_object(self.path / "tokenizer_config.json")
-        generation = read_object(self.path / "generation_config.json")
-        config, ids = read_object(self.path / "config.json"), []
-        # Some models with a vision part have the token only in their text settings.
-        for section in (generation, config, config.get("text_config")):
-            value = section.get("eos_token_id") if isinstance(section, dict) else None
-            ids += value if isinstance(value, list) else [value]
-        if wrong := [x for x in ids if not (x is None or type(x) is int)]:
-            raise ValueError(
-                f"`eos_token_id` must be an integer, or a list of them. Got {wrong}."
-            )
-        # Some files have -1 instead of null. A dict removes duplicates, in order.
-        end_ids = dict.fromkeys(x for x in ids if x is not None and x >= 0)
-        templates = folder_templates(self.path, settings)
-        special = FolderTokenizer(self.path).special
-        return ChatSettings(templates, special, tuple(end_ids))
 
     @contextlib.contextmanager
     def open_description(self) -> Iterator[pathlib.Path]:

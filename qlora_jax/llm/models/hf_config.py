@@ -46,7 +46,7 @@ def import_transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("configs need: pip install 'qlora-jax[models]'") from error
+        raise ImportError("models need: pip install 'qlora-jax[models]'") from error
     finally:
         logger.removeFilter(_is_no_advice)
     return transformers

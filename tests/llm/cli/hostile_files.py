@@ -190,7 +190,6 @@ ENDLESS_TEMPLATES = {
     "kept lists": "{% set n = namespace() %}{% for a in range(99999) %}"
     "{% for b in range(99999) %}{% set n.x = [n.x, [], [], [], []] %}"
     "{% endfor %}{% endfor %}",
-    "comment": "{#" + "x" * 10**6 + "#}",
 }
 
 

@@ -63,8 +63,6 @@ def test_marked_answers_are_trained_and_begin_once(tmp_path):
     assert (row.ids == begin).sum() == 1 and row.ids[0] == begin
     # A plain text begins with the token that the tokenizer adds.
     assert tokenizer.encode("one")[0] == begin
-    with pytest.raises(ValueError, match="must not contain the noncharacters"):
-        read(tokenizer, tmp_path, [ASK[0], TALK[1] | {"content": "\ufdd0"}])
 
 
 # This template marks the header of the answer too.
@@ -358,9 +356,10 @@ PARTED = (
 
 
 @pytest.mark.parametrize(
-    "template", [CHATML, MARKED, CHATML.replace("m['content']", "m['content']|tojson")]
+    "template",
+    [CHATML, MARKED, PARTED, CHATML.replace("m['content']", "m['content']|tojson")],
 )
-def test_parts_are_joined_where_a_template_reads_texts(tmp_path, template):
+def test_parts_are_joined(tmp_path, template):
     tokenizer = tokenizer_with(tmp_path, template)
     talk = [{"role": "user", "content": parts("on", "e?")}]
     talk += [{"role": "assistant", "content": parts("two")}]
@@ -371,24 +370,11 @@ def test_parts_are_joined_where_a_template_reads_texts(tmp_path, template):
     assert trained_texts_of(tokenizer, tmp_path, talk) == trained_texts_of(
         tokenizer, tmp_path, TALK
     )
-    talk[0]["content"].append({"type": "thinking", "thinking": "one"})
-    with pytest.raises(ValueError, match="line 1: the chat template reads contents"):
-        read(tokenizer, tmp_path, talk)
-
-
-def test_parts_are_kept_where_a_template_reads_them(tmp_path):
-    tokenizer = tokenizer_with(tmp_path, PARTED)
-    talk = [{"role": "user", "content": parts("on", "e?")}, TALK[1]]
-    text = "<|im_start|>user\non|e?|<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
-    [row] = read(tokenizer, tmp_path, talk).train
-    assert tokenizer.decode(row.ids, skip_special_tokens=False) == text
-    talk[0]["content"].append({"type": "thinking", "thinking": "one"})
-    with pytest.raises(ValueError, match=r"write all of `messages\[0\].content\[2\]`"):
-        read(tokenizer, tmp_path, talk)
-    for sound in ({"type": "audio", "url": "a.wav"}, {"type": "audio"}):
-        talk[0]["content"][2] = sound
-        with pytest.raises(ValueError, match=r"messages\[0\].*parts with text"):
-            read(tokenizer, tmp_path, talk)
+    thought, sound = {"type": "thinking", "thinking": "one"}, {"type": "audio"}
+    for part in (thought, sound, sound | {"url": "a.wav"}):
+        wrong = [{"role": "user", "content": [*parts("one?"), part]}, TALK[1]]
+        with pytest.raises(ValueError, match="line 1: .* parts .*"):
+            read(tokenizer, tmp_path, wrong)
 
 
 def test_a_template_is_the_models_own(tmp_path):
@@ -403,7 +389,7 @@ def test_a_template_is_the_models_own(tmp_path):
     template_file.write_text("by option")
     tokenizer = open_tokenizer(tmp_path / "model", template=template_file)
     assert tokenizer.render(ASK, tools=[{}]) == "by option"
-    with pytest.raises(ValueError, match="nowhere must be a file"):
+    with pytest.raises(ValueError, match="`template` must be a file"):
         open_tokenizer(tmp_path / "model", template=tmp_path / "nowhere")
     without_default = tokenizer_with(
         tmp_path / "model", [{"name": "rag", "template": "x"}]
@@ -443,7 +429,7 @@ OUTSIDE = "must not reach outside its sandbox"
         ("{{ range(10**9) }}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 1 / 0 }}", "division by zero"),
-        (["x"], "must be text, or a list of objects"),
+        (["x"], "the tokenizer of .* cannot be read"),
         ("{{ ''.__class__.__mro__ }}", OUTSIDE),
         ("{{ messages.append(1) }}", OUTSIDE),
         ("{{ cycler.__init__.__globals__.os.system('true') }}", OUTSIDE),
@@ -479,7 +465,7 @@ def test_a_gguf_file_has_the_templates_of_its_folder(tmp_path):
     (tokens / "tokenizer_config.json").write_text(json.dumps(settings))
     config, params = load(tokens, progress=False)
     ql.io.save_merged(tmp_path / "copy", tokens, {}, decoder_names(config))
-    assert open_tokenizer(tmp_path / "copy").chat.sources == templates
+    assert open_tokenizer(tmp_path / "copy").chat.templates == templates
     save_gguf(tmp_path / "model.gguf", tokens, params, progress=False)
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     assert fields["tokenizer.chat_template"].contents() == CHATML
