@@ -45,8 +45,8 @@ def lower_row(row: dict) -> Any:
         row: `model`, `topology` (such as "v5e:2x2" or "h100:1x1x1"), `chips`, and
             `settings`, those of `TrainConfig`.
     """
-    from qlora_jax.llm.app.program import lower_step
     from qlora_jax.llm.app.train_config import TrainConfig
+    from qlora_jax.llm.app.training.program import lower_step
 
     devices, backend = devices_of(row)
     settings = {"model": row["model"], "data": "data", "out": "run", "steps": 1000}

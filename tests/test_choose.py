@@ -9,7 +9,7 @@ from stored import draw_peft
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.pairing import MERGED, open_pair
+from qlora_jax.llm.app.exporting.pairing import MERGED, open_pair
 from qlora_jax.llm.app.servers import SERVERS
 from qlora_jax.llm.cli.parser import parse
 from qlora_jax.llm.models.tiny import save_tiny

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_jax.llm import app
-from qlora_jax.llm.app.loggers import open_loggers
+from qlora_jax.llm.app.training.loggers import open_loggers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROWS = [dict(step=step, loss=1 / step, valid_loss=None) for step in (1, 2, 3)]

@@ -22,8 +22,8 @@ from helpers import (
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.llm.app.run import make_run
 from qlora_jax.llm.app.train_config import TrainConfig
+from qlora_jax.llm.app.training.run import make_run
 from qlora_jax.llm.models.config import DecoderConfig, LayerKind, Rope
 from qlora_jax.llm.models.decoder import Decoder
 

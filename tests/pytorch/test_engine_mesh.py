@@ -12,7 +12,7 @@ import qlora_jax as ql
 from qlora_jax.llm import app
 from qlora_jax.llm.app.adapters import lora_config_for
 from qlora_jax.llm.app.open_model import open_model
-from qlora_jax.llm.app.program import make_batch_placer, make_mesh, make_placer
+from qlora_jax.llm.app.training.program import make_batch_placer, make_mesh, make_placer
 from qlora_jax.llm.data import Row, eval_batches
 from qlora_jax.llm.models.generation import generate
 from qlora_jax.llm.train import decoder_loss

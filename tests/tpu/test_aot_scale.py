@@ -22,14 +22,14 @@ from test_tpu_aot import needs_libtpu, run_script
 import qlora_jax as ql
 from qlora_jax.llm.app.adapters import lora_config_for
 from qlora_jax.llm.app.open_model import OpenModel
-from qlora_jax.llm.app.program import (
+from qlora_jax.llm.app.train_config import TrainConfig
+from qlora_jax.llm.app.training.program import (
     lower_step,
     make_batch_placer,
     make_mesh,
     make_placer,
     make_program,
 )
-from qlora_jax.llm.app.train_config import TrainConfig
 from qlora_jax.llm.data import Batch
 from qlora_jax.llm.models.config import DecoderConfig
 from qlora_jax.llm.models.jax_engine import JaxEngine

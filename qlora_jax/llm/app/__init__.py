@@ -13,16 +13,16 @@ from .configs import (
 from .train_config import TrainConfig
 
 if TYPE_CHECKING:
-    from .checking import Checked, check
-    from .contents import Contents, Leaf, inspect
-    from .generating import Answer, Generated, generate
-    from .pairing import Pair
-    from .preview import Preview
-    from .repacking import FileLosses, Repacked
-    from .run_results import TrainResult
-    from .scoring import Score, score
-    from .training import train
-    from .writing import Written, export
+    from .commands.check import Checked, check
+    from .commands.export import Written, export
+    from .commands.generate import Answer, Generated, generate
+    from .commands.inspect import Contents, Leaf, inspect
+    from .commands.score import Score, score
+    from .commands.train import train
+    from .exporting.pairing import Pair
+    from .exporting.repacking import FileLosses, Repacked
+    from .training.preview import Preview
+    from .training.results import TrainResult
 
 __all__ = [
     "Answer",
@@ -56,15 +56,15 @@ __getattr__ = make_getattr(
     __name__,
     __all__,
     [
-        "checking",
-        "contents",
-        "generating",
-        "pairing",
-        "preview",
-        "repacking",
-        "run_results",
-        "scoring",
-        "training",
-        "writing",
+        "commands.check",
+        "commands.export",
+        "commands.generate",
+        "commands.inspect",
+        "commands.score",
+        "commands.train",
+        "exporting.pairing",
+        "exporting.repacking",
+        "training.preview",
+        "training.results",
     ],
 )

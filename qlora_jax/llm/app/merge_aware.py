@@ -155,7 +155,7 @@ def _check_format(config: ExportConfig, packing: Any) -> None:
             f"Got {export_format}. Leave `format` out to write these weights."
         )
     if export_format == "merged":
-        return  # this file has the decoded values; see `_Writer.write_merged`
+        return  # this file has the decoded values; see `Writer.write_merged`
     if export_format == "gguf":
         can_hold = config.gguf_type == "Q4_0" and fits_q4_0(packing)
     else:

@@ -12,7 +12,7 @@ from commands import ROOT
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app import checking
+from qlora_jax.llm.app.commands import check as checking
 
 
 @pytest.fixture

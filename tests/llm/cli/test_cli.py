@@ -28,9 +28,9 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.llm import app
+from qlora_jax.llm.app.exporting.repacking import repack
 from qlora_jax.llm.app.open_model import OpenModel
-from qlora_jax.llm.app.repacking import repack
-from qlora_jax.llm.app.run import make_run
+from qlora_jax.llm.app.training.run import make_run
 from qlora_jax.llm.cli.main import main
 from qlora_jax.llm.cli.parser import COMMANDS
 from qlora_jax.llm.models.checkpoint import (
@@ -174,7 +174,7 @@ def test_adapters_are_scored_merged_and_exported(
     def record_push(*arguments):
         return pushes.append((*arguments, (tmp_path / "merged").exists()))
 
-    monkeypatch.setattr("qlora_jax.llm.app.writing.push", record_push)
+    monkeypatch.setattr("qlora_jax.llm.app.commands.export.push", record_push)
     status, written, _ = run(capsys, "export", *model, *out, "--push-to-hub=a/b")
     assert (status, written["format"]) == (0, "merged")
     assert pushes == [("a/b", False), ("a/b", tmp_path / "merged", True)]

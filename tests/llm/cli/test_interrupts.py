@@ -18,7 +18,7 @@ from commands import PROGRAM, rows_of, run_python, settings, start_python
 import qlora_jax as ql
 import qlora_jax_program
 from qlora_jax.llm import app
-from qlora_jax.llm.app import training
+from qlora_jax.llm.app.commands import train as training
 from qlora_jax.llm.models.tiny import save_tiny
 
 INTERRUPTED, STATUS = "qlora-jax: interrupted\n", 128 + signal.SIGINT

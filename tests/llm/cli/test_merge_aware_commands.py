@@ -15,7 +15,7 @@ from tolerances import rounding
 import qlora_jax as ql
 from qlora_jax.llm import app
 from qlora_jax.llm.app.configs import TargetFmt
-from qlora_jax.llm.app.pairing import MERGED, open_pair
+from qlora_jax.llm.app.exporting.pairing import MERGED, open_pair
 from qlora_jax.llm.app.servers import FMTS_BY_FORMAT
 from qlora_jax.llm.models.tiny import save_tiny
 

@@ -14,7 +14,7 @@ from stored import draw_peft, export, tensors_of
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.pairing import _with_gguf_type, open_pair
+from qlora_jax.llm.app.exporting.pairing import _with_gguf_type, open_pair
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.tiny import save_tiny
 

@@ -21,18 +21,19 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app import environment, evaluation
+from qlora_jax.llm.app import environment
+from qlora_jax.llm.app.commands.train import _end_at_signal
 from qlora_jax.llm.app.open_model import OpenModel
 from qlora_jax.llm.app.processes import StopAtSignal, catch_signals
-from qlora_jax.llm.app.program import make_program
-from qlora_jax.llm.app.resuming import check_fingerprint
-from qlora_jax.llm.app.run import has_flash_attention, make_batches, make_run
 from qlora_jax.llm.app.run_folder import (
     open_run_folder,
     read_run_config,
     write_run_config,
 )
-from qlora_jax.llm.app.training import _end_at_signal
+from qlora_jax.llm.app.training import evaluation
+from qlora_jax.llm.app.training.program import make_program
+from qlora_jax.llm.app.training.resuming import check_fingerprint
+from qlora_jax.llm.app.training.run import has_flash_attention, make_batches, make_run
 from qlora_jax.llm.cli.parser import parse
 from qlora_jax.llm.data import batching, open_tokenizer, read_dataset
 from qlora_jax.llm.models.checkpoint import abstract_params
@@ -781,7 +782,7 @@ def test_a_damaged_file_of_settings_is_reported_first(data, tmp_path):
 SIGNALS = """
 import hashlib, os, signal, threading, time
 from qlora_jax.llm.app.processes import catch_signals
-from qlora_jax.llm.app.program import make_program
+from qlora_jax.llm.app.training.program import make_program
 
 def send():
     os.kill(os.getpid(), signal.SIGINT)

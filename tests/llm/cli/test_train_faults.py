@@ -43,7 +43,7 @@ def main(config, out, resume, on_nan):
     import jax
 
     from qlora_jax.llm import app
-    from qlora_jax.llm.app import program
+    from qlora_jax.llm.app.training import program
 
     make_step = program.make_step
 

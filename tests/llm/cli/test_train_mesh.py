@@ -16,7 +16,7 @@ from tokenizer_helpers import write_rows
 from tolerances import assert_close
 
 from qlora_jax.llm import app
-from qlora_jax.llm.app import training
+from qlora_jax.llm.app.commands import train as training
 from qlora_jax.llm.app.train_config import parse_mesh
 from qlora_jax.llm.models.tiny import save_tiny
 

@@ -23,7 +23,7 @@ from tolerances import assert_close
 import qlora_jax as ql
 from qlora_jax.llm import data as llm_data
 from qlora_jax.llm import train
-from qlora_jax.llm.app import run_results
+from qlora_jax.llm.app.training import results as run_results
 from qlora_jax.llm.models.config import DecoderConfig
 from qlora_jax.llm.models.decoder import Decoder
 

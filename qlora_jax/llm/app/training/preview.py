@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..data.chat_tokenizer import Tokenizer
-from ..data.encode import IGNORED
-from ..printable import printable, printable_lines
-from ..train.objectives import find_objective
+from ...data.chat_tokenizer import Tokenizer
+from ...data.encode import IGNORED
+from ...printable import printable, printable_lines
+from ...train.objectives import find_objective
 from .run import Run, make_source
 
 # Strings before and after targets: green underlined text on terminals, or brackets.

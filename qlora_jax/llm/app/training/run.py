@@ -15,27 +15,27 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
-from ..data.batching import Batch, BatchSource, batches, eval_batches
-from ..data.chat_tokenizer import Tokenizer, open_tokenizer
-from ..data.dataset import Dataset, read_dataset
-from ..data.encode import Row
-from ..models.torch_decoder import TorchEngine
-from ..train.objectives import OBJECTIVES, find_objective
-from ..train.outputs import plural
-from .adapters import (
+from ...data.batching import Batch, BatchSource, batches, eval_batches
+from ...data.chat_tokenizer import Tokenizer, open_tokenizer
+from ...data.dataset import Dataset, read_dataset
+from ...data.encode import Row
+from ...models.torch_decoder import TorchEngine
+from ...train.objectives import OBJECTIVES, find_objective
+from ...train.outputs import plural
+from ..adapters import (
     init_shapes,
     lora_config_for,
     packing_config_for,
     read_initial_lora,
 )
-from .open_model import OpenModel, open_model
-from .processes import is_first, log
+from ..open_model import OpenModel, open_model
+from ..processes import is_first, log
+from ..pushing import check_base, push
+from ..row_settings import check_template
+from ..run_folder import CONFIG, read_run_config
+from ..train_config import LOGGERS, TrainConfig
 from .program import make_mesh, make_placer, make_schedule, resolve_dtype
-from .pushing import check_base, push
 from .resuming import make_fingerprint
-from .row_settings import check_template
-from .run_folder import CONFIG, read_run_config
-from .train_config import LOGGERS, TrainConfig
 
 if TYPE_CHECKING:
     import grain

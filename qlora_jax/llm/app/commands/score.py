@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from ..data.batching import Batch, eval_batches
-from ..data.encode import Row
-from ..train.means import make_mean_loss
-from ..train.objectives.sft import decoder_loss
-from ..train.outputs import plural
-from .as_trained import open_model_for, read_as_trained, training_load_options
-from .configs import ScoreConfig
-from .merge_aware import note_packing
-from .open_model import OpenModel
-from .row_settings import read_rows_like_run
+from ...data.batching import Batch, eval_batches
+from ...data.encode import Row
+from ...train.means import make_mean_loss
+from ...train.objectives.sft import decoder_loss
+from ...train.outputs import plural
+from ..as_trained import open_model_for, read_as_trained, training_load_options
+from ..configs import ScoreConfig
+from ..merge_aware import note_packing
+from ..open_model import OpenModel
+from ..row_settings import read_rows_like_run
 
 BATCH_TOKENS = 1024  # the default size of a batch
 

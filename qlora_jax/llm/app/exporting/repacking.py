@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32, PyTree
 
 import qlora_jax as ql
 
-from .open_model import OpenModel
+from ..open_model import OpenModel
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,16 @@ from typing import Any
 
 import qlora_jax as ql
 
-from .as_trained import LoadOptions, open_model_for, training_load_options
-from .configs import ExportConfig
-from .merge_aware import Q4_0_BLOCK_SIZE, describe_packing, fits_q4_0, target_packing_of
-from .open_model import OpenModel
-from .servers import INT4_FMTS, SERVERS, Server
+from ..as_trained import LoadOptions, open_model_for, training_load_options
+from ..configs import ExportConfig
+from ..merge_aware import (
+    Q4_0_BLOCK_SIZE,
+    describe_packing,
+    fits_q4_0,
+    target_packing_of,
+)
+from ..open_model import OpenModel
+from ..servers import INT4_FMTS, SERVERS, Server
 
 # Stand for formats of `export`: the base is not exported, or the adapter is merged into
 # the base.
@@ -58,7 +63,7 @@ def open_pair(config: ExportConfig) -> tuple[OpenModel, LoadOptions, Pair]:
         model = model.read_adapter()
     if server.loads_gguf:
         # Imported late, because gguf takes long to import and few commands need it.
-        from ..gguf.save import check_gguf_source
+        from ...gguf.save import check_gguf_source
 
         check_gguf_source(model.files, tokenizer=config.tokenizer)
     pair = _find_pair(server, model, options)

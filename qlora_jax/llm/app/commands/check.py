@@ -16,17 +16,17 @@ from tqdm import tqdm
 
 import qlora_jax as ql
 
-from ... import __version__
-from ..data.batching import eval_batches
-from ..data.encode import Row
-from ..models.decoder import Decoder
-from ..models.families import config_from_hf
-from ..models.tiny import CONFIG, random_params
-from ..train.objectives.sft import decoder_loss
-from ..train.optimizer import make_optimizer
-from ..train.step import State, make_step
-from .configs import CheckConfig, Fmt
-from .environment import read_cpuinfo
+from .... import __version__
+from ...data.batching import eval_batches
+from ...data.encode import Row
+from ...models.decoder import Decoder
+from ...models.families import config_from_hf
+from ...models.tiny import CONFIG, random_params
+from ...train.objectives.sft import decoder_loss
+from ...train.optimizer import make_optimizer
+from ...train.step import State, make_step
+from ..configs import CheckConfig, Fmt
+from ..environment import read_cpuinfo
 
 _PACKAGES = "jax", "jaxlib", "flax", "optax", "libtpu"
 _PACKAGES += "jax-cuda12-plugin", "jax-cuda13-plugin", "numpy"

@@ -8,16 +8,16 @@ from typing import Any
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from ..reading import reading
-from ..train.answers import exact_match, generate_answers
-from ..train.means import make_means
-from ..train.objectives import find_objective
-from ..train.step import State
-from .merge_aware import pack_as_trained
-from .processes import is_first
+from ...reading import reading
+from ...train.answers import exact_match, generate_answers
+from ...train.means import make_means
+from ...train.objectives import find_objective
+from ...train.step import State
+from ..merge_aware import pack_as_trained
+from ..processes import is_first
+from ..run_folder import ANSWERS, write_text
 from .program import Program, make_batch_placer
 from .run import Run, make_eval_batches
-from .run_folder import ANSWERS, write_text
 
 _EXTRA_TOKENS = 16  # how much longer an answer may be than the longest expected one
 _SHOWN_CHARACTERS = 200  # the printed part of a prompt or an answer

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .processes import all_or_none, is_first
+from ..processes import all_or_none, is_first
+from ..run_folder import LOG_ID, write_text
 from .run import Run
-from .run_folder import LOG_ID, write_text
 
 _PROJECT = "qlora-jax"
 _NOT_LOGGED = ("step", "is_compiled")

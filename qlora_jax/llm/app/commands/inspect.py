@@ -10,12 +10,12 @@ from typing import Any
 
 import qlora_jax as ql
 
-from ..data.readers import describe_path
-from ..printable import printable
-from ..reading import reading
-from ..train.outputs import NATIVE_ADAPTER, plural, read_metrics
-from .configs import InspectConfig
-from .run_folder import (
+from ...data.readers import describe_path
+from ...printable import printable
+from ...reading import reading
+from ...train.outputs import NATIVE_ADAPTER, plural, read_metrics
+from ..configs import InspectConfig
+from ..run_folder import (
     CONFIG,
     METRICS,
     RESULT,

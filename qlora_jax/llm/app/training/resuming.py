@@ -5,16 +5,16 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..data.dataset import Dataset
-from ..reading import reading
-from ..train.arrays import describe_changes
-from ..train.checkpoints import Checkpoints
-from ..train.objectives import OBJECTIVES, find_objective
-from .open_model import OpenModel, hash_files
-from .options import options_of
-from .processes import all_or_none, log
-from .run_folder import METRICS, STATE
-from .train_config import TrainConfig
+from ...data.dataset import Dataset
+from ...reading import reading
+from ...train.arrays import describe_changes
+from ...train.checkpoints import Checkpoints
+from ...train.objectives import OBJECTIVES, find_objective
+from ..open_model import OpenModel, hash_files
+from ..options import options_of
+from ..processes import all_or_none, log
+from ..run_folder import METRICS, STATE
+from ..train_config import TrainConfig
 
 
 def make_fingerprint(

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from ..data.sources import find_weights
-from ..train.arrays import gather
-from ..train.outputs import (
+from ...data.sources import find_weights
+from ...train.arrays import gather
+from ...train.outputs import (
     memory_of,
     model_card,
     plot_loss,
@@ -20,10 +20,10 @@ from ..train.outputs import (
     read_metrics,
     save_adapter,
 )
-from ..train.step import State
-from .processes import broadcast_text, is_first
+from ...train.step import State
+from ..processes import broadcast_text, is_first
+from ..run_folder import METRICS, RESULT, write_text
 from .run import Run
-from .run_folder import METRICS, RESULT, write_text
 
 
 @dataclass(frozen=True)

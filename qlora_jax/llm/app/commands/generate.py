@@ -16,19 +16,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..data.chat_tokenizer import Tokenizer
-from ..data.encode import Example
-from ..data.kinds import check_text, to_conversation
-from ..data.readers import convert_rows, open_file
-from ..models.sampling import Sampling
-from ..models.stream import Stream, TextStream
-from ..train.answers import generate_answers
-from .as_trained import open_model_for, read_as_trained, training_load_options
-from .configs import GenerateConfig
-from .merge_aware import note_packing
-from .processes import log
-from .row_settings import find_system_message, open_tokenizer_like_run
-from .run_folder import write_text
+from ...data.chat_tokenizer import Tokenizer
+from ...data.encode import Example
+from ...data.kinds import check_text, to_conversation
+from ...data.readers import convert_rows, open_file
+from ...models.sampling import Sampling
+from ...models.stream import Stream, TextStream
+from ...train.answers import generate_answers
+from ..as_trained import open_model_for, read_as_trained, training_load_options
+from ..configs import GenerateConfig
+from ..merge_aware import note_packing
+from ..processes import log
+from ..row_settings import find_system_message, open_tokenizer_like_run
+from ..run_folder import write_text
 
 _TERMINAL_PROMPT = ">>> "
 

@@ -15,9 +15,9 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
-from ..data.batching import Batch
-from ..reading import reading
-from ..train.callbacks import (
+from ...data.batching import Batch
+from ...reading import reading
+from ...train.callbacks import (
     Best,
     CheckFinite,
     Evaluate,
@@ -25,29 +25,29 @@ from ..train.callbacks import (
     SaveStates,
     ShowProgress,
 )
-from ..train.checkpoints import Checkpoints
-from ..train.loop import Callback, fit
-from ..train.outputs import Metrics, plural
-from ..train.step import Report, State
-from . import processes
-from .adapters import copy_weights
-from .evaluation import Evaluation
-from .loggers import LogRow, open_loggers
-from .preview import Preview, preview
-from .processes import all_or_none, broadcast_text, is_first, log, only_in_first
-from .program import (
+from ...train.checkpoints import Checkpoints
+from ...train.loop import Callback, fit
+from ...train.outputs import Metrics, plural
+from ...train.step import Report, State
+from .. import processes
+from ..adapters import copy_weights
+from ..processes import all_or_none, broadcast_text, is_first, log, only_in_first
+from ..pushing import push
+from ..run_folder import METRICS, STATE, open_run_folder, quiet_orbax, write_run_config
+from ..train_config import TrainConfig
+from ..training.evaluation import Evaluation
+from ..training.loggers import LogRow, open_loggers
+from ..training.preview import Preview, preview
+from ..training.program import (
     make_batch_placer,
     make_loss_scale,
     make_placer,
     make_program,
     make_schedule,
 )
-from .pushing import push
-from .resuming import find_resumed_step
-from .run import Run, make_batches, make_run
-from .run_folder import METRICS, STATE, open_run_folder, quiet_orbax, write_run_config
-from .run_results import TrainResult, write_results
-from .train_config import TrainConfig
+from ..training.results import TrainResult, write_results
+from ..training.resuming import find_resumed_step
+from ..training.run import Run, make_batches, make_run
 
 if TYPE_CHECKING:
     import grain

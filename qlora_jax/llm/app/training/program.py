@@ -21,17 +21,17 @@ from jaxtyping import PyTree
 
 import qlora_jax as ql
 
-from ..data.batching import Batch
-from ..models.constraints import ROW_AXES
-from ..train import optimizer as optimizers
-from ..train.arrays import put_rows
-from ..train.loss_scale import LossScale
-from ..train.objectives import find_objective
-from ..train.step import State, Step, make_step
-from .adapters import init_shapes, lora_config_for, packing_config_for
-from .environment import fastest_dtype
-from .open_model import Engine, OpenModel
-from .train_config import TrainConfig
+from ...data.batching import Batch
+from ...models.constraints import ROW_AXES
+from ...train import optimizer as optimizers
+from ...train.arrays import put_rows
+from ...train.loss_scale import LossScale
+from ...train.objectives import find_objective
+from ...train.step import State, Step, make_step
+from ..adapters import init_shapes, lora_config_for, packing_config_for
+from ..environment import fastest_dtype
+from ..open_model import Engine, OpenModel
+from ..train_config import TrainConfig
 
 
 class Program(NamedTuple):

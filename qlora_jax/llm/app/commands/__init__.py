@@ -1,0 +1,1 @@
+"""The commands of `qlora-jax`, each in a file of its name."""

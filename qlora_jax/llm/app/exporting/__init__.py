@@ -1,0 +1,1 @@
+"""What `qlora-jax export` uses: the formats, and the files of servers."""

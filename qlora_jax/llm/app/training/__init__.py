@@ -1,0 +1,1 @@
+"""What `qlora-jax train` uses to open, evaluate, log and resume a run."""
