@@ -386,7 +386,8 @@ class KernelFunctions(TorchFunctionMode):
         """
         if not isinstance(weight, KernelTensor) or weight.is_transposed:
             return NotImplemented
-        if self.has_dropout and getattr(weight.lora, "dropout", 0):
+        # A table that is also the head may have a LoRA: it is merged for the lookup.
+        if weight.lora is not None and not weight.lora.replaced_rows:
             return NotImplemented
         return as_tensor(ql.lookup(weight.base, weight.lora, as_array(input)))
 
