@@ -264,17 +264,18 @@ class BatchSource:
         return sys.maxsize if self.count is None else -(-self.count // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
-        groups = self.groups(index)
-        return self.pack(groups) if self.packing else self.pad(sum(groups, []))
+        packs = [[self.rows[i] for i in pack] for pack in self.packs(index)]
+        return self.pack(packs) if self.packing else self.pad(sum(packs, []))
 
-    def groups(self, index: int) -> list[list[Row]]:
-        """Returns the rows of each pack of a batch. Without packing, each has one."""
+    def packs(self, index: int) -> list[Sequence[int]]:
+        """Returns the indices of the rows in each pack of a batch.
+
+        Without packing, each row is a pack by itself.
+        """
         if self.packing:
-            packs = self._indices(index, 1)
-        else:
-            window, position = divmod(index, self.window_size)
-            packs = [[i] for i in self._window_batches(window)[position]]
-        return [[self.rows[i] for i in pack] for pack in packs]
+            return self._indices(index, 1)
+        window, position = divmod(index, self.window_size)
+        return [[i] for i in self._window_batches(window)[position]]
 
     def _indices(self, first_batch: int, num_batches: int) -> list[Any]:
         # Returns the index of each row, or the indices of the rows of each pack.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..models.tokenizer import chat_templates, open_folder_tokenizer, read_end_ids
 from ..reading import ModelError, reading
 from .readers import MAX_BYTES
-from .rendering import Rendering, render_template
+from .rendering import Rendering, renderer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -151,7 +151,6 @@ class Tokenizer:
         Raises:
             ValueError: If there is no template, or if it rejects the messages.
         """
-        messages = join_parts(messages)
         return self.chat.render(messages, tools, add_generation_prompt).text
 
 
@@ -281,14 +280,15 @@ class Chat:
             {key: value for key, value in message.items() if value is not None}
             for message in messages
         ]
-        return render_template(
-            self.template(tools),
-            fields,
-            tools,
-            add_generation_prompt,
-            self.special,
-            self.now,
-        )
+        arguments = {
+            "conversations": [fields],
+            "tools": tools,
+            "chat_template": self.template(tools),
+            "return_assistant_tokens_mask": True,
+            "add_generation_prompt": add_generation_prompt,
+            **self.special,
+        }
+        return renderer.render(arguments, self.now)
 
     def frame(self, tools: Tools) -> tuple[str, str]:
         """Returns what the template writes before an answer "a", and from it on.
@@ -373,28 +373,3 @@ class Chat:
 
         is_last = turn + 1 == len(messages)
         return find_end(turn, True), len(text) if is_last else find_end(turn + 1, False)
-
-
-def join_parts(messages: Messages) -> Messages:
-    """Returns messages whose contents are texts, also where they were lists of texts.
-
-    A template that expects texts would write a list as Python or JSON code.
-    """
-    joined = []
-    for message in messages:
-        if isinstance(parts := message.get("content"), list):
-            if wrong := [part for part in parts if not _is_text(part)]:
-                raise ValueError(
-                    'all parts of a content must be {"type": "text", "text": ...}. Got '
-                    f"{wrong[0]!r:.60}."
-                )
-            message = {**message, "content": "".join(x["text"] for x in parts)}
-        joined.append(message)
-    return joined
-
-
-def _is_text(part: Any) -> bool:
-    if not isinstance(part, dict):
-        return False
-    keys = {key for key, x in part.items() if x is not None}
-    return keys == {"type", "text"} and isinstance(part["text"], str)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..reading import ModelError
 from . import kinds
-from .chat_tokenizer import AnswerSpans, Tokenizer, encode_with_offsets, join_parts
+from .chat_tokenizer import AnswerSpans, Tokenizer, encode_with_offsets
 from .kinds import Conversation, Text, TrainOn
 from .omissions import check_nothing_omitted
 
@@ -71,7 +71,11 @@ class Row(NamedTuple):
         return not is_tie and all((x != IGNORED).any() for x in labels)
 
     def truncated(self, size: int) -> "Row":
-        """Returns the row with at most `size` tokens per sequence."""
+        """Returns the row with at most `size` tokens per sequence.
+
+        Args:
+            size: The largest number of tokens.
+        """
         rejected = self.rejected and self.rejected.truncated(size)
         # KTO joins the answer to other prompts, after which more of it may fit.
         is_cut = self.label is not None and len(self.ids) > size
@@ -258,24 +262,17 @@ class Encoder:
                 "messages must not have a `weight` of 0 or `train: false` where all "
                 "tokens are trained (`train_on`)."
             )
-        first = conversation.messages[0]
-        has_system = first["role"] == "system" and isinstance(first["content"], str)
-        self.system_messages.add(first["content"] if has_system else None)
-        messages = join_parts(conversation.messages)
+        first, *_ = messages = conversation.messages
+        system = first["content"] if first["role"] == "system" else None
+        self.system_messages.add(system)
         rendering = chat.render(messages, tools)
-        iterator = iter(messages)  # puts the messages back into their groups
-        row: dict[str, Any] = {
-            name: [*itertools.islice(iterator, len(group))]
-            for name, group in groups.items()
-        }
 
         def render_variant(row):
             parts = [group for name, group in row.items() if name != "tools"]
             return chat.render([*itertools.chain(*parts)], row.get("tools")).text
 
-        source = chat.template(tools)
-        row["tools"] = tools
-        check_nothing_omitted(render_variant, row, rendering.text, source)
+        row, template = groups | {"tools": tools}, chat.template(tools)
+        check_nothing_omitted(render_variant, row, rendering.text, template)
         roles = enumerate(message["role"] for message in messages)
         turns = [i for i, role in roles if role == "assistant" and i >= start]
         turns = turns[-1:] if self.train_on == "last" else turns

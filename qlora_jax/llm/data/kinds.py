@@ -50,8 +50,6 @@ _JSON_FIELDS = ("input_ids", "labels", "messages", "conversations", "tools")
 _CONTENT_KEYS = {"tools", "functions", "system", "system_prompt", "history"}
 _CONTENT_KEYS |= {"documents", "image", "images", "video", "videos", "audio", "audios"}
 _CONTENT_KEYS |= {"chat_template_kwargs"}
-# The types of parts of messages that are not text.
-_MEDIA = {"image", "image_url", "audio", "input_audio", "video", "video_url"}
 # The roles of ShareGPT's conversations.
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 _SHAREGPT_ROLES |= {x: x for x in ("user", "assistant", "system", "tool")}
@@ -343,17 +341,26 @@ def _to_message(name: str, turn: Any) -> tuple[Message, int]:
             f"`{name}` must not have a `weight` of 1 or `train: true`: only messages "
             f"of the assistant are trained. Got {weights} and {turn['role']!r}."
         )
-    return {key: x for key, x in turn.items() if key not in _TRAIN_KEYS}, int(weight)
+    message = {key: x for key, x in turn.items() if key not in _TRAIN_KEYS}
+    # Templates that expect texts would write a list as Python or JSON code.
+    if isinstance(message.get("content"), list):
+        message["content"] = "".join(part["text"] for part in message["content"])
+    return message, int(weight)
 
 
 def _check_content(name: str, message: Message) -> None:
     content, calls = message.get("content"), message.get("tool_calls") or []
     if not isinstance(content, str | list | None):
         raise ValueError(f"`{name}` must have text as content. Got {content!r:.40}.")
-    parts = content if isinstance(content, list) else [{"text": content}]
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") in _MEDIA:
-            raise ValueError(f"`{name}` must have parts with text. Got {part!r:.40}.")
+    for part in content if isinstance(content, list) else ():
+        # Data sets fill missing fields with None.
+        fields = part if isinstance(part, dict) else {}
+        keys = {key for key, value in fields.items() if value is not None}
+        if keys != {"type", "text"} or not isinstance(fields["text"], str):
+            raise ValueError(
+                f'`{name}` must have parts {{"type": "text", "text": ...}}. Got '
+                f"{part!r:.60}."
+            )
     # Some data sets write the name and the arguments into the call itself.
     if not isinstance(calls, list) or not all(
         isinstance(x, dict) and isinstance(x.get("function", {}), dict) for x in calls
@@ -363,9 +370,9 @@ def _check_content(name: str, message: Message) -> None:
             f"`function`, it must be an object. Got {calls!r:.40}."
         )
     # An empty user turn may be intended. In an empty answer, the only target would be
-    # the token that ends it. A part without text, such as reasoning, is content.
-    texts = [part.get("text", part) for part in parts]
-    has_content = any(x.strip() if isinstance(x, str) else x for x in texts)
+    # the token that ends it.
+    texts = [x["text"] for x in content] if isinstance(content, list) else [content]
+    has_content = any(text and text.strip() for text in texts)
     if not (has_content or calls) and (
         message["role"] == "assistant" or content is None
     ):

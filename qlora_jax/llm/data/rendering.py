@@ -12,7 +12,7 @@ import pathlib
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..reading import ModelError
@@ -33,37 +33,6 @@ class Rendering(NamedTuple):
     answers: list[tuple[int, int]]
 
 
-def render_template(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Any] | None,
-    add_generation_prompt: bool,
-    special: Mapping[str, str],
-    now: datetime.datetime | None,
-) -> Rendering:
-    """Renders messages as transformers' `apply_chat_template` does.
-
-    `special` are the special tokens by their variables in templates.
-    """
-    arguments = {
-        "conversations": [messages],
-        "tools": tools,
-        "chat_template": template,
-        "return_assistant_tokens_mask": True,
-        "add_generation_prompt": add_generation_prompt,
-        **special,
-    }
-    request = [arguments, now and now.isoformat(), MAX_SECONDS]
-    problem, value = _renderer.ask(request)
-    # A broken template is a fault of the model. All other errors are faults of a row.
-    if problem in _FAULTS:
-        raise ModelError(f"the chat template {_FAULTS[problem]}. {value:.500}".rstrip())
-    if problem is not None:
-        raise ValueError(f"the chat template rejects the messages: {value:.500}")
-    text, answers = value
-    return Rendering(text, [(start, end) for start, end in answers if start < end])
-
-
 class _Renderer:
     """The other process, which the first request starts."""
 
@@ -71,12 +40,14 @@ class _Renderer:
         self._lock = threading.Lock()
         self._process: Any = None
 
-    def ask(self, request: Any) -> Any:
-        """Returns the answer, or that of a process that is out of memory or time."""
-        line = json.dumps(request, default=str)
+    def render(
+        self, arguments: Mapping[str, Any], now: datetime.datetime | None
+    ) -> Rendering:
+        """Renders messages as transformers' `render_jinja_template` does."""
+        request = [arguments, now and now.isoformat(), MAX_SECONDS]
+        line, answer = json.dumps(request, default=str), ""
         with self._lock:
             self._process = process = self._process or self._start()
-            answer = ""
             try:
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.write(f"{line}\n")
@@ -85,7 +56,16 @@ class _Renderer:
             finally:
                 if not answer:  # a late one must not become that to another request
                     self.stop()
-        return json.loads(answer) if answer else ("MemoryError", "")
+        # There is no answer if the process is out of memory or time.
+        result: Any = json.loads(answer) if answer else ("MemoryError", "")
+        problem, value = result
+        # A broken template is a fault of the model. Other errors are faults of a row.
+        if fault := _FAULTS.get(problem):
+            raise ModelError(f"the chat template {fault}. {value:.500}".rstrip())
+        if problem is not None:
+            raise ValueError(f"the chat template rejects the messages: {value:.500}")
+        text, answers = value
+        return Rendering(text, [(start, end) for start, end in answers if start < end])
 
     def stop(self) -> None:
         """Ends the process, if it has been started."""
@@ -110,5 +90,5 @@ class _Renderer:
         return process
 
 
-_renderer = _Renderer()
-atexit.register(_renderer.stop)
+renderer = _Renderer()
+atexit.register(renderer.stop)

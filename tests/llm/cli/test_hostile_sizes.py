@@ -60,7 +60,7 @@ def test_threads_and_interrupted_renderings_get_their_own_texts(tmp_path, monkey
     save_tokenizer(tmp_path / "model", template=template)
     tokenizer = open_tokenizer(tmp_path / "model")
     tokenizer.render(ASK)
-    process = rendering._renderer._process
+    process = rendering.renderer._process
 
     def interrupt():
         raise KeyboardInterrupt

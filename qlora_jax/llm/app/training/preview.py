@@ -61,13 +61,13 @@ def preview(run: Run) -> Preview:
     """Returns the first `run.config.preview` rows of the batches of a run."""
     config = run.config
     source = make_source(config.replace(epochs=1.0), run.data.train, run.data.mix)
-    packs = (pack for index in range(len(source)) for pack in source.groups(index))
+    packs = (pack for index in range(len(source)) for pack in source.packs(index))
     is_labelled = find_objective(config.objective).rows == "labelled"
     good, bad = ("good answer", "bad answer") if is_labelled else ("chosen", "rejected")
     names = {None: "", True: f", {good}", False: f", {bad}"}
     rows = []
     for number, pack in enumerate(itertools.islice(packs, config.preview), 1):
-        sequences = [sequence for row in pack for sequence in row.sequences]
+        sequences = [x for i in pack for x in run.data.train[i].sequences]
         for position, sequence in enumerate(sequences, 1):
             is_target = sequence.labels != IGNORED
             # The first token is never predicted, nor is the prompt of a bad answer.
