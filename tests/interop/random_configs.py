@@ -76,6 +76,13 @@ def draw_rope(rng: random.Random, **more: Any) -> Options:
     return {"rope_parameters": section}
 
 
+def draw_section(rng: random.Random) -> Options:
+    """Returns the section of one kind of layers in `rope_parameters`."""
+    section = draw_rope(rng)["rope_parameters"]
+    section.pop("truncate", None)  # transformers 5.24 ignores it in such a section
+    return section
+
+
 def draw_types(rng: random.Random, count: int, *types: str) -> Options:
     """Returns `layer_types`: one type for each layer, or None for the default."""
     layer_types = [rng.choice(types) for _ in range(count)]
@@ -235,7 +242,7 @@ def draw_gemma2(rng: random.Random) -> Options:
 
 def draw_gemma3(rng: random.Random) -> Options:
     """Returns the options of Gemma 3."""
-    ropes = {kind: draw_rope(rng)["rope_parameters"] for kind in (FULL, SLIDING)}
+    ropes = {kind: draw_section(rng) for kind in (FULL, SLIDING)}
     options = draw_gemma2(rng) | {"rope_parameters": ropes}
     # The pattern only counts if `layer_types` is None.
     pattern = {"sliding_window_pattern": rng.choice((2, 3))}
@@ -266,7 +273,7 @@ def draw_olmo3(rng: random.Random) -> Options:
     """Returns the options of OLMo 3."""
     options = draw_sizes(rng) | draw_flags(rng, "attention_bias")
     options |= draw_types(rng, options["num_hidden_layers"], SLIDING, FULL)
-    ropes = {kind: draw_rope(rng)["rope_parameters"] for kind in (FULL, SLIDING)}
+    ropes = {kind: draw_section(rng) for kind in (FULL, SLIDING)}
     window = {"sliding_window": rng.choice((3, 8))}
     return options | window | {"rope_parameters": ropes}
 
@@ -290,8 +297,8 @@ def draw_gemma4(rng: random.Random) -> Options:
     per_layer_width = 6 if num_shared else rng.choice((0, 6))
     fraction = {"partial_rotary_factor": rng.choice((0.25, 0.5, 1.0))}
     full = {"rope_type": "proportional", "rope_theta": 1e2, "factor": 2.0} | fraction
-    full = rng.choice((full, draw_rope(rng)["rope_parameters"]))
-    ropes = {SLIDING: draw_rope(rng)["rope_parameters"], FULL: full}
+    full = rng.choice((full, draw_section(rng)))
+    ropes = {SLIDING: draw_section(rng), FULL: full}
     flags = draw_flags(rng, "enable_moe_block attention_k_eq_v use_double_wide_mlp")
     return sizes | flags | {
         "num_hidden_layers": count,

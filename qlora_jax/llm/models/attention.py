@@ -69,23 +69,6 @@ class KeysAndValues(NamedTuple):
         return KeysAndValues(keys, values)
 
 
-class NoCache(NamedTuple):
-    """The cache of a stack of layers without keys and values of their own."""
-
-    @property
-    def length(self) -> int:
-        """The number of positions that need room: none."""
-        return 0
-
-    def grow(self, length: int) -> "NoCache":
-        """Returns the cache itself."""
-        return self
-
-    def write(self, new_entry: None, positions: Int[Array, "B T"]) -> "NoCache":
-        """Returns the cache itself."""
-        return self
-
-
 class LayerData(NamedTuple):
     """What differs between the layers of a stack, as arrays that a scan slices.
 
@@ -162,13 +145,8 @@ class Attention(nn.Module):
     attention: str | Callable[..., Array] = "xla"
     part_name: ClassVar[str] = "self_attn"
     # The projections whose outputs or inputs may be split over devices.
-    split_outputs: ClassVar[tuple[str, ...]] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "qkv_proj",
-    )
-    split_inputs: ClassVar[tuple[str, ...]] = ("o_proj",)
+    split_outputs: ClassVar = "q_proj", "k_proj", "v_proj", "qkv_proj"
+    split_inputs: ClassVar = ("o_proj",)
 
     @nn.compact
     def __call__(
@@ -185,9 +163,6 @@ class Attention(nn.Module):
             query, gate = query[:, :, ::2], query[:, :, 1::2]
         if c.qk_norms:
             query = self._normalize(query, "q")
-        sinks = None
-        if c.sinks:
-            sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,))
         table = self._select_table(tokens, layer_data)
         query = rotate(query, table)
         if kind.has_kv:
@@ -205,7 +180,7 @@ class Attention(nn.Module):
         if kind.kv_group is not None:
             shared_kv = {**shared_kv, kind.kv_group: (key, value)}
         is_cached = cache is not None
-        mixed = self._attend(query, key, value, sinks, tokens, layer_data, is_cached)
+        mixed = self._attend(query, key, value, tokens, layer_data, is_cached)
         if gate is not None:
             gate = nn.sigmoid(gate.astype(jnp.float32)).reshape(mixed.shape)
             mixed = (mixed * gate).astype(mixed.dtype)
@@ -218,27 +193,22 @@ class Attention(nn.Module):
         c, rope = self.config, layer_data.rope
         if rope is None:
             rope = c.ropes.index(self.kinds[0].rope)
-        # Cut off the padding. `DecoderConfig` ensures that all layers of a stack rotate
-        # the same number of values.
+        # Cut off the padding. All layers of a stack rotate the same number of values.
         half = c.dim_of(self.kinds[0].rope) // 2
         return tokens.tables[rope][..., :half]
 
     def _attend(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        sinks: Array | None,
-        tokens: TokenData,
-        layer_data: LayerData,
-        is_cached: bool,
+        self, query, key, value, tokens: TokenData, layer_data: LayerData, is_cached
     ) -> Float[Array, "B T _"]:
         """Returns the result of attention, with the values of all heads in one axis."""
+        c, sinks = self.config, None
+        if c.sinks:
+            sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,))
         operands = query, key, value, sinks, tokens, layer_data
-        if not is_cached and self.attention not in MASKED:
-            mixed = self._attend_without_mask(*operands)
-        else:
+        if is_cached or self.attention in MASKED:
             mixed = self._attend_with_mask(*operands, is_cached)
+        else:
+            mixed = self._attend_without_mask(*operands)
         mixed = mixed.reshape(*query.shape[:2], -1)  # [B, T, H * Dh]
         # The result of the splash kernel already has a name for checkpoint policies.
         if self.attention != "splash" or is_cached:
@@ -308,14 +278,7 @@ class Attention(nn.Module):
         return key, value, new_kv
 
     def _attend_with_mask(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        sinks: Array | None,
-        tokens: TokenData,
-        layer_data: LayerData,
-        is_cached: bool,
+        self, query, key, value, sinks, tokens: TokenData, layer_data, is_cached: bool
     ) -> Array:
         c, kind, positions = self.config, self.kinds[0], tokens.positions
         implementation = "xla" if is_cached else str(self.attention)
@@ -355,10 +318,10 @@ class Attention(nn.Module):
         batch: int,
         length: int,
         dtype: DTypeLike,
-    ) -> KeysAndValues | NoCache:
-        """Returns zeros for the keys and values of a stack of layers."""
+    ) -> KeysAndValues | tuple[()]:
+        """Returns zeros for the keys and values of a stack; () for one without them."""
         if not kinds[0].has_kv:
-            return NoCache()
+            return ()
         # Heads come before positions, as in the products of attention. Otherwise, XLA
         # on CPUs would transpose the whole cache for each new token.
         heads = config.heads_of(kinds[0])

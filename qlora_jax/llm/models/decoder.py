@@ -24,7 +24,6 @@ from .attention import (
     NO_WINDOW,
     KeysAndValues,
     LayerData,
-    NoCache,
     SharedKV,
     TokenData,
     rotary_table,
@@ -38,8 +37,8 @@ from .per_layer_input import PerLayerEmbedding
 from .products import einsum_f32, keep_products, make_dense, make_norm
 
 ATTENTIONS = *MASKED, "splash"
-# By path of a stack.
-Cache = dict[str, KeysAndValues | NoCache | LayerStates]
+# By path of a stack; () for layers that use the keys and values of earlier layers.
+Cache = dict[str, KeysAndValues | LayerStates | tuple[()]]
 
 
 class Period(nn.Module):
@@ -220,8 +219,8 @@ class Decoder(nn.Module):
         # 4. Write what is new into the caches, for all layers of a stack at once.
         positions = token_data.positions
         new_cache = {
-            path: cache[path].write(new_entry, positions)
-            for path, new_entry in new_entries.items()
+            path: old.write(new_entries[path], positions) if old else old
+            for path, old in cache.items()
         }
         return output, new_cache
 
@@ -449,9 +448,9 @@ def empty_shared_kv(
 
 def grow_cache(cache: Cache, length: int) -> Cache:
     """Returns a cache with room for `length` positions."""
-    return {path: x.grow(length) for path, x in cache.items()}
+    return {path: x.grow(length) if x else x for path, x in cache.items()}
 
 
 def cache_length(cache: Cache) -> int:
     """Returns the number of positions that a cache can hold."""
-    return max(x.length for x in cache.values())
+    return max(x.length for x in cache.values() if x)

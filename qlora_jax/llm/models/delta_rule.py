@@ -54,7 +54,7 @@ class GatedDeltaNet(nn.Module):
     kinds: tuple[LayerKind, ...]  # of the layers in the stack
     dtype: DTypeLike = jnp.float32
     part_name: ClassVar[str] = "linear_attn"
-    split_outputs: ClassVar[tuple[str, ...]] = ("in_proj_qkv", "in_proj_z")
+    split_outputs: ClassVar = "in_proj_qkv", "in_proj_z"
     split_inputs: ClassVar[tuple[str, ...]] = ("out_proj",)
 
     @nn.compact

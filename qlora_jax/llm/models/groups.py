@@ -65,7 +65,9 @@ def layer_groups(config: DecoderConfig) -> tuple[Group, ...]:
         ...  for stack in group.stacks]
         [('layers_0', range(0, 1)), ('layers_1', range(1, 4))]
     """
-    periods = split_into_periods([kind.structure for kind in config.layers])
+    # Layers of a stack also rotate the same number of values.
+    structures = [(kind.structure, config.dim_of(kind.rope)) for kind in config.layers]
+    periods = split_into_periods(structures)
     groups, start = [], 0
     for i, (period, repeats) in enumerate(periods):
         name = "layers" if len(periods) == 1 else f"layers_{i}"

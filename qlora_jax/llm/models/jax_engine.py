@@ -39,7 +39,6 @@ class JaxEngine:
         layers: The patterns of the kernels to pack.
         contract: Empty, because the default of `QLoRAConfig` holds for all kernels.
         head_module: The name of the module that computes the logits.
-        image_token_id: None, because the decoder reads only text.
         generation_problem: None, because all models can generate tokens.
         can_pack_rows: True, because every model supports rows with several sequences.
     """
@@ -50,7 +49,6 @@ class JaxEngine:
     layers: ClassVar[str] = LAYERS
     contract: ClassVar[Mapping[Any, str]] = {}
     head_module: ClassVar[str] = "lm_head"
-    image_token_id: ClassVar[None] = None
     generation_problem: ClassVar[None] = None
     can_pack_rows: ClassVar[bool] = True
 

@@ -18,7 +18,7 @@ class DenseMLP(nn.Module):
     width: int
     dtype: DTypeLike = jnp.float32
     part_name: ClassVar[str] = "mlp"
-    split_outputs: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "gate_up_proj")
+    split_outputs: ClassVar = "gate_proj", "up_proj", "gate_up_proj"
     split_inputs: ClassVar[tuple[str, ...]] = ("down_proj",)
 
     @nn.compact

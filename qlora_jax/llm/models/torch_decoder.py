@@ -44,8 +44,6 @@ class TorchEngine:
         shapes: The shapes of the leaves that are read from files, by path.
         names: The names of the leaves in files, and the roles of their axes.
         head_module: The name of the module that computes the logits.
-        image_token_id: The token that stands for parts of images; None for a model that
-            reads only text.
         language_model: The model without the settings of `make_model`.
         name: The value of the option `engine`.
         experts: None, because there is no loss that balances the load of experts.
@@ -66,7 +64,6 @@ class TorchEngine:
     shapes: dict[str, jax.ShapeDtypeStruct]
     names: ql.io.Names
     head_module: str
-    image_token_id: int | None
     language_model: "ql.torch.LanguageModel"
     name: ClassVar[Literal["torch"]] = "torch"
     experts: ClassVar[None] = None
@@ -89,7 +86,7 @@ class TorchEngine:
 
     def language_params(self, params: dict[str, Any]) -> dict[str, Any]:
         """Returns the parameters of the language model, without a vision tower."""
-        if self.image_token_id is None:
+        if self.language_model.image_token_id is None:
             return params
         prefix = f"{self.language_model.decoder_name}."
         return {path: x for path, x in params.items() if path.startswith(prefix)}
@@ -201,7 +198,6 @@ def open_torch_engine(path: pathlib.Path) -> TorchEngine:
         shapes=language_model.shapes(stacked=is_stacked),
         names=language_model.names(stacked=is_stacked),
         head_module="" if head is None else modules[head],
-        image_token_id=language_model.image_token_id,
         language_model=language_model,
     )
 
