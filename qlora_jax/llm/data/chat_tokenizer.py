@@ -211,12 +211,7 @@ def encode_with_offsets(
                 return encoding, True
     if len(text) > MAX_BYTES:
         raise ValueError(f"the text must have at most {MAX_BYTES:,} characters.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text must not have half a character (a surrogate). Got {text!r:.200}."
-        ) from error
+    text.encode()  # raises a ValueError for half a character, a surrogate
     # Some files only fail at a text.
     with reading(f"the tokenizer of {tokenizer.path}", ModelError):
         tokens = tokenizer.inner.encode(text, add_special_tokens=add_special_tokens)
@@ -293,23 +288,23 @@ class Chat:
     def frame(self, tools: Tools) -> tuple[str, str]:
         """Returns what the template writes before an answer "a", and from it on.
 
-        These are empty if they do not follow the question, or if it is rejected.
+        Both are empty if a rendering without the answer is no beginning of one with it.
         """
         template = self.template(tools)
         if template not in self._frames:
             question, answer = ({"role": r, "content": "a"} for r in _ROLES[1:3])
-            before, written = "", ""
+            self._frames[template] = "", ""
             try:
                 asked = self.render([question], tools).text
                 prompt = self.render([question], tools, True).text
                 answered = self.render([question, answer], tools).text
             except ModelError:
                 raise
-            except ValueError:
-                asked = prompt = answered = ""
+            except ValueError:  # the template rejects these messages
+                return self._frames[template]
             if answered.startswith(prompt):
-                before, written = prompt[len(asked) :], answered[len(prompt) :]
-            self._frames[template] = (before, written)
+                before, written = prompt.removeprefix(asked), answered[len(prompt) :]
+                self._frames[template] = before, written
         return self._frames[template]
 
     def find_answers(

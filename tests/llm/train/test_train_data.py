@@ -76,9 +76,7 @@ def test_half_a_character_is_refused_by_its_line(folder, tmp_path, row, chat):
     row = json.dumps(row).replace('"gpt"', '"gpt", "value": "a"')
     lines = row.replace("HALF", "half"), row.replace("HALF", r"\ud800")
     path.write_text("\n".join(lines))
-    with pytest.raises(
-        ValueError, match=r"line 2: the text must not have half a character"
-    ):
+    with pytest.raises(ValueError, match="line 2: .*surrogates not allowed"):
         read(folder, path, chat=chat)
 
 
