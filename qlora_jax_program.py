@@ -1,51 +1,36 @@
-"""The program `qlora-jax`, which a signal ends at any time, with one line.
+"""The program `qlora-jax`.
 
-The status is 130 after Ctrl-C and 143 after SIGTERM. This module is outside of the
-package, whose import takes seconds, so that it can handle signals before that import
-starts.
+The status is 130 after Ctrl-C and 143 after SIGTERM, with one line on stderr. This
+module is outside of the package, whose import takes a second.
 """
 
-import atexit
-import os
 import signal
 import sys
 from importlib import metadata
 
 
 def process() -> None:
-    """Runs the program, for which signals are safe from here until Python exits."""
-    # A shell without job control starts background jobs that ignore SIGINT. `train`
-    # replaces these handlers by its own, which save a state.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, end)
-    # Exit handlers run in reverse order, so this one runs last. The status is decided
-    # by then, and Python is about to remove its handlers.
-    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    if sys.argv[1:] == ["--version"]:  # needs no JAX, whose import takes seconds
+    """Runs the program."""
+    if sys.argv[1:] == ["--version"]:  # needs no JAX
         print("qlora-jax", metadata.version("qlora-jax"))
         return
-    from qlora_jax.llm.cli.main import run_program
+    # `train` replaces this handler by its own, which saves a state.
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        from qlora_jax.llm.cli.main import run_program
 
-    run_program()
+        run_program()
+    except KeyboardInterrupt:
+        print("qlora-jax: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
-def end(number: int, frame: object) -> None:
-    """Ends the process at SIGINT or SIGTERM, with the status that shells expect.
-
-    This does not raise KeyboardInterrupt, because imports, callbacks and `__del__` lose
-    exceptions or replace them. Files are written in temporary folders until they are
-    complete, and those folders are deleted here.
-    """
+def terminate(number: int, frame: object) -> None:
+    """Ends the process at SIGTERM, after unfinished files are deleted."""
     del frame
-    signal.signal(number, signal.SIG_IGN)
-    files = sys.modules.get("qlora_jax.io.files")
-    # The module may be imported in part.
-    getattr(files, "delete_unfinished", lambda: None)()
-    newline = "\n" if os.isatty(2) else ""  # after ^C, or a progress bar
-    reason = "interrupted" if number == signal.SIGINT else "terminated"
-    os.write(2, f"{newline}qlora-jax: {reason}\n".encode())
-    os._exit(128 + number)
+    print("qlora-jax: terminated", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

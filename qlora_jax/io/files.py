@@ -20,10 +20,6 @@ Path = str | pathlib.Path
 # The beginning of a URL. pathlib turns "gs://bucket" into "gs:/bucket".
 _URL = re.compile("[a-z][a-z0-9]+:/")
 
-# The temporary folders of `new_path` whose content is incomplete. A process that exits
-# without running `finally` blocks deletes them with `delete_unfinished`.
-_unfinished: set[str] = set()
-
 # A hostile file can cause thousands of problems with names of any length. These limits
 # apply to error messages: the names of each kind, the lines, and a line's length.
 _MAX_NAMES, _MAX_LINES, _MAX_LINE_LENGTH = 200, 60, 320
@@ -216,7 +212,6 @@ def new_path(path: Path) -> Iterator[pathlib.Path]:
     temporary_folder = tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent)
     with temporary_folder as temporary, _locked(temporary):
         new = pathlib.Path(temporary) / "new"
-        _unfinished.add(temporary)
         try:
             yield new
         except OSError as error:
@@ -229,16 +224,13 @@ def new_path(path: Path) -> Iterator[pathlib.Path]:
             # Otherwise a power failure after the rename could leave an empty file.
             with new.open("rb") as file:
                 os.fsync(file.fileno())
-        # Between the two renames below, the temporary folder contains the old folder,
-        # which `delete_unfinished` must not delete.
-        _unfinished.discard(temporary)
         old = pathlib.Path(temporary) / "old"
-        if new.is_dir() and path.is_dir():
-            os.replace(path, old)  # a rename cannot replace a folder that has files
         try:
+            if new.is_dir() and path.is_dir():
+                os.replace(path, old)  # a rename cannot replace a folder with files
             os.replace(new, path)
-        except OSError:
-            if old.exists():
+        except BaseException:  # also at an interrupt between the two renames
+            if old.exists() and not path.exists():
                 os.replace(old, path)
             raise
 
@@ -278,12 +270,6 @@ def _delete_leftovers(path: pathlib.Path, prefix: str) -> None:
             if (folder / "old").exists() and not path.exists():
                 os.replace(folder / "old", path)
             shutil.rmtree(folder)
-
-
-def delete_unfinished() -> None:
-    """Deletes the folders of `new_path`, for an exit that skips `finally` blocks."""
-    for folder in _unfinished:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

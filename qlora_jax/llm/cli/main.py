@@ -69,10 +69,6 @@ def _run(arguments: Sequence[str], prepare: Callable[[], None]) -> int:
         text = str(result) if is_safe else printable_lines(result)
         if namespace.json:
             text = json.dumps(dataclasses.asdict(result), allow_nan=False)
-    except KeyboardInterrupt:
-        if name != "train":  # `train` has already printed how to resume
-            print("qlora-jax: interrupted", file=sys.stderr)
-        return 130
     except (*ERRORS, MemoryError, RuntimeError) as error:
         # If a device is out of memory, JAX raises a RuntimeError with this status.
         is_device_full = "RESOURCE_EXHAUSTED" in str(error)

@@ -5,9 +5,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -204,20 +202,19 @@ class _Conversation:
         key = None  # greedy sampling without a key compiles two fewer programs
         if not stream.sampling.is_greedy:
             key = jax.random.fold_in(jax.random.key(config.seed), index)
-        # On a terminal, Ctrl-C stops an answer and not the program.
         is_typed = config.prompt is None and sys.stdin.isatty()
-        interrupts: list[int] = []
-        note_interrupt = _on_interrupt(lambda number, frame: interrupts.append(number))
         limit = config.max_new_tokens
-        with note_interrupt if is_typed else contextlib.nullcontext():
+        try:
             for token in stream(ids, max_new_tokens=limit, eos_ids=end_ids, key=key):
-                if interrupts:  # the tokens so far are the answer
-                    break
                 num_new, is_finished = num_new + 1, token in end_ids
                 if not is_finished:
                     piece = pieces.add(token)
                     text += piece
                     write(piece)
+        except KeyboardInterrupt:
+            # On a terminal, Ctrl-C stops the answer and not the program.
+            if not is_typed:
+                raise
         piece = pieces.flush()  # the bytes of a character that was cut off
         text += piece
         write(piece + "\n")
@@ -259,27 +256,11 @@ def _read_typed_lines() -> Iterator[str]:
             print(prompt, end="", file=sys.stderr, flush=True)
             prompt = ""
         try:
-            # The program's handler of SIGINT exits at once. This one raises in `input`,
-            # which then restores the settings of the terminal.
-            with _on_interrupt(signal.default_int_handler):
-                text = input(prompt)
+            text = input(prompt)
         except EOFError:
             return
         if text.strip():
             yield text
-
-
-@contextlib.contextmanager
-def _on_interrupt(handler: Callable[[int, Any], object]) -> Iterator[None]:
-    """Calls a handler on SIGINT within the block, if this is the main thread."""
-    # Only the main thread may set handlers.
-    is_main = threading.current_thread() is threading.main_thread()
-    old_handler = signal.signal(signal.SIGINT, handler) if is_main else None
-    try:
-        yield
-    finally:
-        if is_main:  # None stands for a handler that was not set by Python
-            signal.signal(signal.SIGINT, old_handler or signal.SIG_DFL)
 
 
 # A prompt of a file: a text or messages, and their tokens.
