@@ -74,50 +74,6 @@ def gather(tree: PyTree) -> PyTree:
     return jax.tree.map(gather_leaf, tree)
 
 
-def stack_trees(trees: Sequence[PyTree]) -> PyTree:
-    """Stacks trees of equal shardings along a new axis in front, which is not split."""
-
-    # NumPy stacks the shards, because devices cannot compute with those in host memory.
-    def stack_arrays(*arrays):
-        groups = zip(*(x.addressable_shards for x in arrays), strict=True)
-        stacked = [np.stack([shard.data for shard in group]) for group in groups]
-        spec = (None, *getattr(arrays[0].sharding, "spec", ()))
-        return _from_shards(stacked, arrays[0], (len(arrays), *arrays[0].shape), spec)
-
-    return jax.tree.map(stack_arrays, *trees)
-
-
-def take_from_stack(tree: PyTree, index: int) -> PyTree:
-    """Returns a copy of one of the trees that `stack_trees` has stacked."""
-
-    def take_array(x):
-        # Indexing gives a view, whose memory the next step would reuse: copy it.
-        shards = [np.array(np.asarray(s.data)[index]) for s in x.addressable_shards]
-        spec = getattr(x.sharding, "spec", ())[1:]
-        return _from_shards(shards, x, x.shape[1:], spec)
-
-    return jax.tree.map(take_array, tree)
-
-
-def _from_shards(
-    shards: Sequence[np.ndarray],
-    like: jax.Array,
-    shape: tuple[int, ...],
-    spec: Sequence[Any],
-) -> jax.Array:
-    """Returns an array on the devices of `like`, one shard for each shard of `like`.
-
-    Unless `like` is on a mesh, `spec` is ignored.
-    """
-    sharding = like.sharding
-    if isinstance(sharding, NamedSharding):
-        mesh, kind = sharding.mesh, sharding.memory_kind
-        sharding = NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
-    targets = [shard.data.sharding for shard in like.addressable_shards]
-    arrays = [*map(jax.device_put, shards, targets)]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
 def copy_to_save(x: jax.Array) -> jax.Array | np.ndarray:
     """Returns an array that Orbax can still write after the state is donated."""
     # On a CPU, an array and its NumPy view share memory, which the next step reuses

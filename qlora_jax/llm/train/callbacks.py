@@ -1,16 +1,14 @@
-"""Callbacks of `fit`: evaluations, checks, progress, saved states, and sweeps."""
+"""Callbacks of `fit`: evaluations, checks, progress and saved states."""
 
 # ruff: noqa: D102 (the methods have the docstrings of `Callback`)
 
-import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from .arrays import leaves_by_name
@@ -73,7 +71,7 @@ class Evaluate(Callback):
     Example:
         >>> from qlora_jax.llm import train
         >>> evaluate = train.Evaluate(lambda state: {"valid_loss": 2.5}, every=3)
-        >>> training = train.Training(10, iter([]), full_state=None, step=3)
+        >>> training = train.Training(10, iter([]), state=None, step=3)
         >>> evaluate.on_step(training)
         >>> training.row
         {'valid_loss': 2.5}
@@ -126,7 +124,7 @@ class CheckFinite(Callback):
     Example:
         >>> import tempfile
         >>> from qlora_jax.llm import train
-        >>> training = train.Training(10, iter([]), full_state=None, step=7)
+        >>> training = train.Training(10, iter([]), state=None, step=7)
         >>> training.row = {"step": 7, "loss": float("nan"), "grad_norm": 1.0}
         >>> training.is_finite = False
         >>> with train.Checkpoints(tempfile.mkdtemp()) as states:
@@ -140,7 +138,7 @@ class CheckFinite(Callback):
     on_nan: Literal["stop", "skip"] = "stop"
 
     def on_step(self, training: Training) -> None:
-        if np.all(training.is_finite):
+        if training.is_finite:
             return
         loss, norm = training.row["loss"], training.row["grad_norm"]
         loss_scale = training.row.get("loss_scale")
@@ -167,9 +165,8 @@ class CheckFinite(Callback):
             advice[0] = (
                 "other rows or weights, as a smaller `learning_rate` cannot help"
             )
-            index = cast(int, training.wrong_leaf)  # `ForMembers` selects one of a list
-            if index >= 0:
-                name = [*leaves_by_name(training.state.lora)][index]
+            if training.wrong_leaf >= 0:
+                name = [*leaves_by_name(training.state.lora)][training.wrong_leaf]
                 problem += (
                     f", and the first gradient that is not finite is that of {name}"
                 )
@@ -191,7 +188,7 @@ class LogRows(Callback):
 
     Example:
         >>> from qlora_jax.llm import train
-        >>> training = train.Training(10, iter([]), full_state=None, step=2)
+        >>> training = train.Training(10, iter([]), state=None, step=2)
         >>> training.row = {"step": 2, "loss": 1.5}
         >>> train.LogRows(print, every=2).on_step(training)
         {'step': 2, 'loss': 1.5}
@@ -220,7 +217,7 @@ class ShowProgress(Callback):
     Example:
         >>> from qlora_jax.llm import train
         >>> with train.ShowProgress() as progress:
-        ...     training = train.Training(10, iter([]), full_state=None, step=0)
+        ...     training = train.Training(10, iter([]), state=None, step=0)
         ...     progress.on_start(training)
     """
 
@@ -333,66 +330,3 @@ class SaveStates(Callback):
             self.states.best = self.best.step
         self.states.save(training.state, metadata)
         self._saved_step = training.step
-
-
-class ForMembers(Callback):
-    """Calls separate callbacks for each adapter of a sweep, with its state and metrics.
-
-    If a callback of an adapter raises FloatingPointError, the adapter has failed: its
-    callbacks are not called any more. Training ends for all adapters once all have
-    failed, or if any callback sets `is_over`.
-
-    Example:
-        >>> from qlora_jax.llm import train
-        >>> training = train.Training(10, iter([]), full_state=None, step=2)
-        >>> training.row, training.is_finite = {"loss": [1.5, 1.25]}, [True, True]
-        >>> callbacks = [[train.LogRows(print)], [train.LogRows(print)]]
-        >>> train.ForMembers(callbacks).on_step(training)
-        {'loss': 1.5}
-        {'loss': 1.25}
-    """
-
-    def __init__(
-        self,
-        callbacks: Sequence[Sequence[Callback]],
-        on_failure: Callable[[int, FloatingPointError], object] = lambda *unused: None,
-    ):
-        """Stores the callbacks.
-
-        Args:
-            callbacks: The callbacks of each adapter.
-            on_failure: Called with the index of an adapter that fails, and its error.
-        """
-        self._callbacks, self._on_failure = dict(enumerate(callbacks)), on_failure
-
-    def on_start(self, training: Training) -> None:
-        self._call(training, lambda callback: callback.on_start)
-
-    def on_step(self, training: Training) -> None:
-        self._call(training, lambda callback: callback.on_step)
-
-    def on_end(self, training: Training) -> None:
-        self._call(training, lambda callback: callback.on_end)
-
-    def _call(self, training: Training, get_method: Callable[[Callback], Any]) -> None:
-        for index, callbacks in [*self._callbacks.items()]:
-            member = _select_member(training, index)
-            try:
-                for callback in callbacks:
-                    get_method(callback)(member)
-            except FloatingPointError as error:
-                del self._callbacks[index]
-                self._on_failure(index, error)
-            training.is_over |= member.is_over or not self._callbacks
-
-
-_FLAGS = ("is_finite", "wrong_leaf")
-
-
-def _select_member(training: Training, index: int) -> Training:
-    def select(x):
-        return x[index] if isinstance(x, list) else x
-
-    row = {name: select(x) for name, x in training.row.items()}
-    flags = {name: select(getattr(training, name)) for name in _FLAGS}
-    return dataclasses.replace(training, row=row, index=index, **flags)

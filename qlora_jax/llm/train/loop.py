@@ -23,47 +23,34 @@ class Training:
     Attributes:
         steps: The total number of steps, including those before a resumed state.
         batches: The iterator over batches.
-        full_state: The state after the latest step. In a sweep, it has all adapters.
+        state: The state after the latest step. Do not keep its arrays, because the next
+            step donates it.
         step: The number of steps taken so far, which is the number of the latest step.
-        row: The metrics of the latest step, to which callbacks may add. In a sweep, a
-            metric that differs between adapters is a list with one value for each.
-            Empty before the first step, unless `Evaluate` has added metrics to it.
+        row: The metrics of the latest step, to which callbacks may add. Empty before
+            the first step, unless `Evaluate` has added metrics to it.
         evaluation: The metrics of an evaluation after the latest step. Empty if there
             was none.
-        is_finite: Whether the loss, the gradient and the new adapter are finite. In a
-            sweep, a list with one value for each adapter.
+        is_finite: Whether the loss, the gradient and the new adapter are finite.
         wrong_leaf: The index of the first array of the lora tree whose gradient is not
-            finite, or -1. In a sweep, a list.
+            finite, or -1.
         is_over: Whether training ends after the latest step. Callbacks may set it.
-        index: In the callbacks of one adapter of a sweep (`ForMembers`), the index of
-            that adapter. Otherwise None.
 
     Example:
         >>> from qlora_jax.llm import train
-        >>> training = train.Training(10, iter([]), full_state=None, step=4)
+        >>> training = train.Training(10, iter([]), state=None, step=4)
         >>> [training.is_due(every) for every in (2, 3, None)]
         [True, False, False]
     """
 
     steps: int
     batches: "grain.DatasetIterator[Batch]"
-    full_state: State
+    state: State
     step: int
     row: dict[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, float] = field(default_factory=dict)
-    is_finite: bool | list[bool] = True
-    wrong_leaf: int | list[int] = -1
+    is_finite: bool = True
+    wrong_leaf: int = -1
     is_over: bool = False
-    index: int | None = None
-
-    @property
-    def state(self) -> State:
-        """The state after the latest step: that of adapter `index`, or `full_state`.
-
-        Do not keep its arrays, because the next step donates `full_state`.
-        """
-        state = self.full_state
-        return state if self.index is None else state.member(self.index)
 
     def is_due(self, every: int | None) -> bool:
         """Returns whether the step is the last one, or a multiple of `every`.
@@ -122,10 +109,6 @@ def fit(
     are called in the order in which they are passed, which should be: `CheckFinite`,
     `Evaluate`, `Metrics`, `LogRows`, `ShowProgress`, `SaveStates`.
 
-    For a sweep, pass a state from `State.stack`, a step from `make_step` with
-    `learning_rates`, and the callback `ForMembers`. It calls separate callbacks for
-    each adapter.
-
     Args:
         state: The initial state, which is donated.
         step: A function of the state and a list of batches, such as the function from
@@ -135,8 +118,7 @@ def fit(
         steps: The total number of steps, including those before a resumed state.
         accumulation: The number of batches per step. The last step may have fewer.
         schedule: A function that maps the number of updates so far to the learning
-            rate, which is added to the metrics. In a sweep, it maps a list of numbers,
-            one for each adapter, to their learning rates.
+            rate, which is added to the metrics.
         callbacks: The callbacks.
 
     Returns:
@@ -168,8 +150,7 @@ def fit(
     """
     if accumulation < 1:
         raise ValueError(f"`accumulation` must be positive. Got {accumulation}.")
-    # The adapters of a sweep are all at the same step.
-    training = Training(steps, batches, state, step=int(np.max(state.step)))
+    training = Training(steps, batches, state, step=int(state.step))
     for callback in callbacks:
         callback.on_start(training)
     compiled_programs: set[tuple] = set()
@@ -183,20 +164,19 @@ def fit(
                 f"for each earlier step. It ended after step {training.step}."
             )
         # Skipped steps do not advance the schedule.
-        num_updates = training.step - np.asarray(training.full_state.skipped)
+        num_updates = training.step - int(training.state.skipped)
         start = time.perf_counter()
-        training.full_state, report = step(training.full_state, step_batches)
+        training.state, report = step(training.state, step_batches)
         jax.block_until_ready(report)  # JAX returns before the step has run
         seconds = time.perf_counter() - start
         # 2. Collect its metrics.
         training.step += 1
         training.evaluation = {}
-        training.is_finite = np.asarray(report.is_finite).tolist()
-        training.wrong_leaf = np.asarray(report.wrong_leaf).tolist()
+        training.is_finite = bool(report.is_finite)
+        training.wrong_leaf = int(report.wrong_leaf)
         training.row = {"step": training.step} | _metrics(report, step_batches, seconds)
         if schedule is not None:
-            learning_rate = schedule(num_updates.tolist())
-            training.row["learning_rate"] = np.asarray(learning_rate).tolist()
+            training.row["learning_rate"] = float(schedule(num_updates))
         if new_programs := _program_keys(step_batches) - compiled_programs:
             training.row["is_compiled"] = True  # `seconds` includes compilation
             compiled_programs |= new_programs
@@ -205,7 +185,7 @@ def fit(
             callback.on_step(training)
     for callback in callbacks:
         callback.on_end(training)
-    return training.full_state
+    return training.state
 
 
 def _metrics(
@@ -213,13 +193,13 @@ def _metrics(
 ) -> dict[str, Any]:
     tokens = sum(batch.num_tokens for batch in batches)
     return {
-        "loss": np.asarray(report.loss).tolist(),
-        "grad_norm": np.asarray(report.grad_norm).tolist(),
+        "loss": float(report.loss),
+        "grad_norm": float(report.grad_norm),
         "tokens": tokens,
         "trained_tokens": sum(batch.num_trained for batch in batches),
         "tokens_per_s": round(tokens / seconds, 1),
         "seconds": round(seconds, 4),
-        **{name: np.asarray(x).tolist() for name, x in report.metrics.items()},
+        **{name: float(x) for name, x in report.metrics.items()},
     }
 
 

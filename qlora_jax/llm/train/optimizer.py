@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import optax
-from jax import Array
 
 from ... import optim
 from .outputs import plural
@@ -15,11 +14,11 @@ OptimizerName = Literal["adamw", "lion", "adafactor"]
 
 def make_schedule(
     name: ScheduleName,
-    learning_rate: float | Array,
+    learning_rate: float,
     steps: int,
     *,
     warmup: int = 0,
-    end: float | Array = 0.0,
+    end: float = 0.0,
     decay: float = 0.1,
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates so far.
@@ -31,8 +30,7 @@ def make_schedule(
 
     Args:
         name: The schedule.
-        learning_rate: The peak learning rate. In a sweep, it is a traced array, whose
-            range is not checked.
+        learning_rate: The peak learning rate.
         steps: The number of steps of the run, including the warmup.
         warmup: The number of warmup steps.
         end: The learning rate after `steps` updates. Unused by "constant".
@@ -56,7 +54,7 @@ def make_schedule(
             f"`warmup` must be at least 0 and less than the {plural(steps, 'step')}. "
             f"Got {warmup}."
         )
-    if not isinstance(learning_rate, Array) and not 0 <= end <= learning_rate:
+    if not 0 <= end <= learning_rate:
         raise ValueError(
             f"`end` must be at least 0 and at most `learning_rate`. Got {end}."
         )
@@ -69,10 +67,7 @@ def make_schedule(
         boundaries.append(warmup)
     num_steps = steps - warmup
     if name == "cosine":
-        # If `end` is 0, `learning_rate` may be 0 too, so it must not be divided by.
-        # In a sweep, `end` may be traced, so it cannot be compared.
-        is_zero = not isinstance(end, Array) and end == 0
-        alpha = 0.0 if is_zero else end / learning_rate
+        alpha = end / learning_rate if end else 0.0  # `learning_rate` may be 0 too
         schedules.append(optax.cosine_decay_schedule(learning_rate, num_steps, alpha))
     elif name == "linear":
         schedules.append(optax.linear_schedule(learning_rate, end, num_steps))

@@ -1,11 +1,9 @@
 """Writes the outputs of a run: metrics, loss plots, an adapter and its model card."""
 
-import contextlib
-import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -89,8 +87,6 @@ class Metrics(Callback):
 def _to_line(row: dict[str, Any]) -> str:
     # JSON has no NaN or infinity, so these become null.
     def replace_nonfinite(value: Any) -> Any:
-        if isinstance(value, list):  # the values of the adapters of a sweep
-            return [replace_nonfinite(x) for x in value]
         return None if isinstance(value, float) and not np.isfinite(value) else value
 
     row = {name: replace_nonfinite(value) for name, value in row.items()}
@@ -120,7 +116,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in lines[:-1]]
         for row in rows:
             if type(row["step"]) is not int or not all(
-                isinstance(x, int | float | list | None) for x in row.values()
+                isinstance(x, int | float | None) for x in row.values()
             ):
                 raise ValueError(f"It must have a step and numbers. Got {row!r:.80}.")
         return rows
@@ -144,61 +140,6 @@ def plot_loss(
         >>> path.read_bytes()[1:4]
         b'PNG'
     """
-    with _loss_axes(path, title, rows) as axes:
-        losses, valid, sampled = (
-            _points(rows, key) for key in ("loss", "valid_loss", "valid_sample_loss")
-        )
-        if losses[0]:
-            axes.plot(*losses, color="#9db7d5", linewidth=1, label="each step")
-        means, window = _running_mean(rows)
-        if window > 1:
-            label = f"mean of {window} steps"
-            axes.plot(*means, color="#1f4e8c", linewidth=2, label=label)
-        if valid[0]:
-            # If a run evaluates a sample of the validation rows at intervals, it
-            # evaluates all of them only at its start and end. A line between these two
-            # points would mislead.
-            marker, scope = ("D", ", all rows") if sampled[0] else ("o-", "")
-            label = f"validation{scope}"
-            axes.plot(*valid, marker, color="#c8553d", markersize=5, label=label)
-        if sampled[0]:
-            label = "validation, some rows"
-            axes.plot(*sampled, "o-", color="#e39a6f", markersize=4, label=label)
-
-
-def plot_losses(
-    rows: Mapping[str, list[dict[str, Any]]], path: str | pathlib.Path, title: str = ""
-) -> None:
-    """Plots the losses of several runs: running means, and validation losses as points.
-
-    Args:
-        rows: The metrics of each run, from `read_metrics`, by name.
-        path: The PNG file to write.
-        title: The title.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> from qlora_jax.llm import train
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "loss.png"
-        >>> rows = {"seed=0": [{"step": 1, "loss": 2.5}], "seed=1": []}
-        >>> train.plot_losses(rows, path)
-        >>> path.read_bytes()[1:4]
-        b'PNG'
-    """
-    with _loss_axes(path, title, itertools.chain(*rows.values())) as axes:
-        for index, (name, run_rows) in enumerate(rows.items()):
-            (means, _), color = _running_mean(run_rows), f"C{index}"
-            axes.plot(*means, color=color, label=name)
-            axes.plot(*_points(run_rows, "valid_loss"), "D", color=color, markersize=5)
-            sampled = _points(run_rows, "valid_sample_loss")
-            axes.plot(*sampled, "o", color=color, markersize=3)
-
-
-@contextlib.contextmanager
-def _loss_axes(
-    path: str | pathlib.Path, title: str, rows: Iterable[Mapping[str, Any]]
-) -> Iterator[Any]:
-    """Yields the axes of a new plot, and then labels them and writes the plot."""
     # Importing matplotlib takes long, and only plots need it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -207,7 +148,25 @@ def _loss_axes(
     # `matplotlib.pyplot` would keep global state and may want a display.
     figure = Figure(figsize=(7, 4), layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
-    yield axes
+    (steps, losses), valid, sampled = (
+        _points(rows, key) for key in ("loss", "valid_loss", "valid_sample_loss")
+    )
+    if steps:
+        axes.plot(steps, losses, color="#9db7d5", linewidth=1, label="each step")
+    if (window := len(steps) // 20) > 1:
+        means = np.convolve(losses, np.ones(window) / window, "valid")
+        label = f"mean of {window} steps"
+        axes.plot(steps[window - 1 :], means, color="#1f4e8c", linewidth=2, label=label)
+    if valid[0]:
+        # If a run evaluates a sample of the validation rows at intervals, it evaluates
+        # all of them only at its start and end. A line between these two points would
+        # mislead.
+        marker, scope = ("D", ", all rows") if sampled[0] else ("o-", "")
+        label = f"validation{scope}"
+        axes.plot(*valid, marker, color="#c8553d", markersize=5, label=label)
+    if sampled[0]:
+        label = "validation, some rows"
+        axes.plot(*sampled, "o-", color="#e39a6f", markersize=4, label=label)
     # Only preference runs have this metric. Their losses are not per token.
     unit = "" if any("rewards/margins" in row for row in rows) else ", nats per token"
     axes.set(xlabel="step", ylabel=f"loss{unit}", title=title)
@@ -222,13 +181,6 @@ def _loss_axes(
         axes.legend(frameon=False)
     with ql.io.new_path(path) as new_file:
         canvas.print_figure(new_file, dpi=120, format="png")
-
-
-def _running_mean(rows: list[dict[str, Any]]) -> tuple[tuple[Any, Any], int]:
-    steps, losses = _points(rows, "loss")
-    window = max(1, len(steps) // 20)  # in steps
-    means = np.convolve(losses, np.ones(window) / window, "valid") if steps else []
-    return (steps[window - 1 :], means), window
 
 
 def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .arrays import mesh_of, put_on_mesh, stack_trees, take_from_stack, with_shardings
+from .arrays import mesh_of, put_on_mesh, with_shardings
 from .loss_scale import LossScale
 
 # A function of the lora tree, the base tree, a batch and a PRNG key. It returns the sum
@@ -58,14 +58,10 @@ class SumOfMeans:
 # The two jitted functions of a step. The first adds a batch to the sums of the step.
 # The second adds the last batch, and updates the adapter.
 Programs = tuple[jax.stages.Wrapped, jax.stages.Wrapped]
-# A function of the learning rate, which in a sweep differs between adapters.
-OptimizerFactory = Callable[[Array], optax.GradientTransformation]
 
 
 class State(NamedTuple):
-    """The training state of one adapter, or the stacked states of a sweep.
-
-    In a sweep, all arrays have a leading axis of adapters.
+    """The training state.
 
     Attributes:
         step: The number of steps so far.
@@ -85,9 +81,6 @@ class State(NamedTuple):
         0
         >>> train.State.shapes(lora, optax.adam(0.1)).opt_state[0].mu["w"].shape
         (3,)
-        >>> sweep = train.State.stack([state, state])
-        >>> sweep.lora["w"].shape, sweep.member(1).lora["w"].shape
-        ((2, 3), (3,))
     """
 
     step: Int[Array, ""]
@@ -120,23 +113,6 @@ class State(NamedTuple):
         state = cls(step, skipped, lora, opt_state, key, loss_scale)
         mesh = mesh_of(lora)
         return state if mesh is None else put_on_mesh(state, mesh)
-
-    @classmethod
-    def stack(cls, members: Sequence["State"]) -> "State":
-        """Returns the state of a sweep, whose arrays have a leading axis of adapters.
-
-        Args:
-            members: The states of the adapters, at the same step.
-        """
-        return wrap_key(stack_trees([*map(unwrap_key, members)]))
-
-    def member(self, index: int) -> "State":
-        """Returns a copy of the state of one adapter of a sweep.
-
-        Args:
-            index: The index of the adapter.
-        """
-        return wrap_key(take_from_stack(unwrap_key(self), index))
 
     @classmethod
     def shapes(
@@ -188,7 +164,7 @@ def wrap_key(state: State) -> State:
 
 
 class Report(NamedTuple):
-    """The results of a step. In a sweep, the arrays have an axis of adapters.
+    """The results of a step.
 
     Attributes:
         loss: The mean loss: in nats per target token, or per answer or pair of answers.
@@ -226,8 +202,7 @@ class _Sums(NamedTuple):
 
 def make_step(
     loss: Loss,
-    optimizer: optax.GradientTransformation | OptimizerFactory,
-    learning_rates: Sequence[float] | None = None,
+    optimizer: optax.GradientTransformation,
 ) -> "Step":
     """Returns the function that performs one training step.
 
@@ -245,17 +220,11 @@ def make_step(
     If the state has a `LossScale`, the mean loss of each batch is multiplied by it, and
     the gradient is divided by it. Every step then also updates the loss scale.
 
-    With `learning_rates`, the step trains the adapters of a sweep together, on the same
-    batches. `jax.vmap` maps the step over the leading axis of `State.stack`. The base
-    is not mapped, so it is decoded only once for all adapters.
-
     Args:
         loss: A function of the lora tree, the base tree, a batch and a PRNG key. It
             returns the sum of the losses of the target tokens, the number of target
             tokens, and optionally a dict of metrics, each a sum and its count.
         optimizer: The optimizer. Its state may be in host memory (`ql.optim.offload`).
-            With `learning_rates`, a function that returns it for a learning rate.
-        learning_rates: The learning rate of each adapter of a sweep.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -263,17 +232,12 @@ def make_step(
         >>> def loss(lora, base, batch, key):
         ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
         >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
-        >>> sweep = train.State.stack([state, state])
         >>> step = train.make_step(loss, optax.sgd(0.5))
         >>> state, report = step(state, {}, [jnp.ones(3), 5 * jnp.ones(1)])
         >>> float(state.lora["w"]), float(report.loss)
         (2.0, 7.0)
-        >>> step = train.make_step(loss, optax.sgd, learning_rates=[0.5, 0.25])
-        >>> sweep, report = step(sweep, {}, [jnp.ones(3)])
-        >>> sweep.lora["w"].tolist(), report.loss.tolist()
-        ([1.0, 0.5], [1.0, 1.0])
     """
-    return Step(loss, optimizer, learning_rates)
+    return Step(loss, optimizer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,8 +246,7 @@ class Step:
 
     Attributes:
         loss: The loss function.
-        optimizer: The optimizer, or a function that returns it for a learning rate.
-        learning_rates: The learning rate of each adapter of a sweep.
+        optimizer: The optimizer.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -297,8 +260,7 @@ class Step:
     """
 
     loss: Loss
-    optimizer: optax.GradientTransformation | OptimizerFactory
-    learning_rates: Sequence[float] | None = None
+    optimizer: optax.GradientTransformation
 
     def __call__(
         self, state: State, base: PyTree, batches: Sequence[PyTree]
@@ -374,55 +336,42 @@ class Step:
         `counts` are the numbers of a `SumOfMeans` in all batches of the step. If there
         is only this batch, they are None.
         """
+        # A resumed run derives the same dropout key for each batch of each step.
+        step_key = jax.random.fold_in(state.key, state.step)
+        dropout_key = jax.random.fold_in(step_key, index)
+        loss_scale = state.loss_scale
 
-        def compute_sums(lora, key, step, loss_scale):
-            # A resumed run derives the same dropout key for each batch of each step.
-            dropout_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
+        def scaled_loss(lora):
+            total, count, *metrics = self.loss(lora, base, batch, dropout_key)
+            # The loss may return no metrics: then `dict(*metrics)` is empty.
+            count, metrics = jnp.asarray(count, jnp.float32), dict(*metrics)
+            weighted_total = total
+            if isinstance(self.loss, SumOfMeans):
+                # `_update` divides by the first number, so the sums of the other means
+                # are weighted to be divided by their own numbers.
+                numbers = count if counts is None else counts
+                weighted_total = jnp.sum(total * (numbers[0] / jnp.maximum(numbers, 1)))
+            if loss_scale is None:
+                return weighted_total, (total, count, 1.0, metrics)
+            # Scale the mean loss, for which the initial loss scale is meant. The
+            # gradient of the sum is larger, and would overflow more often.
+            factor = loss_scale.scale / jnp.maximum(_first(count), 1)
+            return weighted_total * factor, (total, count, factor, metrics)
 
-            def scaled_loss(lora):
-                total, count, *metrics = self.loss(lora, base, batch, dropout_key)
-                # The loss may return no metrics: then `dict(*metrics)` is empty.
-                count, metrics = jnp.asarray(count, jnp.float32), dict(*metrics)
-                weighted_total = total
-                if isinstance(self.loss, SumOfMeans):
-                    # `_update` divides by the first number, so the sums of the other
-                    # means are weighted to be divided by their own numbers.
-                    numbers = count if counts is None else counts
-                    weighted_total = jnp.sum(
-                        total * (numbers[0] / jnp.maximum(numbers, 1))
-                    )
-                if loss_scale is None:
-                    return weighted_total, (total, count, 1.0, metrics)
-                # Scale the mean loss, for which the initial loss scale is meant. The
-                # gradient of the sum is larger, and would overflow more often.
-                factor = loss_scale.scale / jnp.maximum(_first(count), 1)
-                return weighted_total * factor, (total, count, factor, metrics)
-
-            gradient = jax.grad(scaled_loss, has_aux=True)
-            grads, (total, count, factor, metrics) = gradient(lora)
-            if loss_scale is not None:
-                # Divide in float32, because float16 may not represent the factor.
-                grads = jax.tree.map(lambda g: (g / factor).astype(g.dtype), grads)
-            return _Sums(total, count, grads, metrics)
-
-        if self.learning_rates is not None:
-            compute_sums = jax.vmap(compute_sums)
-        batch_sums = compute_sums(state.lora, state.key, state.step, state.loss_scale)
+        gradient = jax.grad(scaled_loss, has_aux=True)
+        grads, (total, count, factor, metrics) = gradient(state.lora)
+        if loss_scale is not None:
+            # Divide in float32, because float16 may not represent the factor.
+            grads = jax.tree.map(lambda g: (g / factor).astype(g.dtype), grads)
+        batch_sums = _Sums(total, count, grads, metrics)
         return batch_sums if sums is None else jax.tree.map(jnp.add, sums, batch_sums)
 
     def _finish(
         self, sums, state, base, batch, index, counts=None
     ) -> tuple[State, Report]:
-        """Adds the last batch of a step, and updates the adapters."""
+        """Adds the last batch of a step, and updates the adapter."""
         sums = self._add_batch(sums, state, base, batch, index, counts)
-        optimizer: Any = self.optimizer
-        if self.learning_rates is None:
-            return _update(optimizer, sums, state)
-
-        def update_member(learning_rate, sums, state):
-            return _update(optimizer(learning_rate), sums, state)
-
-        return jax.vmap(update_member)(jnp.float32(self.learning_rates), sums, state)
+        return _update(self.optimizer, sums, state)
 
 
 def _update(

@@ -93,20 +93,6 @@ def test_adapters_in_float16_get_gradients():
     assert_close(state.lora["w"], np.full(4, -1e-4), roundings=4, dtype=np.float16)
 
 
-def test_adapters_of_a_sweep_have_their_own_scales():
-    def make_states():
-        return [start(0.0), start(3e3)]  # gradients of the second overflow more often
-
-    sweep = train.State.stack(make_states())
-    together = train.make_step(loss, lambda rate: optax.adam(rate), [0.1, 0.1])
-    sweep = take(together, sweep)
-    alone = [take(STEP, state) for state in make_states()]
-    assert alone[0].loss_scale.scale > alone[1].loss_scale.scale
-    for i, expected in enumerate(alone):
-        chex.assert_trees_all_equal(sweep.member(i).loss_scale, expected.loss_scale)
-        assert sweep.skipped[i] == expected.skipped
-
-
 def test_a_mesh_takes_the_same_steps():
     state = start()
     mesh = make_mesh("Auto")
