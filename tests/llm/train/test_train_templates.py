@@ -10,7 +10,7 @@ import pytest
 from tokenizer_helpers import CHATML, SPECIAL, read_rows_of, save_tokenizer
 
 import qlora_jax as ql
-from qlora_jax.llm.data import chat_tokenizer, open_tokenizer, rendering
+from qlora_jax.llm.data import open_tokenizer, rendering
 from qlora_jax.llm.gguf.save import save_gguf
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder_names import decoder_names
@@ -204,11 +204,11 @@ def test_messages_with_a_weight_of_0_are_not_trained(
 @pytest.mark.parametrize("template", [CHATML, MARKED, WHOLE])
 def test_a_conversation_is_rendered_once(tmp_path, monkeypatch, template):
     tokenizer = tokenizer_with(tmp_path, template)
-    renderings = []
+    renderings, render = [], rendering.renderer.render
 
     def count(*arguments):
         renderings.append(arguments)
-        return rendering.render_template(*arguments)
+        return render(*arguments)
 
     # Short texts are rendered again, to see whether the template omits them.
     roles = ["user", "assistant"] * 5
@@ -217,7 +217,7 @@ def test_a_conversation_is_rendered_once(tmp_path, monkeypatch, template):
     expected = ["a sentence about 1", *(f"a sentence about {i}" for i in (5, 7, 9))]
     settings = {"max_length": 999}
     read(tokenizer, tmp_path, messages, **settings)
-    monkeypatch.setattr(chat_tokenizer, "render_template", count)
+    monkeypatch.setattr(rendering.renderer, "render", count)
     [row] = read(tokenizer, tmp_path, messages, **settings).train
     assert len(renderings) == 1
     texts = [tokenizer.decode(x).removeprefix("assistant:").strip() for x in runs(row)]
