@@ -11,9 +11,8 @@ import llama
 import numpy as np
 import peft
 import torch
-from helpers import assert_same_bits
 from stored import tensors_of
-from tolerances import assert_within_rounding
+from tolerances import assert_close, assert_within_rounding
 
 import qlora_jax as ql
 from qlora_jax.llm.models.checkpoint import load
@@ -83,7 +82,8 @@ def assert_there_and_back(config, params, tmp_path, model):
     assert np.abs(logits - our_logits(config, params, {})).max() > 0.1
     assert_within_rounding(np.asarray(our_logits(config, new, lora)), logits, errors)
     ql.io.save_peft(tmp_path / "ours", new, lora, names, settings)
-    assert_same_bits(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs"))
+    # Where the scalings in a stack differ, B was multiplied by their ratio and back.
+    assert_close(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs"))
     assert settings_of(tmp_path / "ours") == settings_of(tmp_path / "theirs")
 
 
