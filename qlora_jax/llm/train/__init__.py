@@ -23,7 +23,7 @@ from .outputs import (
     read_metrics,
     save_adapter,
 )
-from .step import Report, State, Step, SumOfMeans, make_step
+from .step import Report, State, SumOfMeans, make_step
 from .target_modules import find_target_paths
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "SaveStates",
     "ShowProgress",
     "State",
-    "Step",
     "SumOfMeans",
     "Training",
     "decoder_loss",

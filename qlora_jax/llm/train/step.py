@@ -200,10 +200,7 @@ class _Sums(NamedTuple):
     metrics: dict[str, tuple[Array, Array]]  # a sum and a count for each metric
 
 
-def make_step(
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-) -> "Step":
+def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> "Step":
     """Returns the function that performs one training step.
 
     A step may have several batches. Its gradient is that of the mean over all their
@@ -242,22 +239,7 @@ def make_step(
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """The function that performs one training step, as `make_step` returns it.
-
-    Attributes:
-        loss: The loss function.
-        optimizer: The optimizer.
-
-    Example:
-        >>> import jax.numpy as jnp, optax
-        >>> from qlora_jax.llm import train
-        >>> loss = lambda lora, base, batch, key: (lora["w"] * 2.0, batch.size)
-        >>> step = train.make_step(loss, optax.sgd(0.5))
-        >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
-        >>> program = step.lower(state, {}, jnp.ones(3)).compile()
-        >>> program.memory_analysis().host_temp_size_in_bytes
-        0
-    """
+    """The function that performs one training step: see `make_step`."""
 
     loss: Loss
     optimizer: optax.GradientTransformation
