@@ -133,9 +133,7 @@ CLIP = "`tile` must be a positive integer or None. Got"
         (lambda: ql.linen.tiled(nn.Dense(3), -1), CLIP + " -1"),
         (lambda: ql.linen.tiled(nn.Dense(3), 2.5), CLIP + " 2.5"),  # pyright: ignore
         (lambda: ql.memory.tiled(jnp.sin, 2)(jnp.ones(3)), r"tokens.* Got \(3,\)"),
-        (lambda: Decoder(CONFIG, remat="offlod"), '`remat` must be True, False or "o'),
         (lambda: Decoder(CONFIG, attention="flash"), "must be one of .*'splash'.* 'fl"),
-        (lambda: Decoder(CONFIG, mlp_tile=0), "`mlp_tile` must be positive or None"),
         (
             lambda: TrainConfig.from_settings(
                 PATHS | {"lora_dropout": 0.1, "mlp_tile": 8}

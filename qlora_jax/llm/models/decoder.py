@@ -114,10 +114,6 @@ class Decoder(nn.Module):
     max_positions: ClassVar[None] = None
 
     def __post_init__(self):
-        if self.remat not in (True, False, "offload"):
-            raise ValueError(
-                f'`remat` must be True, False or "offload". Got {self.remat!r}.'
-            )
         if not callable(self.attention) and self.attention not in ATTENTIONS:
             raise ValueError(
                 f"`attention` must be one of {ATTENTIONS} or a function. Got "
@@ -128,10 +124,6 @@ class Decoder(nn.Module):
             raise ValueError(
                 "`attention` must not be cudnn for a model with a soft-cap or sinks of "
                 "attention, which cuDNN does not support. Got cudnn. Use blocks."
-            )
-        if self.mlp_tile is not None and self.mlp_tile < 1:
-            raise ValueError(
-                f"`mlp_tile` must be positive or None. Got {self.mlp_tile}."
             )
         super().__post_init__()
 
