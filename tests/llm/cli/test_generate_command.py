@@ -208,7 +208,7 @@ PACKED = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
         ({"chat_template": None}, ["--system=s"], "`system` must be left out: the mo"),
         ({"chat_template": "{{ raise_exception('no system') }}"}, [], "no system"),
         ({"chat_template": "{% for"}, [], "template"),
-        ({"chat_template": ""}, [], "`prompt` must have tokens"),
+        ({"chat_template": "{{ '' }}"}, [], "`prompt` must have tokens"),
         ({"vocab_size": 8}, [], "the tokenizer's ids must be less than 8"),
         ({"quantization_config": PACKED}, ["--fmt=int4"], "`fmt` must be none or nf4"),
         ({"num_hidden_layers": 1}, ["--adapter", "OTHER"], "layers.1"),
