@@ -149,8 +149,9 @@ def draw_smollm3(rng: random.Random) -> Options:
 def draw_phi3(rng: random.Random) -> Options:
     """Returns the options of Phi-3."""
     sizes = draw_sizes(rng)
-    fraction = rng.choice((0.5, 1.0))
     head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
+    # The number of rotated values must be even.
+    fraction = rng.choice((0.5, 1.0)) if head_dim % 4 == 0 else 1.0
     pairs = int(head_dim * fraction) // 2
     rope = {"rope_theta": 1e4, "partial_rotary_factor": fraction}
     factors = {
