@@ -69,7 +69,7 @@ CUDNN = H100 | {"attention": "cudnn"}
 MIXED_H100 = PLAIN | {"stream_dtype": "bfloat16"} | EXPERTS
 # The notebook's settings for a TPU v5e and for a T4 (examples/colab.ipynb).
 NOTEBOOK = {"rank": 16, "packing": True, "fmt": "int8"}
-NOTEBOOK |= {"merge_aware": True, "target_fmt": "nf4"}
+NOTEBOOK |= {"merge_aware": "nf4"}
 NOTEBOOK_V5E = NOTEBOOK | {"attention": "splash"}
 NOTEBOOK_T4 = NOTEBOOK | {"attention": "xla", "dtype": "float16"}
 _H100 = """

@@ -157,8 +157,7 @@ def _convert_packed(
         warnings.warn(
             "Some layers of these kernels are in another format than the others. All "
             f"layers are read in float, which takes more memory: {', '.join(mixed)}. "
-            "To pack all layers alike, pass a config that packs them (on the command "
-            "line, --recode with --fmt).",
+            "To pack all layers alike, pass a config that packs them.",
             stacklevel=3,
         )
     return result

@@ -63,10 +63,9 @@ def open_model_for(config: ConfigWithAdapter) -> OpenModel:
     engine = None if isinstance(config, ExportConfig) else config.engine
     if config.run is not None:
         return open_run(config.run, step, config.model, engine)
-    recode = False
     if (run_config := run_config_of(config)) is not None:
-        engine, recode = engine or run_config.engine, run_config.recode
-    return open_model(str(config.model), config.adapter, engine or "auto", recode)
+        engine = engine or run_config.engine
+    return open_model(str(config.model), config.adapter, engine or "auto")
 
 
 def open_run(
@@ -88,11 +87,7 @@ def open_run(
         )
     ql.io.check_links(folder)
     config = read_run_config(folder / CONFIG)
-    model = open_model(
-        base_model or config.model,
-        engine=engine or config.engine,
-        recode=config.recode,
-    )
+    model = open_model(base_model or config.model, engine=engine or config.engine)
     packing_config = None
     if config.merge_aware:
         packing_config = packing_config_for(config, model)
@@ -186,9 +181,8 @@ def read_as_trained(
     `options` are from `training_load_options`. A merge-aware adapter becomes a part of
     the weights.
     """
-    # 4-bit weights in a layout that this package lacks are decoded exactly. Weights
-    # that training rounded before it packed them are read in the run's dtype.
-    model = dataclasses.replace(model, recode=True).read(**{"dtype": dtype, **options})
+    # Weights that training rounded before it packed them are read in the run's dtype.
+    model = model.read(**{"dtype": dtype, **options})
     base, lora = pack_as_trained(model.base, model.lora)
 
     def cast_leaf(leaf: Any) -> Any:

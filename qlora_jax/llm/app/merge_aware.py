@@ -7,7 +7,7 @@ before a model is scored, generates text or is exported.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -35,16 +35,16 @@ def target_settings(
 
     `base_packings` are the packings of the layers of the base; the set is empty if the
     base is in float. Adapters are trained for the packing of the base, unless
-    `target_fmt` is another number format. `unadapted` are the paths of the linear
+    `merge_aware` is another number format. `unadapted` are the paths of the linear
     layers without an adapter.
     """
-    packing = _find_target_packing(config.target_fmt, base_packings)
+    packing = _find_target_packing(config.merge_aware or True, base_packings)
     # The file will have all linear layers in this format. A layer without an adapter
     # must already be in it, or else its weights would differ from those in training.
     if unadapted and base_packings != {packing}:
         raise ValueError(
-            "`target_modules` must be all linear layers with `target_fmt`, unless the "
-            "base has this format. Otherwise, packing would round the other layers "
+            "`target_modules` must be all linear layers with `merge_aware`, unless the "
+            "base has its format. Otherwise, packing would round the other layers "
             f"after training. Got {config.target_modules}, without "
             f"{', '.join(unadapted)}."
         )
@@ -54,22 +54,24 @@ def target_settings(
     return {"merge_aware": True, **settings, "fmt": None, "target_fmt": packing.fmt}
 
 
-def _find_target_packing(target_fmt: str | None, base_packings: set[Any]) -> Any:
+def _find_target_packing(
+    target_fmt: str | Literal[True], base_packings: set[Any]
+) -> Any:
     described = " and ".join(sorted(map(describe_packing, base_packings))) or "float"
     fmts = get_args(TargetFmt)
-    if target_fmt is None:
+    if target_fmt is True:
         packing, *different = base_packings or [None]
         if packing is None or different or packing.fmt not in fmts:
             raise ValueError(
-                "`target_fmt` must be given with `merge_aware` unless the base has one "
-                f"packing in {', '.join(fmts)}. Got None and a base in {described}."
+                f"`merge_aware` must be one of {', '.join(fmts)}, unless the base has "
+                f"one packing in such a format. Got true and a base in {described}."
             )
         return packing
     packings = [packing for packing in base_packings if packing.fmt == target_fmt]
     if len(packings) > 1:
         raise ValueError(
             f"the layers of the base must have one packing in {target_fmt} if this is "
-            f"`target_fmt`. Got {described}."
+            f"`merge_aware`. Got {described}."
         )
     return packings[0] if packings else ql.QLoRAConfig(fmt=target_fmt).packing
 

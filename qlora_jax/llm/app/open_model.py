@@ -155,8 +155,8 @@ class OpenModel:
         if stored_fmt is not None and not self.recode:
             raise ValueError(
                 f"`fmt` must be none or {stored_fmt}, the format of the model, which "
-                "is already in 4 bits. `train --recode` packs it again. Got "
-                f"{fmt!r}."
+                "is already in 4 bits. For another one, start from the float model. "
+                f"Got {fmt!r}."
             )
         return ql.QLoRAConfig(
             fmt=fmt,
@@ -191,11 +191,11 @@ class OpenModel:
         # errors are found early. An adapter that replaces weights needs the weights.
         needs_weights = self.replaces_weights
         model = self if needs_weights else self.read_adapter()
-        # Some byte layouts of bitsandbytes are not supported. `recode` converts them.
-        is_recodable = self.quantization.get("quant_method") == "bitsandbytes"
-        options: dict[str, Any] = {"recode": self.recode or is_recodable}
-        options |= {"place": place, "progress": progress}
-        base = self.engine.load(dtype, packing_config, **options)
+        # `recode` converts byte layouts that are not supported, and reads the layers of
+        # a module in float, with a warning, if only some of them are in 4 bits.
+        base = self.engine.load(
+            dtype, packing_config, recode=True, place=place, progress=progress
+        )
         model = dataclasses.replace(model, base=base)
         return model.read_adapter() if needs_weights else model
 
@@ -236,7 +236,6 @@ def open_model(
     name_or_path: str,
     adapter: str | None = None,
     engine: EngineName = "jax",
-    recode: bool = False,
 ) -> OpenModel:
     """Finds a model and an adapter.
 
@@ -256,7 +255,6 @@ def open_model(
         model_engine,
         model_engine.shapes,
         adapter_path=adapter_path,
-        recode=recode,
         name=name_or_path,
     )
     if not model.is_local:

@@ -41,9 +41,11 @@ _NAMES_ELSEWHERE = {
     "alpha": "lora_alpha",
     "chat_template_path": "template",
     "dropout": "lora_dropout",
+    "early_stopping_patience": "keep_best",
     "eval_steps": "eval_every",
     "gradient_accumulation_steps": "accumulation",
     "gradient_checkpointing": "remat",
+    "load_best_model_at_end": "keep_best",
     "lora_r": "rank",
     "lr_scheduler_type": "schedule",
     "max_grad_norm": "clip",
@@ -54,8 +56,10 @@ _NAMES_ELSEWHERE = {
     "output_dir": "out",
     "per_device_train_batch_size": "batch_size",
     "r": "rank",
+    "resume_from_checkpoint": "resume",
     "report_to": "log",
     "save_steps": "save_every",
+    "target_fmt": "merge_aware",
 }
 
 
@@ -176,9 +180,17 @@ class Config:
 def check_names(settings: Mapping[str, object], options: Mapping[str, Option]) -> None:
     """Raises ValueError if a name is not that of an option."""
     if unknown := [name for name in settings if name not in options]:
+        hint = suggest_option(unknown[0], options)
+        # The settings of a run of an earlier version have several unknown names.
+        names = {x: _NAMES_ELSEWHERE[x] for x in unknown if x in _NAMES_ELSEWHERE}
+        if len(unknown) > 1 and names:
+            pairs = (f"`{new}` instead of `{old}`" for old, new in names.items())
+            hint = (
+                f" Write {', '.join(pairs)}, and delete the others. docs/limits.md "
+                "says what replaces them."
+            )
         raise ValueError(
-            f"`settings` must be options of the command. Got {unknown}."
-            f"{suggest_option(unknown[0], options)}"
+            f"`settings` must be options of the command. Got {unknown}.{hint}"
         )
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,18 +29,23 @@ def start_distributed(config: TrainConfig) -> None:
     """Connects the processes of a distributed run."""
     if not config.distributed or jax.distributed.is_initialized():
         return
+    settings: dict[str, Any] = {}
+    if isinstance(config.distributed, str):
+        address, count, index = config.distributed.split(",")
+        settings = dict(
+            coordinator_address=address, num_processes=int(count), process_id=int(index)
+        )
     try:
         jax.distributed.initialize(
-            config.coordinator_address,
-            config.num_processes,
-            config.process_id,
+            **settings,
             heartbeat_timeout_seconds=_HEARTBEAT,
             shutdown_timeout_seconds=_HEARTBEAT,
         )
     except ValueError as error:
         raise ValueError(
-            "`coordinator_address`, `num_processes` and `process_id` must be given "
-            f"when JAX cannot detect the processes of the job. {error}"
+            "`distributed` must have the address of the first process, the number of "
+            "processes and the index of this one if JAX cannot detect the processes of "
+            f"the job, such as host0:9876,4,0. Got {config.distributed}. {error}"
         ) from error
     if threading.current_thread() is threading.main_thread():
         # JAX's own handler of SIGTERM waits for a step that this run may never reach.

@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import qlora_jax as ql
 
@@ -118,7 +119,8 @@ def write_run_config(config: TrainConfig, source: str, system: str | None) -> No
         write_text(path.with_name(TEMPLATE), text)
     # Settings of a single call or process are reset, because all processes of a later
     # run read this file.
-    transient = {"resume": False, "resume_step": None, "process_id": None}
+    transient: dict[str, Any] = {"resume": False}
+    transient["distributed"] = bool(config.distributed)
     if config.epochs is not None:
         transient["steps"] = None  # they follow from the epochs, which may change
     text = yaml.safe_dump(config.to_settings() | transient, sort_keys=False)

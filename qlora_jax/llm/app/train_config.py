@@ -34,6 +34,10 @@ def _is_date(text: str) -> bool:
     return True
 
 
+# `True` is 1, and `False` is 0.
+TRUE_OR_COUNT = Limit(
+    "true, false or a positive number", lambda x: x is False or x >= 1
+)
 DATE = Limit("a day such as 2026-11-26", _is_date)
 
 
@@ -54,8 +58,6 @@ class TrainConfig(Config):
             for nf4.
         double_quant: Whether to also quantize the scales; by default true if `fmt`
             supports it.
-        recode: Whether to pack a 4-bit model again, in `fmt`. Needed if only some
-            layers of a module are in 4 bits.
         rank: Rank of the adapters.
         lora_alpha: Adapters are scaled by `lora_alpha / rank`. By default, `lora_alpha`
             is equal to `rank`, or keeps the scaling of `adapter`.
@@ -67,11 +69,11 @@ class TrainConfig(Config):
         trainable: Regular expression for paths of float weights to train in full, such
             as layers/.*norm/scale.
         merge_aware: Whether to train the adapters as parts of the 4-bit weights of one
-            file, which `export` writes. They cannot be used beside a base.
-        target_fmt: With `merge_aware`: number format of this file, by default that of
-            the base. If the base has this format, the file has blocks of the same size,
-            otherwise of the usual one. Use a finer base than the file, such as int8 or
-            none, so that small changes are kept.
+            file, which `export` writes. They cannot be used beside a base. Give the
+            number format of the file, or true for that of the base. If the base has
+            this format, the file has blocks of the same size, otherwise of the usual
+            one. Use a finer base than the file, such as int8 or none, so that small
+            changes are kept.
         adapter: An adapter to start from, with the same `rank` and modules.
         train_on: Which tokens of rows with prompts or messages are targets:
             completions, last (only the assistant's last message) or all. With all,
@@ -83,7 +85,7 @@ class TrainConfig(Config):
         date: Today's date for templates that contain it, such as 2026-11-26; by default
             the day on which the run starts.
         validation_split: Share of the training rows to validate on, such as 0.05. The
-            data must have no validation rows then. `data_seed` selects the rows.
+            data must have no validation rows then. `seed` selects the rows.
         too_long: What to do with rows of more than `max_length` tokens: refuse, drop,
             truncate; or split, for rows of `text`.
         learning_rate: Peak learning rate.
@@ -92,8 +94,6 @@ class TrainConfig(Config):
             that remain. 1 if `steps` is not set either.
         schedule: Learning-rate schedule; wsd is warmup, stable, decay.
         warmup: Warmup steps; by default a tenth of the steps, at most 20.
-        end_learning_rate: The final learning rate; unused for constant.
-        decay: For wsd: the share of the steps in which the learning rate decays.
         on_nan: If the loss or the gradient is not finite: stop, or skip the update.
         batch_size: Sequences in a batch; for preferences, pairs of answers; with
             `packing`, rows of `max_length` tokens.
@@ -101,7 +101,6 @@ class TrainConfig(Config):
         max_length: Maximum number of tokens of a sequence.
         packing: Whether several sequences share a row.
         seed: Seed of the adapters, the order of the data and the dropout.
-        data_seed: Seed of the order of the data; by default `seed`.
         objective: sft for supervised fine-tuning, distill for distillation, or a
             preference loss: dpo, ipo, orpo, simpo or kto, whose reference model is the
             base without the adapter.
@@ -116,7 +115,6 @@ class TrainConfig(Config):
         optimizer: The optimizer.
         offload_optimizer: Whether the optimizer's state is in host memory.
         weight_decay: Decoupled weight decay, multiplied by the learning rate.
-        beta1: Decay of the first moment; adafactor does not use it.
         beta2: Decay of the second moment, by default 0.999 (lion: 0.99); adafactor does
             not use it.
         clip: Maximum norm of the gradient; 0 for no clipping.
@@ -127,26 +125,14 @@ class TrainConfig(Config):
         eval_on_start: Whether to evaluate before the first step too.
         eval_examples: Number of validation prompts that the model answers in an
             evaluation, for the share of exact answers; 0 for none.
-        eval_batch_size: Number of prompts that are answered at a time.
-        max_new_tokens: Maximum number of tokens of an answer; by default 16 more than
-            the longest expected answer has.
-        samples: Number of answers to print in an evaluation.
         keep_best: Whether to write the adapter of the step with the lowest validation
-            loss, instead of the last one. Each evaluation then uses all rows.
-        early_stopping_patience: With `keep_best`: training stops after this many
-            consecutive evaluations without a new lowest validation loss.
+            loss, instead of the last one. Each evaluation then uses all rows. With a
+            number, training also stops after this many consecutive evaluations without
+            a new lowest loss.
         save_every: Steps between saved states.
-        keep: Number of states to keep.
         resume: Whether to continue the run in `out` from its newest state.
-        resume_step: With `resume`, the step to resume from; later states are deleted.
-        push_to_hub: Repository on the Hugging Face hub to push the adapter to, such as
-            user/name. If it does not exist, a private repository is created.
         preview: Number of rows to show as they would be trained, instead of training.
             Target tokens are green on a terminal, and in brackets elsewhere.
-        log_every: Steps between the steps that go to `log`, and between progress lines,
-            which are printed if stderr is not a terminal. Evaluations are always
-            included. By default, all steps go to `log`, and about ten lines are
-            printed. The file metrics.jsonl always has all steps.
         log: More destinations for the metrics: tensorboard, wandb and trackio.
         dtype: Dtype of the computation and of float weights; adapters are float32. auto
             is float32 on processors that do not multiply faster in bfloat16, and
@@ -166,10 +152,10 @@ class TrainConfig(Config):
         mesh: Devices along each axis: data splits the rows of a batch, fsdp splits rows
             and weights, and tensor splits heads and the width of the MLP. Written as
             "fsdp=4,tensor=2" or {fsdp: 4, tensor: 2}; one device by default.
-        distributed: Whether several processes, which share the files, run this command.
-        coordinator_address: With `distributed`: host and port of the first process.
-        num_processes: With `distributed`: the number of processes.
-        process_id: With `distributed`: the index of this process, from 0.
+        distributed: Whether several processes, which share the files, run this command:
+            true on clusters that JAX detects. Elsewhere, host and port of the first
+            process, the number of processes, and the index of this one from 0, such as
+            host0:9876,4,0.
 
     Example:
         >>> from qlora_jax.llm import app
@@ -197,7 +183,6 @@ class TrainConfig(Config):
     fmt: Fmt | None = option(None, section="number format of the base")
     block_size: int | None = None
     double_quant: bool | None = None
-    recode: bool = False
 
     rank: int = option(16, section="adapters", limit=COUNT)
     lora_alpha: float | None = option(None, limit=POSITIVE)
@@ -206,8 +191,7 @@ class TrainConfig(Config):
     use_dora: bool = False
     target_modules: str | list[str] = "all-linear"
     trainable: str | None = None
-    merge_aware: bool = False
-    target_fmt: TargetFmt | None = None
+    merge_aware: bool | TargetFmt = False
     adapter: str | None = None
 
     train_on: TrainOn = option("completions", section="rows")
@@ -223,8 +207,6 @@ class TrainConfig(Config):
     epochs: float | None = option(None, limit=POSITIVE)
     schedule: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
     warmup: int | None = None
-    end_learning_rate: float = 0.0
-    decay: float = 0.1
     on_nan: Literal["stop", "skip"] = option("stop", may_change=True)
 
     batch_size: int = option(8, section="batches", limit=COUNT)
@@ -232,7 +214,6 @@ class TrainConfig(Config):
     max_length: int = option(1024, limit=COUNT)
     packing: bool = False
     seed: int = option(0, limit=SEED)
-    data_seed: int | None = option(None, limit=NOT_NEGATIVE)
 
     objective: str = option("sft", section="objective")
     beta: float = option(0.1, limit=POSITIVE)
@@ -245,7 +226,6 @@ class TrainConfig(Config):
     )
     offload_optimizer: bool = option(False, may_change=True)
     weight_decay: float = option(0.0, limit=NOT_NEGATIVE)
-    beta1: float = option(0.9, limit=FRACTION)
     beta2: float | None = option(None, limit=FRACTION)
     clip: float = option(1.0, limit=NOT_NEGATIVE)
 
@@ -254,21 +234,13 @@ class TrainConfig(Config):
     )
     eval_on_start: bool = option(True, may_change=True)
     eval_examples: int = option(120, limit=NOT_NEGATIVE, may_change=True)
-    eval_batch_size: int = option(60, limit=COUNT, may_change=True)
-    max_new_tokens: int | None = option(None, limit=COUNT, may_change=True)
-    samples: int = option(3, limit=NOT_NEGATIVE, may_change=True)
-    keep_best: bool = option(False, may_change=True)
-    early_stopping_patience: int | None = option(None, limit=COUNT, may_change=True)
+    keep_best: bool | int = option(False, limit=TRUE_OR_COUNT, may_change=True)
 
     save_every: int = option(
         100, section="checkpoints and results", limit=COUNT, may_change=True
     )
-    keep: int = option(2, limit=COUNT, may_change=True)
     resume: bool = option(False, may_change=True)
-    resume_step: int | None = option(None, may_change=True)
-    push_to_hub: str | None = option(None, may_change=True)
     preview: int | None = option(None, limit=COUNT, may_change=True)
-    log_every: int | None = option(None, limit=COUNT, may_change=True)
     log: str | list[str] = option([], may_change=True)
 
     dtype: Literal["auto"] | Dtype = option("auto", section="computation and memory")
@@ -282,10 +254,7 @@ class TrainConfig(Config):
     mesh: str | dict[str, int] | None = option(
         None, section="devices and processes", may_change=True
     )
-    distributed: bool = option(False, may_change=True)
-    coordinator_address: str | None = option(None, may_change=True)
-    num_processes: int | None = option(None, may_change=True)
-    process_id: int | None = option(None, may_change=True)
+    distributed: bool | str = option(False, may_change=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -295,15 +264,10 @@ class TrainConfig(Config):
         self._check_devices()
 
     def _check_adapters(self) -> None:
-        if self.target_fmt is not None and not self.merge_aware:
-            raise ValueError(
-                "`merge_aware` must be set with `target_fmt`. Got false, and "
-                f"{self.target_fmt!r}."
-            )
         if self.merge_aware and (self.lora_dropout or self.use_dora):
             raise ValueError(
                 "`merge_aware` must be false with `lora_dropout`, which the packed "
-                "weights could not have, and with `use_dora`. Got true, "
+                f"weights could not have, and with `use_dora`. Got {self.merge_aware}, "
                 f"lora_dropout={self.lora_dropout} and use_dora={self.use_dora}."
             )
         if self.adapter is not None and self.use_dora:
@@ -339,16 +303,6 @@ class TrainConfig(Config):
             )
 
     def _check_evaluation_and_output(self) -> None:
-        patience = self.early_stopping_patience
-        if patience is not None and not self.keep_best:
-            raise ValueError(
-                "`keep_best` must be set with `early_stopping_patience`. Got "
-                f"{patience}."
-            )
-        if self.resume_step is not None and not self.resume:
-            raise ValueError(
-                f"`resume` must be set with `resume_step`. Got {self.resume_step}."
-            )
         if unknown := [name for name in self.loggers if name not in LOGGERS]:
             raise ValueError(
                 f"`log` must only contain {', '.join(LOGGERS)}. Got {unknown}."
@@ -363,20 +317,24 @@ class TrainConfig(Config):
             )
         if self.distributed and not self.mesh_sizes:
             raise ValueError("`mesh` must be given with `distributed`. Got none.")
-        names = ("coordinator_address", "num_processes", "process_id")
-        # On clusters that JAX detects, none of these is needed.
-        settings = [f"`{name}`" for name in names if getattr(self, name) is not None]
-        if settings and not self.distributed:
-            raise ValueError(
-                f"`distributed` must be true with {', '.join(settings)}. Got false. "
-                "For a single process, set them to null."
-            )
+        if isinstance(self.distributed, str):
+            parts = self.distributed.split(",")
+            if len(parts) != 3 or not (parts[1] + parts[2]).isdecimal():
+                raise ValueError(
+                    "`distributed` must be true, false, or address, number and index "
+                    f"of processes, such as host0:9876,4,0. Got {self.distributed!r}."
+                )
 
     @property
     def loggers(self) -> list[str]:
         """The names in `log`."""
         names = self.log.split(",") if isinstance(self.log, str) else self.log
         return [name.strip() for name in names]
+
+    @property
+    def patience(self) -> int | None:
+        """The number in `keep_best`; None if training does not stop early."""
+        return None if isinstance(self.keep_best, bool) else self.keep_best
 
     @property
     def mesh_sizes(self) -> dict[str, int]:
@@ -387,11 +345,6 @@ class TrainConfig(Config):
     def num_row_parts(self) -> int:
         """The number of parts into which `mesh` splits the rows of a batch."""
         return math.prod(self.mesh_sizes.get(name, 1) for name in ROW_AXES)
-
-    @property
-    def row_seed(self) -> int:
-        """The seed of the order of the rows."""
-        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def eval_steps(self) -> int:

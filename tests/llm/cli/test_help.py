@@ -25,6 +25,7 @@ def test_train_shows_the_options_that_people_set(capsys):
     listed = re.findall(r"^  --([a-z]\w*)(?=[ ,\n]|$)", out, re.M)
     assert {*listed} == {*app.TrainConfig.common} | OF_ALL_COMMANDS | {"help_all"}
     assert len(app.TrainConfig.common) == 25
+    assert len(options_of(app.TrainConfig)) <= 60
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

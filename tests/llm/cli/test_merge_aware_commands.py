@@ -56,7 +56,7 @@ def train(folder, out, **options):
 @pytest.fixture(scope="module")
 def aware(folder):
     """A merge-aware run for nf4, on a float base."""
-    train(folder, folder / "aware", fmt="none", merge_aware=True, target_fmt="nf4")
+    train(folder, folder / "aware", fmt="none", merge_aware="nf4")
     return folder / "aware"
 
 
@@ -101,12 +101,12 @@ def test_the_file_has_the_loss_of_training(folder, aware, capsys):
     + [("int8", "int4_f16"), ("fp4", None)],
 )
 def test_each_file_has_the_loss_of_training(folder, tmp_path, capsys, fmt, target):
-    options = dict(fmt=fmt, merge_aware=True, target_fmt=target)
+    options = dict(fmt=fmt, merge_aware=target or True)
     trained = train(folder, tmp_path / "run", **options).valid_loss
     data = folder / "valid.jsonl"
     command = ["export", "--run", tmp_path / "run", "--data", data]
     if target == "q4_0":  # by default a GGUF file, which is not read
-        command += ["--format=compressed-tensors", "--out", tmp_path / "file"]
+        command += ["--format=compressed-tensors"]
     written = run(capsys, *command)[1]
     assert written["format"] == FORMS[target or fmt]
     assert is_near(written["losses"]["file"], trained)
@@ -182,7 +182,7 @@ def test_it_answers_as_its_file(aware, capsys):
 @pytest.mark.slow
 def test_a_target_in_the_format_of_the_base_has_its_blocks(folder, tmp_path, capsys):
     base = dict(fmt="nf4", block_size=32, double_quant=False)
-    train(folder, tmp_path / "run", merge_aware=True, target_fmt="nf4", steps=2, **base)
+    train(folder, tmp_path / "run", merge_aware="nf4", steps=2, **base)
     assert run(capsys, "export", "--run", tmp_path / "run")[0] == 0
     config = json.loads((tmp_path / "run" / "model-2" / "config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_use_double_quant"] is False
@@ -199,9 +199,7 @@ def test_a_target_in_the_format_of_the_base_has_its_blocks(folder, tmp_path, cap
 def test_an_ordinary_adapter_starts_a_merge_aware_one(folder, plain, capsys):
     # The first loss is that of the ordinary adapter, merged and packed.
     start = dict(adapter=str(plain / "adapter"), fmt="none")
-    train(
-        folder, folder / "started", merge_aware=True, target_fmt="nf4", steps=2, **start
-    )
+    train(folder, folder / "started", merge_aware="nf4", steps=2, **start)
     data, out = folder / "valid.jsonl", folder / "packed"
     command = ["export", "--run", plain, "--format=bitsandbytes", "--out", out]
     losses = run(capsys, *command, "--data", data)[1]["losses"]
@@ -223,8 +221,7 @@ def test_an_ordinary_adapter_starts_a_merge_aware_one(folder, plain, capsys):
     ],
 )
 def test_other_adapters_cannot_start_one(folder, plain, tmp_path, options, reason):
-    start = dict(adapter=str(plain / "adapter"), fmt="none", merge_aware=True)
-    start |= dict(target_fmt="nf4")
+    start = dict(adapter=str(plain / "adapter"), fmt="none", merge_aware="nf4")
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(reason)):
         train(folder, tmp_path / "out", **start | options)
     assert not (tmp_path / "out").exists()
@@ -239,19 +236,18 @@ def test_a_merge_aware_adapter_starts_no_ordinary_one(folder, aware, tmp_path):
 @pytest.mark.parametrize(
     "options, reason",
     [
-        (dict(target_fmt="nf4"), "`merge_aware` must be set with `target_fmt`"),
         (dict(merge_aware=True, lora_dropout=0.1), "`merge_aware` must be false with"),
         (dict(merge_aware=True, use_dora=True), "and use_dora=True"),
         (dict(adapter="a", use_dora=True), "`use_dora` must be false with `adapter`"),
-        (dict(merge_aware=True, target_fmt="int8"), "`target_fmt` must be nf4, fp4,"),
-        (dict(merge_aware=True, fmt="none"), "Got None and a base in float."),
+        (dict(merge_aware="int8"), "`merge_aware` must be true or false or nf4, fp4,"),
+        (dict(merge_aware=True, fmt="none"), "Got true and a base in float."),
         (dict(merge_aware=True, fmt="int8"), "a base in int8 in blocks of 64"),
         (
-            dict(merge_aware=True, target_fmt="q4_0", target_modules="q_proj"),
-            "`target_modules` must be all linear layers with `target_fmt`",
+            dict(merge_aware="q4_0", target_modules="q_proj"),
+            "`target_modules` must be all linear layers with `merge_aware`",
         ),
         (
-            dict(merge_aware=True, target_fmt="q4_0", trainable=".*/up_proj/kernel"),
+            dict(merge_aware="q4_0", trainable=".*/up_proj/kernel"),
             "without layers/mlp/up_proj/kernel.",
         ),
     ],
@@ -264,7 +260,7 @@ def test_wrong_settings_are_refused_before_training(folder, tmp_path, options, r
 
 def test_a_resumed_run_keeps_its_target(folder, aware, tmp_path):
     copy = shutil.copytree(aware, tmp_path / "copy")
-    options = dict(fmt="none", merge_aware=True, target_fmt="fp4", resume=True)
+    options = dict(fmt="none", merge_aware="fp4", resume=True)
     resume = functools.partial(train, folder, copy, **options)
     words = "`resume` must be used with the settings of the run", "'nf4'", "'fp4'"
     refusal(resume, *words)

@@ -185,7 +185,7 @@ def write_config(folder):
     sizes = dict(hidden_size=128, intermediate_size=128)
     settings = dict(model=save_tiny(folder / "base", **sizes), data=str(data))
     settings |= dict(batch_size=2, accumulation=2, packing=True, max_length=64)
-    settings |= dict(rank=32, lora_dropout=0.1, keep=2, seed=3, steps=STEPS)
+    settings |= dict(rank=32, lora_dropout=0.1, seed=3, steps=STEPS)
     settings |= dict(optimizer="adamw", offload_optimizer=True)
     settings |= dict(target_modules=["q_proj", "up_proj", "down_proj"])
     settings |= dict(save_every=SAVE_EVERY)

@@ -117,8 +117,7 @@ SIGNAL = """
 import os, signal, sys, time
 from qlora_jax.llm.app import TrainConfig
 from qlora_jax.llm.app.processes import start_distributed
-options = dict(coordinator_address=sys.argv[1], num_processes=1, process_id=0)
-options |= dict(mesh="fsdp=1", distributed=True)
+options = dict(mesh="fsdp=1", distributed=f"{sys.argv[1]},1,0")
 start_distributed(TrainConfig("m", "d", "o", **options))
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(60)
@@ -133,19 +132,13 @@ def test_a_signal_before_the_first_step_ends_a_process_of_several():
 
 def start_two(config, out, resume=False):
     """Starts two processes of one run, of one device each."""
-    arguments = ["--config", config, "--out", out, "--mesh=fsdp=2", "--distributed"]
-    arguments += [
-        "--coordinator-address",
-        f"localhost:{free_port()}",
-        "--num-processes=2",
-    ]
+    arguments = ["--config", config, "--out", out, "--mesh=fsdp=2"]
+    address = f"localhost:{free_port()}"
     command, processes = [*PROGRAM, "train", *arguments, *["--resume"] * resume], []
     for rank in range(2):
         with (out.parent / f"{out.name}.{rank}.log").open("ab") as log:
-            process_id = f"--process-id={rank}"
-            process = commands.start_python(
-                *command, process_id, stdout=log, stderr=log
-            )
+            place = f"--distributed={address},2,{rank}"
+            process = commands.start_python(*command, place, stdout=log, stderr=log)
             processes.append(process)
     return processes
 

@@ -137,7 +137,7 @@ def _inspect_run(path: pathlib.Path) -> Contents:
     rows = read_metrics(path / METRICS)
     names = ("model", "data", "fmt", "steps")
     if settings["merge_aware"]:
-        names += ("merge_aware", "target_fmt")
+        names += ("merge_aware",)
     about = {key: settings[key] for key in names}
     # The step of the newest metrics; the newest saved state may be older.
     about["finished steps"] = max((row["step"] for row in rows), default=0)

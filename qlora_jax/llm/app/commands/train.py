@@ -32,7 +32,6 @@ from ...train.step import Report, State
 from .. import processes
 from ..adapters import copy_weights
 from ..processes import all_or_none, broadcast_text, is_first, log, only_in_first
-from ..pushing import push
 from ..run_folder import METRICS, STATE, open_run_folder, quiet_orbax, write_run_config
 from ..train_config import TrainConfig
 from ..training.evaluation import Evaluation
@@ -104,7 +103,7 @@ def train(config: TrainConfig) -> TrainResult | Preview:
             run = make_run(config, today)
         config = run.config  # with the settings that the model and the data decide
         _log_data(run)
-        checkpoints = Checkpoints(run.folder / STATE, keep=config.keep)
+        checkpoints = Checkpoints(run.folder / STATE)
         stack.enter_context(checkpoints)
         resume_after = find_resumed_step(config, run.fingerprint, checkpoints)
         with all_or_none():
@@ -155,15 +154,13 @@ def train(config: TrainConfig) -> TrainResult | Preview:
                 run, checkpoints, evaluation, best, state
             )
         result = write_results(run, base, teacher, state, best_metrics)
-    if is_first() and config.push_to_hub is not None:
-        log(f"pushed to {push(config.push_to_hub, pathlib.Path(result.adapter))}")
     return result
 
 
 def _preview(config: TrainConfig) -> Preview:
     """Returns the first rows of a run, and writes nothing."""
-    # A preview leaves out the hub and the loggers, so it needs no account.
-    config = config.replace(push_to_hub=None, log=[])
+    # A preview leaves out the loggers, so it needs no account.
+    config = config.replace(log=[])
     with all_or_none():
         run = make_run(config, datetime.date.today().isoformat())
     _log_data(run)
@@ -265,7 +262,7 @@ def _open_callbacks(
         stack.enter_context(metrics)
     callbacks: list[Callback] = [CheckFinite(checkpoints, metrics, config.on_nan)]
     if evaluation is not None:
-        patience, on_start = config.early_stopping_patience, config.eval_on_start
+        patience, on_start = config.patience, config.eval_on_start
         callbacks.append(
             Evaluate(evaluation, config.eval_steps, best, patience, on_start)
         )
@@ -273,8 +270,8 @@ def _open_callbacks(
         callbacks.append(metrics)
     return [
         *callbacks,
-        LogRows(log_row, config.log_every or 1),
-        stack.enter_context(ShowProgress(config.log_every)),
+        LogRows(log_row),
+        stack.enter_context(ShowProgress()),
         SaveStates(checkpoints, config.save_every, {"settings": run.fingerprint}, best),
     ]
 
@@ -308,8 +305,9 @@ def _end_at_signal(
         f"qlora-jax train --config {shlex.quote(f'{folder}/config.yaml')} --resume"
     )
     # The file has all settings of the run but this one, which differs by process.
-    if config.process_id is not None:
-        command += " --process_id ID, in each process with its own ID"
+    if isinstance(config.distributed, str):
+        address, count, _ = config.distributed.split(",")
+        command += f" --distributed {address},{count},INDEX, in each process"
     log(
         f"The state of step {step:,} is saved in {folder / STATE}. To resume: {command}"
     )

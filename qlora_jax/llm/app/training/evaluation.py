@@ -20,6 +20,8 @@ from .program import Program, make_batch_placer
 from .run import Run, make_eval_batches
 
 _EXTRA_TOKENS = 16  # how much longer an answer may be than the longest expected one
+_PROMPTS_AT_A_TIME = 60
+_SHOWN_ANSWERS = 3
 _SHOWN_CHARACTERS = 200  # the printed part of a prompt or an answer
 
 
@@ -56,15 +58,12 @@ class Evaluation:
             self._sample = sample_batches(self._batches, num_training_batches)
         self._examples = run.data.valid_examples[: config.eval_examples]
         self._prompts = [self._tokenizer.decode(x.prompt) for x in self._examples]
-        max_new_tokens = config.max_new_tokens
-        if max_new_tokens is None:
-            expected_ids = (
-                self._tokenizer.encode(x.answer, add_special_tokens=False)
-                for x in self._examples
-            )
-            longest = max(map(len, expected_ids), default=0)
-            max_new_tokens = longest + _EXTRA_TOKENS
-        self._max_new_tokens = max_new_tokens
+        expected_ids = (
+            self._tokenizer.encode(x.answer, add_special_tokens=False)
+            for x in self._examples
+        )
+        longest = max(map(len, expected_ids), default=0)
+        self._max_new_tokens = longest + _EXTRA_TOKENS
 
     def __call__(self, state: State, is_full: bool = False) -> dict[str, float]:
         """Returns the losses, the perplexity and the share of exact answers.
@@ -91,7 +90,7 @@ class Evaluation:
 
     def _evaluate_answers(self, state: State) -> float:
         """Returns the share of exact answers. Prints a few answers, and writes all."""
-        config, step = self._config, int(state.step)
+        step = int(state.step)
         base, lora = pack_as_trained(self._base, state.lora)
         generated = generate_answers(
             self._model,
@@ -99,7 +98,7 @@ class Evaluation:
             self._tokenizer,
             self._examples,
             max_new_tokens=self._max_new_tokens,
-            batch_size=config.eval_batch_size,
+            batch_size=_PROMPTS_AT_A_TIME,
             progress=is_first(),
         )
         texts = [answer.text for answer in generated]
@@ -111,7 +110,7 @@ class Evaluation:
 
     def _show(self, texts: list[str], title: str) -> None:
         lines, rows = [title], zip(self._examples, self._prompts, texts, strict=True)
-        for example, prompt, text in [*rows][: self._config.samples]:
+        for example, prompt, text in [*rows][:_SHOWN_ANSWERS]:
             verdict = "exact" if text.strip() == example.answer.strip() else "wrong"
             prompt = prompt.strip()[-_SHOWN_CHARACTERS:]
             answer = text[:_SHOWN_CHARACTERS]

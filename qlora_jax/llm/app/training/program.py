@@ -83,7 +83,6 @@ def make_program(
         make_schedule(config),
         clip=config.clip or None,  # 0 turns clipping off
         weight_decay=config.weight_decay,
-        beta1=config.beta1,
         beta2=config.beta2,
         offload=config.offload_optimizer,
     )
@@ -97,18 +96,12 @@ def resolve_dtype(dtype: str, platform: str) -> str:
 
 def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
     """Returns the learning rate as a function of the step."""
-    try:
-        return optimizers.make_schedule(
-            config.schedule,
-            config.learning_rate,
-            config.steps or 1,  # None if `make_run` has not completed the settings
-            warmup=config.warmup or 0,
-            end=config.end_learning_rate,
-            decay=config.decay,
-        )
-    except ValueError as error:  # its message names the parameters, not the options
-        message = str(error).replace("`end`", "`end_learning_rate`")
-        raise ValueError(message) from error
+    return optimizers.make_schedule(
+        config.schedule,
+        config.learning_rate,
+        config.steps or 1,  # None if `make_run` has not completed the settings
+        warmup=config.warmup or 0,
+    )
 
 
 def make_loss_scale(dtype: str) -> LossScale | None:

@@ -162,7 +162,7 @@ def _make_card(run: Run, result: TrainResult) -> str:
             "exact match before": result.exact_before,
             "exact match after": result.exact_after,
         },
-        is_merge_aware=config.merge_aware,
+        is_merge_aware=bool(config.merge_aware),
     )
 
 

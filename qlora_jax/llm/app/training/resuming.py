@@ -94,7 +94,7 @@ def find_resumed_step(
     differ from those saved at that step, if it is after the last step, or if a finished
     run lacks its metrics.
     """
-    step = config.resume_step or checkpoints.latest
+    step = checkpoints.latest
     folder, steps = pathlib.Path(config.out), config.steps or 0
     if step is None:
         if config.resume:
@@ -110,14 +110,12 @@ def find_resumed_step(
         if step > steps:
             raise ValueError(
                 f"`steps` must be at least {step}, the step from which the run "
-                f"resumes. Got {steps}. Earlier states can be selected with "
-                "`resume_step`."
+                f"resumes. Got {steps}."
             )
         if step == steps and not (folder / METRICS).is_file():
             raise ValueError(
                 f"{folder} must have {METRICS}, from which the results of a finished "
                 "run are written. It is missing."
             )
-    note = "" if step == checkpoints.latest else "; later states are deleted"
-    log(f"Resuming after step {step:,} of {steps:,}{note}")
+    log(f"Resuming after step {step:,} of {steps:,}")
     return step

@@ -29,8 +29,7 @@ from ..adapters import (
     read_initial_lora,
 )
 from ..open_model import OpenModel, open_model
-from ..processes import is_first, log
-from ..pushing import check_base, push
+from ..processes import log
 from ..row_settings import check_template
 from ..run_folder import CONFIG, read_run_config
 from ..train_config import LOGGERS, TrainConfig
@@ -80,14 +79,10 @@ def make_run(config: TrainConfig, today: str) -> Run:
     _check_libraries(config.loggers)
     _check_devices(config)
     # The model: its shapes, and the formats of its weights.
-    model = open_model(config.model, recode=config.recode, engine=config.engine)
+    model = open_model(config.model, engine=config.engine)
     if isinstance(model.engine, TorchEngine):
         config = _settings_for_torch(config, model.engine)
     fmt = config.fmt or model.stored_fmt or "nf4"
-    if config.push_to_hub is not None:
-        check_base(model.name)
-        if is_first():
-            push(config.push_to_hub)  # fails now rather than after training
     packing_config = packing_config_for(config, model, fmt)
     if packing_config is None:
         _check_unpacked(config, model)
@@ -140,7 +135,7 @@ def _read_data(config: TrainConfig, tokenizer: Tokenizer, model: OpenModel) -> D
         keys=config.keys or None,
         train_on=config.train_on,
         validation_split=config.validation_split,
-        seed=config.row_seed,
+        seed=config.seed,
         too_long=config.too_long,
         chat=config.chat,
         rows=find_objective(config.objective).rows,
@@ -307,7 +302,7 @@ def make_batches(config: TrainConfig, data: Dataset) -> "grain.DatasetIterator[B
         data.train,
         batch_size=config.batch_size,
         max_length=config.max_length,
-        seed=config.row_seed,
+        seed=config.seed,
         packing=config.packing,
         num_epochs=config.epochs,
         mix=data.mix,
@@ -319,7 +314,7 @@ def make_source(
 ) -> BatchSource:
     """Returns the batches of a run by index, of which none is made yet."""
     size, length = config.batch_size, config.max_length
-    seed, epochs = config.row_seed, config.epochs
+    seed, epochs = config.seed, config.epochs
     return BatchSource(rows, size, length, config.packing, seed, epochs, mix)
 
 
