@@ -52,8 +52,15 @@ def open_folder_tokenizer(folder: pathlib.Path) -> "PreTrainedTokenizerFast":
 
 def chat_templates(tokenizer: "PreTrainedTokenizerFast") -> dict[str, str]:
     """Returns the chat templates by name; the main one is "default"."""
-    templates = tokenizer.chat_template or {}
-    return {"default": templates} if isinstance(templates, str) else templates
+    source: Any = tokenizer.chat_template or {}
+    templates = {"default": source} if isinstance(source, str) else source
+    is_valid = isinstance(templates, dict)
+    if not is_valid or not all(isinstance(x, str) for x in templates.values()):
+        raise ModelError(
+            f"the chat template in {tokenizer.name_or_path} must be text, or texts by "
+            f"their names. Got {source!r:.60}."
+        )
+    return templates
 
 
 def read_end_ids(folder: pathlib.Path) -> tuple[int, ...]:

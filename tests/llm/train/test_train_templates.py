@@ -459,6 +459,8 @@ OUTSIDE = "must not reach outside its sandbox"
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 1 / 0 }}", "division by zero"),
         (["x"], "the tokenizer of .* cannot be read"),
+        (5, "must be text, or texts by their names. Got 5"),
+        ({"default": 5}, "must be text, or texts by their names. Got {'default': 5}"),
         ("{{ ''.__class__.__mro__ }}", OUTSIDE),
         ("{{ messages.append(1) }}", OUTSIDE),
         ("{{ cycler.__init__.__globals__.os.system('true') }}", OUTSIDE),
