@@ -3,7 +3,6 @@
 FOLDER is for what it writes. The notebook in the repository must have no outputs.
 """
 
-import json
 import os
 import pathlib
 import sys
@@ -29,16 +28,14 @@ def main(folder: pathlib.Path) -> None:
     cells["settings"].source += TINY
     save_tiny(folder / "tiny")
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    for cell in book.cells:
-        cell.source = cell.source.replace('"report.json"', '"report.json", rounds=1')
     # The folder has no clone of the repository.
     NotebookClient(
         book, timeout=600, resources={"metadata": {"path": folder}}
     ).execute()
-    assert not json.loads((folder / "report.json").read_text())["is_wrong"]
     outputs = [x for cell in book.cells for x in cell.get("outputs", [])]
     assert any("image/png" in x.get("data", {}) for x in outputs), "the plot is missing"
     text = "".join(x.get("text", "") for x in outputs)
+    assert "products: 96 of 96 are right" in text
     assert "at most 0.0 GB" in text and "s per step" in text
     assert (folder / "run" / "model-3" / "model.safetensors").is_file()
     print(text)

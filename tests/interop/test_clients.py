@@ -272,7 +272,7 @@ def test_clients_run_the_very_base_of_the_adapter(trained, tmp_path, server):
 def train_spm(folder, kind):
     """Saves a SentencePiece BPE as `tokenizer.json`; returns SentencePiece's own."""
     spm = pytest.importorskip("sentencepiece")
-    from transformers.convert_slow_tokenizer import generate_merges
+    from transformers.tokenization_utils_base import generate_merges
 
     (folder / "text").write_text(pathlib.Path("README.md").read_text("utf-8"))
     files = dict(input=str(folder / "text"), model_prefix=str(folder / "spm"))

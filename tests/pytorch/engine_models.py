@@ -17,6 +17,9 @@ SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 128}
 def save_model(folder, config_class, **changes):
     """Writes a random model and the tokenizer of `save_tiny` to a folder."""
     save_tiny(folder)
+    # The class for the model's type may add tokens of its own to the vocabulary.
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     config = config_class(vocab_size=vocab_size, **ids, **SIZES | changes)
