@@ -15,7 +15,7 @@ from qlora_jax.llm.cli.main import main
 from qlora_jax.llm.models.tiny import save_tiny
 
 RANK = 7
-EARLIER = pathlib.Path(__file__).parents[2] / "data" / "runs" / "earlier_config.yaml"
+EARLIER = pathlib.Path(__file__).parents[2] / "data" / "earlier_config.yaml"
 PACKAGE = str(pathlib.Path(ql.__file__).parent)
 
 

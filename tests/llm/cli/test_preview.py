@@ -175,7 +175,7 @@ def test_the_command_shows_rows_and_leaves_nothing(
     path = write_rows(tmp_path / "d.jsonl", [PAIR | {"completion": "two"}] * 4)
     arguments = "train", "--model", folder, "--data", path, "--out", tmp_path
     arguments += "--preview", 1, "--objective", "dpo", "--chat", "false"
-    arguments += "--learning-rate", "1e-3", "--push-to-hub", "some/name"
+    arguments += "--learning-rate", "1e-3"
     arguments += "--log", "tensorboard"
     status, out, error = commands.run(capsys, *arguments)
     assert status == 0 and out.count("⟦") == out.count("row 1, ") == 2, error
