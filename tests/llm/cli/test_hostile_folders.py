@@ -131,7 +131,7 @@ def test_links_out_of_a_runs_folder_are_refused(name, folder, tmp_path, capsys):
     before = list_files(outside)
     train = commands_on(folder / "model", folder)["train"]
     commands = [
-        [*train, "--steps=2", "--save-every=1", "--resume", "--resume-step=1"],
+        [*train, "--steps=2", "--save-every=1", "--resume"],
         ["generate", "--run", path, "--prompt", "in", "--max-new-tokens=1"],
         ["score", "--run", path, "--data", data],
         ["export", "--run", path],

@@ -16,11 +16,11 @@ class LongerTrain(TrainConfig):
     """Trains longer.
 
     Attributes:
-        patience: How long
+        cycles: How long
             to wait.
     """
 
-    patience: int = option(3, section="new", limit=COUNT)
+    cycles: int = option(3, section="new", limit=COUNT)
 
 
 def test_an_option_is_one_line(tmp_path, monkeypatch, capsys):
@@ -29,24 +29,24 @@ def test_an_option_is_one_line(tmp_path, monkeypatch, capsys):
     command = ["train", "--model=m", "--data=d", "--out=o"]
 
     def parse(*arguments):
-        return parser.parse([*command, *arguments])[1].patience
+        return parser.parse([*command, *arguments])[1].cycles
 
-    assert (parse(), parse("--patience=5"), parse("--patience", "6")) == (3, 5, 6)
-    file.write_text("patience: 7")
+    assert (parse(), parse("--cycles=5"), parse("--cycles", "6")) == (3, 5, 6)
+    file.write_text("cycles: 7")
     assert parse("--config", str(file)) == 7
-    assert parse("--config", str(file), "--patience=8") == 8
+    assert parse("--config", str(file), "--cycles=8") == 8
     for value, message in (("0", "positive"), ("x", "an integer")):
         with pytest.raises(SystemExit):
-            parse(f"--patience={value}")
-        assert f"`patience` must be {message}. Got {value}." in capsys.readouterr().err
+            parse(f"--cycles={value}")
+        assert f"`cycles` must be {message}. Got {value}." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse("--help_all")
     words = " ".join(capsys.readouterr().out.split())
-    assert "new: --patience PATIENCE How long to wait. (an integer" in words
-    assert not options_of(LongerTrain)["patience"].may_change
+    assert "new: --cycles CYCLES How long to wait. (an integer" in words
+    assert not options_of(LongerTrain)["cycles"].may_change
     config = LongerTrain.from_settings(PATHS)
-    assert config.to_settings()["patience"] == 3
-    assert config.replace(patience=4).patience == 4
+    assert config.to_settings()["cycles"] == 3
+    assert config.replace(cycles=4).cycles == 4
 
 
 def test_names_and_values_are_those_of_a_file_or_of_python():

@@ -131,17 +131,17 @@ WRONG = [
     ),
     (
         ["train", *BASE, *OUT, "--data=surrogate.jsonl"],
-        "line 2: the text must not have half a",
+        "surrogates not allowed",
     ),
     (
         ["score", *BASE, "--data=surrogate.jsonl"],
-        "line 2: the text must not have half a",
+        "surrogates not allowed",
     ),
     (
         ["generate", *BASE, "--prompts=prompts.jsonl"],
-        "line 2: the text must not have half a",
+        "surrogates not allowed",
     ),
-    (["generate", *BASE, "--prompt", "\udcff"], "the text must not have half a"),
+    (["generate", *BASE, "--prompt", "\udcff"], "surrogates not allowed"),
 ]
 
 
