@@ -143,7 +143,9 @@ def test_a_module_that_computes_otherwise_gets_float_weights(name):
 
 @pytest.mark.parametrize("method", ["__call__", "attend"])
 def test_a_table_whose_rows_are_not_those_that_are_stored(method):
-    wrapped = wrap(nnx.Embed(48, 32, promote_dtype=promote_rolled, rngs=nnx.Rngs(0)))
+    embed = nnx.Embed(48, 32, promote_dtype=promote_rolled, rngs=nnx.Rngs(0))
+    config = ql.QLoRAConfig(targets=(), trainable_rows={"embedding": [0, 3]})
+    wrapped = wrap(embed, config)
     x = np.array([[3, 0, 47]]) if method == "__call__" else normal(1, (2, 32))
     got, want = (getattr(m, method)(x) for m in (wrapped, ql.nnx.merge(wrapped)))
     assert_close(got, want)

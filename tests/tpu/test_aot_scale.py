@@ -92,7 +92,7 @@ def both(mesh, **overrides):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.bfloat16), model.base)
     packing = model.packing_config("nf4", 16, True)
     base = ql.quantize(zeros, packing)
-    adapters = lora_config_for(config.adapter, model, packing)
+    adapters = lora_config_for(config, model, packing)
     _, lora = ql.init(jax.random.key(0), base, adapters)
     base, lora = place(base, lora)
     program = make_program(config, model.engine)

@@ -172,9 +172,8 @@ def open_tokenizer(
 
     Example:
         >>> import tempfile
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "template.jinja"
-        >>> _ = path.write_text("{{ messages[0].content }}")
-        >>> open_tokenizer("folder", template=path).has_template
+        >>> from qlora_jax.llm.models.tiny import save_tiny
+        >>> open_tokenizer(save_tiny(tempfile.mkdtemp())).has_template
         True
     """
     source = None

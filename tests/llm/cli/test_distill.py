@@ -89,9 +89,9 @@ def test_a_run_resumes_with_the_same_teacher(folder, other, data, tmp_path, caps
     shutil.rmtree(tmp_path / "part" / "state" / "6")
     resumed = options | dict(resume=True)
     app.train(settings(*arguments, tmp_path / "part", **OPTIONS, **resumed))
-    files = [pathlib.Path(x.output.out) / ADAPTER for x in (whole, part)]
+    files = [pathlib.Path(x.out) / ADAPTER for x in (whole, part)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert losses(part.output.out) == losses(whole.output.out)
+    assert losses(part.out) == losses(whole.out)
     command = ["train", "--config", tmp_path / "part/config.yaml", "--resume"]
     status, _, err = run(capsys, *command, "--temperature", 3)
     assert status == 1 and "temperature was 1, is 3" in err
@@ -106,7 +106,7 @@ def test_a_mesh_splits_the_teacher(folder, other, data, tmp_path):
     options |= dict(mesh="fsdp=4,tensor=2")
     split = settings(folder, data, tmp_path / "mesh", **options)
     assert_close(app.train(split).valid_loss, app.train(alone).valid_loss)
-    assert_close(losses(split.output.out), losses(alone.output.out))
+    assert_close(losses(split.out), losses(alone.out))
 
 
 def test_wrong_teachers_are_refused(folder, data, tmp_path, capsys):

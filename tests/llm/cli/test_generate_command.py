@@ -101,7 +101,6 @@ def test_a_prompt_is_a_users_turn(capsys, folder, write):
     expected |= {
         "new_tokens": len(new_tokens),
         "finished": END in new_tokens,
-        "adapter": None,
     }
     assert answer == expected
 

@@ -1,7 +1,5 @@
 """The gated delta rule against its recurrence, and in decoding and packed rows."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,15 +136,3 @@ def test_rows_out_of_order_become_nan(decoder):
     positions = jnp.array([[0, 1, 2], [0, 2, 1]])
     logits = model.apply(variables, positions, positions=positions)
     assert jnp.isnan(logits).any(axis=(1, 2)).tolist() == [False, True]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"layers": (LINEAR,)}, "`layers` must have at least one with attention"),
-        ({"fused": True}, "`fused` must not be True with an `attention_gate`"),
-    ],
-)
-def test_configs_that_the_decoder_does_not_support(changes, message):
-    with pytest.raises(ValueError, match=message):
-        replace(CONFIG, **changes)
