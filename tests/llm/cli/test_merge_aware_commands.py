@@ -106,7 +106,7 @@ def test_each_file_has_the_loss_of_training(folder, tmp_path, capsys, fmt, targe
     data = folder / "valid.jsonl"
     command = ["export", "--run", tmp_path / "run", "--data", data]
     if target == "q4_0":  # by default a GGUF file, which is not read
-        command += ["--format=compressed-tensors"]
+        command += ["--format=compressed-tensors", "--out", tmp_path / "packed"]
     written = run(capsys, *command)[1]
     assert written["format"] == FORMS[target or fmt]
     assert is_near(written["losses"]["file"], trained)
