@@ -201,7 +201,7 @@ PACKED = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
     [
         ({}, [], "model.safetensors"),  # the weights are read last
         ({}, ["--adapter=nowhere"], "must be a path or a hub id"),
-        ({}, ["--adapter=."], "`adapter` must be a folder with adapter_config.json"),
+        ({}, ["--adapter", "MODEL"], "`adapter` must be a folder with adapter_config"),
         ({}, ["--fmt=nf4", "--block-size=17"], "`block_size`"),
         ({"chat_template": None}, ["--chat=true"], "`chat` must be false: the model"),
         ({"chat_template": None}, ["--system=s"], "`system` must be left out: the mo"),
@@ -216,7 +216,8 @@ PACKED = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
 def test_settings_that_do_not_fit_the_model_are_refused(
     capsys, without_weights, adapter, changes, flags, message
 ):
-    flags = [adapter[0] if flag == "OTHER" else flag for flag in flags]
+    folders = {"OTHER": adapter[0], "MODEL": without_weights}
+    flags = [folders.get(flag, flag) for flag in flags]
     is_template_change = "chat_template" in changes
     file = "tokenizer_config.json" if is_template_change else "config.json"
     edit(without_weights / file, **changes)
