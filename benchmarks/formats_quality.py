@@ -37,7 +37,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import qlora_jax as ql
-from qlora_jax.llm.models.checkpoint import load, load_tokenizer
+from qlora_jax.llm.data import open_tokenizer
+from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.jax_engine import LAYERS
 
@@ -203,7 +204,7 @@ class LanguageModel:
 
     def __init__(self, path: pathlib.Path, text: str, num_batches: int | None = None):
         config, self.params = load(path, progress=False)
-        self._tokenizer = load_tokenizer(path)
+        self._tokenizer = open_tokenizer(path).inner
         ids = self._tokenizer.encode(text).ids
         if num_batches is None:
             count = (len(ids) - 1) // (LENGTH * ROWS)

@@ -34,10 +34,11 @@ from tokenizers import AddedToken, decoders, normalizers, processors
 from tolerances import assert_close
 
 import qlora_jax as ql
+from qlora_jax.llm.data import open_tokenizer
 from qlora_jax.llm.gguf.pre_tokenizers import PRE_TOKENIZERS
 from qlora_jax.llm.gguf.save import save_gguf
 from qlora_jax.llm.models import tiny
-from qlora_jax.llm.models.checkpoint import load, load_tokenizer
+from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder_names import decoder_names
 
 SIZES = SIZES | {"vocab_size": 272, "max_position_embeddings": 1024}
@@ -315,7 +316,7 @@ def test_sentencepiece_is_that_of_llama_cpp(tmp_path, kind):
     _, params = load(folder, progress=False)
     path = tmp_path / "model.gguf"
     save_gguf(path, folder, params, progress=False)
-    ours = load_tokenizer(folder)
+    ours = open_tokenizer(folder).inner
     lines = pathlib.Path("README.md").read_text("utf-8").splitlines()
     texts = [*filter(str.strip, lines), " two  spaces\tand   three", "\n\n x", "é漢 🙂"]
     body = {"add_special": True, "parse_special": True}

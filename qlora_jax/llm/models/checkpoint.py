@@ -3,7 +3,7 @@
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,6 @@ from .config import DecoderConfig
 from .decoder import Decoder
 from .decoder_names import decoder_names
 from .folder import ModelFolder
-from .tokenizer import open_folder_tokenizer
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 
 def load(
@@ -85,22 +81,6 @@ def read_config(path: str | pathlib.Path) -> DecoderConfig:
         64
     """
     return ModelFolder(pathlib.Path(path)).config
-
-
-def load_tokenizer(path: str | pathlib.Path) -> "Tokenizer":
-    """Returns the `tokenizers.Tokenizer` of a checkpoint.
-
-    Args:
-        path: A folder with `tokenizer.json`, which transformers opens.
-
-    Example:
-        >>> import tempfile
-        >>> from qlora_jax.llm.models.tiny import save_tiny
-        >>> tokenizer = load_tokenizer(save_tiny(tempfile.mkdtemp()))
-        >>> len(tokenizer.encode("four").ids)
-        4
-    """
-    return open_folder_tokenizer(pathlib.Path(path)).backend_tokenizer
 
 
 def abstract_params(config: DecoderConfig) -> dict[str, Any]:

@@ -33,10 +33,10 @@ from qlora_jax.llm.app.open_model import OpenModel
 from qlora_jax.llm.app.training.run import make_run
 from qlora_jax.llm.cli.main import main
 from qlora_jax.llm.cli.parser import COMMANDS
+from qlora_jax.llm.data import open_tokenizer
 from qlora_jax.llm.models.checkpoint import (
     abstract_params,
     load,
-    load_tokenizer,
     read_config,
 )
 from qlora_jax.llm.models.decoder_names import decoder_names
@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(folder):
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder).inner
     ids = [{"input_ids": tokenizer.encode(text).ids} for text in TEXTS]
     return write_rows(folder.parent / "rows.jsonl", ids)
 

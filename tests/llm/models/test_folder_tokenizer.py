@@ -8,7 +8,6 @@ import pytest
 from tokenizer_helpers import save_tokenizer
 
 from qlora_jax.llm.data import open_tokenizer
-from qlora_jax.llm.models.checkpoint import load_tokenizer
 
 
 def change_settings(folder, **changes):
@@ -30,7 +29,7 @@ def test_where_llama_puts_a_space(tmp_path, changes, pieces):
     save_tokenizer(tmp_path / "model", sentencepiece=True)
     if changes:
         change_settings(tmp_path / "model", tokenizer_class="LlamaTokenizer", **changes)
-    tokenizer = load_tokenizer(tmp_path / "model")
+    tokenizer = open_tokenizer(tmp_path / "model").inner
     got = tokenizer.encode("a<|im_end|>a").tokens
     got.remove("<|im_end|>")
     assert got == pieces
@@ -65,7 +64,7 @@ def test_a_file_without_a_tokenizer_is_named(tmp_path, text):
     file = tmp_path / "model" / "tokenizer.json"
     file.unlink() if text is None else file.write_text(text)
     with pytest.raises(ValueError, match=f"{tmp_path / 'model'} "):
-        load_tokenizer(tmp_path / "model")
+        _ = open_tokenizer(tmp_path / "model").inner
 
 
 WITHOUT_TORCH = """

@@ -20,13 +20,14 @@ from tokenizers import Tokenizer, processors
 
 import qlora_jax as ql
 from qlora_jax.llm import app
+from qlora_jax.llm.data import open_tokenizer
 from qlora_jax.llm.gguf.names import gguf_names
 from qlora_jax.llm.gguf.pre_tokenizers import PRE_TOKENIZERS
 from qlora_jax.llm.gguf.save import save_gguf
 from qlora_jax.llm.gguf.support import check_gguf_config
 from qlora_jax.llm.gguf.tokenizer import scores_of
 from qlora_jax.llm.models import families
-from qlora_jax.llm.models.checkpoint import load, load_tokenizer, read_config
+from qlora_jax.llm.models.checkpoint import load, read_config
 from qlora_jax.llm.models.config import (
     DecoderConfig,
     Experts,
@@ -248,7 +249,7 @@ def test_the_tokenizer_is_that_of_training(tmp_path, qwen3, copied):
     change_settings(copied, tokenizer_class="GPT2Tokenizer", **tokens)
     path = tmp_path / "model.gguf"
     save_gguf(path, copied, qwen3[1], progress=False)
-    trained = load_tokenizer(copied)
+    trained = open_tokenizer(copied).inner
     fields = gguf.GGUFReader(str(path)).fields
 
     def get_field(key):

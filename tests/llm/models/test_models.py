@@ -17,7 +17,8 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.llm.app.environment import user_cache
-from qlora_jax.llm.models.checkpoint import load, load_tokenizer, read_config
+from qlora_jax.llm.data import open_tokenizer
+from qlora_jax.llm.models.checkpoint import load, read_config
 from qlora_jax.llm.models.config import DecoderConfig
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.generation import generate
@@ -162,7 +163,7 @@ def test_a_folder_from_the_hub_names_its_commit(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_smollm2_tokenizer_equals_transformers(smollm2, smollm2_golden):
-    tokenizer = load_tokenizer(smollm2)
+    tokenizer = open_tokenizer(smollm2).inner
     for case in smollm2_golden["tokenizer"]:
         assert tokenizer.encode(case["text"]).ids == case["ids"]
         decoded = tokenizer.decode(case["ids"], skip_special_tokens=False)
@@ -180,7 +181,7 @@ def test_smollm2_equals_transformers(smollm2, smollm2_golden, free_programs):
     assert np.abs(golden["logits"]).max() > 10
     assert np.abs(np.asarray(logits) - golden["logits"]).max() < 1e-3
 
-    tokenizer = load_tokenizer(smollm2)
+    tokenizer = open_tokenizer(smollm2).inner
     settings = dict(max_new_tokens=32, eos_ids=[tokenizer.token_to_id("<|im_end|>")])
     new = generate(model, variables, tokens.tolist(), **settings)[0]
     expected = smollm2_golden["new_tokens"]
