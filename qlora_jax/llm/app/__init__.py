@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .commands.score import Score, score
     from .commands.train import train
     from .exporting.pairing import Pair
-    from .exporting.repacking import FileLosses, Repacked
+    from .exporting.repacking import Repacked
     from .training.preview import Preview
     from .training.results import TrainResult
 
@@ -30,7 +30,6 @@ __all__ = [
     "Checked",
     "Contents",
     "ExportConfig",
-    "FileLosses",
     "GenerateConfig",
     "Generated",
     "InspectConfig",

@@ -142,9 +142,6 @@ class ExportConfig(Config):
             llama.cpp and ollama: the type of their file, by default Q4_0 if it is
             exact.
         tokenizer: For gguf: whether to include the tokenizer.
-        data: If an adapter is merged: rows on which to compare the loss of the adapter
-            beside its base with that of the file, in any form that score supports.
-            They are read with the settings of the adapter's run, if there is one.
         server: Target server, instead of `--format`. Selects formats that the server
             supports, and prints the command that starts it.
         push_to_hub: Repository on the Hugging Face hub to push the result to, such as
@@ -169,8 +166,7 @@ class ExportConfig(Config):
     dtype: Dtype | None = None
     gguf_type: Literal["F16", "Q8_0", "Q4_0"] | None = None
     tokenizer: bool = True
-    data: str | None = option(None, section="other")
-    server: ServerName | None = option(None, name="for")
+    server: ServerName | None = option(None, name="for", section="other")
     push_to_hub: str | None = None
 
     def __post_init__(self):
@@ -188,7 +184,7 @@ class ExportConfig(Config):
         self._check_formats(set_options, target)
 
     def _check_source(self, set_options: set[str], target: str) -> None:
-        """Checks where the model, the adapter and the data come from."""
+        """Checks where the model and the adapter come from."""
         if self.run is None and (missing := {"model", "out"} - set_options):
             names = " and ".join(f"`{name}`" for name in sorted(missing))
             raise ValueError(f"{names} must be given if `run` is not. Got None.")
@@ -201,19 +197,6 @@ class ExportConfig(Config):
         if needs_adapter and not has_adapter:
             raise ValueError(
                 f"`adapter` or `run` must be given for {target}. Got none."
-            )
-        if self.data is not None and self.server is not None:
-            raise ValueError(
-                "`data` must be left out with `for`. If the adapter is merged, pass "
-                f"the written file to `score` as `model`. Got {self.data!r}."
-            )
-        # The rows of `data` measure how merging changes the loss. Without a `format`, a
-        # merge-aware adapter is merged.
-        may_merge = has_adapter and self.format not in get_args(AdapterFormat)
-        if self.data is not None and not may_merge:
-            raise ValueError(
-                "`data` must be left out unless an adapter is merged into a model. Got "
-                f"{self.data!r} for {target}."
             )
         has_default_out = self.server is None and self.format in (None, "peft")
         if self.out is None and not has_default_out:

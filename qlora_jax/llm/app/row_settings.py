@@ -27,20 +27,18 @@ class RowSettings(NamedTuple):
     date: str | None = None
 
 
-def read_rows_like_run(
-    config: ScoreConfig | ExportConfig, model: OpenModel, path: str, max_length: int
-) -> list[Row]:
+def read_rows_like_run(config: ScoreConfig, model: OpenModel) -> list[Row]:
     """Returns the rows of a file as tokens, with the settings of the adapter's run.
 
     Options of the config, such as `train_on`, replace those settings. A .txt file is
-    split into rows of `max_length` tokens.
+    split into rows of `batch_tokens` tokens.
     """
     tokenizer, settings = open_tokenizer_like_run(config, model)
     return read_rows(
-        path,
+        str(config.data),
         tokenizer,
         vocab_size=model.engine.vocab_size,
-        max_length=max_length,
+        max_length=config.batch_tokens,
         keys=settings.keys or None,
         train_on=settings.train_on,
         chat=settings.chat,

@@ -32,6 +32,10 @@ def run(capsys, *arguments):
     return status, json.loads(out) if out else None, err
 
 
+def score(model, data):
+    return app.score(app.ScoreConfig(str(model), str(data))).loss
+
+
 # With noise, other weights would be rounded to another code.
 without_noise = pytest.mark.without_noise
 
@@ -76,21 +80,20 @@ def test_the_formats_to_train_for_are_those_of_files():
 @without_noise
 def test_the_file_has_the_loss_of_training(folder, aware, capsys):
     data = folder / "valid.jsonl"
-    status, written, err = run(capsys, "export", "--run", aware, "--data", data)
+    status, written, err = run(capsys, "export", "--run", aware)
     assert status == 0 and "merged and packed in nf4 in blocks of 64" in err
     assert written["format"] == "bitsandbytes" and written["cost"] is None
     assert written["out"] == str(aware / "model-4")
     trained = rows_of(aware)[-1]["valid_loss"]
     assert trained < rows_of(aware)[0]["valid_loss"] - 0.1  # it learnt something
-    assert is_near(written["losses"]["file"], trained)
-    assert is_near(written["losses"]["beside"], trained)
+    assert is_near(score(written["out"], data), trained)
     # So has the adapter in the folder of its run, and a float model of these values.
     source = ["--model", folder / "base", "--adapter", aware / "adapter"]
     scored = run(capsys, "score", *source, "--data", data)[1]
     assert is_near(scored["loss"], trained)
-    merged = ["--format=merged", "--out", aware / "merged", "--data", data]
-    losses = run(capsys, "export", *source, *merged)[1]["losses"]
-    assert is_near(losses["file"], trained)
+    merged = ["--format=merged", "--out", aware / "merged"]
+    assert run(capsys, "export", *source, *merged)[0] == 0
+    assert is_near(score(aware / "merged", data), trained)
 
 
 @without_noise
@@ -103,13 +106,12 @@ def test_the_file_has_the_loss_of_training(folder, aware, capsys):
 def test_each_file_has_the_loss_of_training(folder, tmp_path, capsys, fmt, target):
     options = dict(fmt=fmt, merge_aware=target or True)
     trained = train(folder, tmp_path / "run", **options).valid_loss
-    data = folder / "valid.jsonl"
-    command = ["export", "--run", tmp_path / "run", "--data", data]
+    command = ["export", "--run", tmp_path / "run"]
     if target == "q4_0":  # by default a GGUF file, which is not read
         command += ["--format=compressed-tensors", "--out", tmp_path / "packed"]
     written = run(capsys, *command)[1]
     assert written["format"] == FORMS[target or fmt]
-    assert is_near(written["losses"]["file"], trained)
+    assert is_near(score(written["out"], folder / "valid.jsonl"), trained)
 
 
 def test_other_programs_cannot_take_it_for_a_lora(aware, capsys):
@@ -202,11 +204,10 @@ def test_an_ordinary_adapter_starts_a_merge_aware_one(folder, plain, capsys):
     train(folder, folder / "started", merge_aware="nf4", steps=2, **start)
     data, out = folder / "valid.jsonl", folder / "packed"
     command = ["export", "--run", plain, "--format=bitsandbytes", "--out", out]
-    losses = run(capsys, *command, "--data", data)[1]["losses"]
+    assert run(capsys, *command)[0] == 0
     before = rows_of(folder / "started")[0]["valid_loss"]
-    assert is_near(before, losses["file"])
-    assert is_near(losses["beside"], rows_of(plain)[-1]["valid_loss"])
-    assert not is_near(losses["file"], losses["beside"])
+    assert is_near(before, score(out, data))
+    assert not is_near(before, rows_of(plain)[-1]["valid_loss"])
     # The scaling is that of the adapter.
     assert "lora_alpha: 8.0\n" in (folder / "started" / "config.yaml").read_text()
 

@@ -2,11 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
-
-from jaxtyping import PyTree
 
 import qlora_jax as ql
 
@@ -14,25 +11,23 @@ from ...data.chat_tokenizer import open_tokenizer
 from ..as_trained import (
     LoadOptions,
     open_model_for,
-    read_as_trained,
     run_config_of,
     training_load_options,
 )
 from ..configs import PACKING_OPTIONS, AdapterFormat, ExportConfig
 from ..exporting.formats import WRITERS, Writer
 from ..exporting.pairing import AS_IS, MERGED, Pair, open_pair
-from ..exporting.repacking import FileLosses, Repacked
+from ..exporting.repacking import Repacked
 from ..merge_aware import (
     complete_export,
     note_packing,
     target_packing_of,
 )
-from ..open_model import OpenModel, open_model
+from ..open_model import OpenModel
 from ..processes import log
 from ..pushing import check_base, push
-from ..row_settings import find_system_message, read_rows_like_run
+from ..row_settings import find_system_message
 from ..servers import FMTS_BY_FORMAT, SERVERS
-from .score import BATCH_TOKENS, Score, make_scorer
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,6 @@ class Written:
         format: Its format.
         bytes: Its size in bytes.
         cost: What packing changed, if an adapter was merged into 4 bits afterwards.
-        losses: The losses of the adapter and of the file, if there are data.
         pair: For a server: what was written, and whether it is exact.
         start: For a server: the command that starts it in `out`, and in the next line a
             request, if it has an API.
@@ -59,7 +53,6 @@ class Written:
     format: str
     bytes: int
     cost: Repacked | None = None
-    losses: FileLosses | None = None
     pair: Pair | None = None
     start: str | None = None
 
@@ -67,7 +60,7 @@ class Written:
         written = f"{self.out}: {self.format}, {self.bytes:,} bytes"
         if self.pair is not None:
             written = f"{written}; {self.pair}"
-        lines = [written, *(str(x) for x in (self.cost, self.losses) if x)]
+        lines = [written] + [str(self.cost)] * (self.cost is not None)
         if self.start is not None:
             lines.append(f"To start the server in {self.out}:\n\n{self.start}")
         return "\n".join(lines)
@@ -81,8 +74,7 @@ def export(config: ExportConfig) -> Written:
     at a time. With a 4-bit format, the adapter is added to the weights in the model's
     files instead, and the sum is packed. The base, the sum and the packed sum are then
     all in memory. A merge-aware adapter is always added to the weights that training
-    used, and the sum is packed as in training. With `data`, the written file is read
-    again, and its loss is compared with that of the adapter.
+    used, and the sum is packed as in training.
 
     Args:
         config: The model, the adapter and the format.
@@ -129,7 +121,8 @@ def _export(config: ExportConfig) -> Written:
     config = complete_export(config, model.lora, model.step)
     export_format, path = str(config.format), pathlib.Path(str(config.out))
     model.check_for_torch("format", export_format, ("peft", "peft-portable", "merged"))
-    _check_out(config, path)
+    if export_format.startswith("gguf") and path.exists():
+        raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     if export_format in get_args(AdapterFormat):
         WRITERS[export_format](Writer(config, model, {}, path))
         return Written(str(config.out), export_format, _count_bytes(path))
@@ -152,29 +145,8 @@ def _export(config: ExportConfig) -> Written:
         _note_other_base(training_options, model.name)
     elif export_format == "merged" and has_adapter and not is_merge_aware:
         _note_rounding(training_options, model.stored_fmt)
-    scorer = None
-    if config.data is not None:
-        rows = read_rows_like_run(config, model, config.data, BATCH_TOKENS)
-        scorer = make_scorer(model, rows)
-    # The model is read and scored before the file is written, and the file afterwards,
-    # so that only one of them is in memory.
-    loss = None if scorer is None else _score_model(scorer, model, training_options)
-    writer = Writer(config, model, merge_options, path)
-    cost, losses = WRITERS[export_format](writer), None
-    if scorer is not None and loss is not None:
-        written = open_model(str(path), engine=model.engine.name)
-        losses = FileLosses(loss, _score_model(scorer, written, {}))
-    return Written(str(config.out), export_format, _count_bytes(path), cost, losses)
-
-
-def _check_out(config: ExportConfig, path: pathlib.Path) -> None:
-    if str(config.format).startswith("gguf") and path.exists():
-        raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
-    if config.format == "gguf" and config.data is not None:
-        raise ValueError(
-            "`data` must be left out for gguf, which only llama.cpp reads: measure the "
-            f"loss with its llama-perplexity. Got {config.data!r}."
-        )
+    cost = WRITERS[export_format](Writer(config, model, merge_options, path))
+    return Written(str(config.out), export_format, _count_bytes(path), cost)
 
 
 def _note_other_base(training_options: LoadOptions, name: str) -> None:
@@ -201,14 +173,6 @@ def _note_rounding(training_options: LoadOptions, stored_fmt: str | None) -> Non
         "again, as a second training does, rounds most weights back to their old "
         f"values. To keep the adapter, {remedy}"
     )
-
-
-def _score_model(
-    scorer: Callable[[PyTree, PyTree], Score], model: OpenModel, options: LoadOptions
-) -> float:
-    """Returns the loss of a model, which is in memory only during this call."""
-    model = read_as_trained(model, options, "float32")
-    return scorer(model.base, model.lora).loss
 
 
 def _count_bytes(path: pathlib.Path) -> int:

@@ -1,7 +1,7 @@
 """`qlora-jax score`: the mean loss of a model on data."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,7 @@ from ...train.outputs import plural
 from ..as_trained import open_model_for, read_as_trained, training_load_options
 from ..configs import ScoreConfig
 from ..merge_aware import note_packing
-from ..open_model import OpenModel
 from ..row_settings import read_rows_like_run
-
-BATCH_TOKENS = 1024  # the default size of a batch
 
 
 @dataclass(frozen=True)
@@ -72,47 +69,37 @@ def score(config: ScoreConfig) -> Score:
     load_options = training_load_options(config, model)
     note_packing(model.lora)
     # The rows are read before the weights, so that their errors are reported early.
-    rows = read_rows_like_run(config, model, str(config.data), config.batch_tokens)
-    scorer = make_scorer(model, rows, config.batch_tokens, config.dtype)
-    model = read_as_trained(model, load_options, config.dtype)
-    return scorer(model.base, model.lora)
-
-
-def make_scorer(
-    model: OpenModel,
-    rows: Sequence[Row],
-    batch_tokens: int = BATCH_TOKENS,
-    dtype: str = "float32",
-) -> Callable[[PyTree, PyTree], Score]:
-    """Returns a function that scores a base and a lora tree on rows of tokens."""
+    rows = read_rows_like_run(config, model)
     num_targets = sum(row.num_trained for row in rows)
     if not num_targets:
         raise ValueError("the rows must have at least one target token. Got none.")
-    wrapped = model.engine.make_model(dtype=jnp.dtype(dtype))
-    # Rows of up to `batch_tokens` tokens share batches; a longer row is a batch alone.
+    model = read_as_trained(model, load_options, config.dtype)
+    wrapped = model.engine.make_model(dtype=jnp.dtype(config.dtype))
+    # The chunked loss saves memory, but does not support an adapter of the head.
+    has_adapted_head = model.engine.head_key in model.lora
+    token_loss = _make_logits_loss if has_adapted_head else decoder_loss
+    mean_loss = make_mean_loss(token_loss(wrapped))
+    batches = _make_batches(rows, config.batch_tokens, model.engine.can_pack_rows)
+    bar = tqdm(batches, "scoring", unit=" batches", disable=None)
+    loss = mean_loss(model.base, model.lora, bar)
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss must be finite. Got {loss}.")
+    return Score(loss, num_targets, len(rows))
+
+
+def _make_batches(rows: list[Row], batch_tokens: int, packing: bool) -> list[Batch]:
+    """Returns batches of up to `batch_tokens` tokens; a longer row is a batch alone."""
     short = [row for row in rows if len(row.ids) <= batch_tokens]
     long = [row for row in rows if len(row.ids) > batch_tokens]
     batches = []
-    for group, packing in ((short, model.engine.can_pack_rows), (long, False)):
+    for group, packs in ((short, packing), (long, False)):
         if group:
             # All batches of a group have one width, so that one program is compiled.
             width = max([batch_tokens, *(len(row.ids) for row in group)])
             batches += eval_batches(
-                group, batch_size=1, max_length=width, packing=packing
+                group, batch_size=1, max_length=width, packing=packs
             )
-    chunked_loss = make_mean_loss(decoder_loss(wrapped))
-    logits_loss = make_mean_loss(_make_logits_loss(wrapped))
-
-    def score_trees(base: PyTree, lora: PyTree) -> Score:
-        bar = tqdm(batches, "scoring", unit=" batches", disable=None)
-        # The chunked loss saves memory, but does not support an adapter of the head.
-        has_adapted_head = model.engine.head_key in lora
-        loss = (logits_loss if has_adapted_head else chunked_loss)(base, lora, bar)
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss must be finite. Got {loss}.")
-        return Score(loss, num_targets, len(rows))
-
-    return score_trees
+    return batches
 
 
 def _make_logits_loss(model: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:

@@ -24,8 +24,6 @@ class Repacked:
 
     Attributes:
         error: The error of all packed kernels together.
-        worst_error: The largest error of a single kernel.
-        worst_kernel: The path of that kernel.
         change: How much the adapter changed all these kernels together.
         kept: The share of the adapter's change that survives packing: the total change,
             from the base to the packed kernels, projected onto the adapter's change, as
@@ -34,21 +32,18 @@ class Repacked:
 
     Example:
         >>> from qlora_jax.llm import app
-        >>> print(app.Repacked(0.0936, 0.0984, "up/kernel", change=0.0128, kept=0.99))
-        packing changed the merged weights by 9.36% (up/kernel by 9.84%)
+        >>> print(app.Repacked(0.0936, change=0.0128, kept=0.99))
+        packing changed the merged weights by 9.36%
         the adapter had changed them by 1.28%, of which 99% is left
     """
 
     error: float
-    worst_error: float
-    worst_kernel: str
     change: float
     kept: float
 
     def __str__(self):
         return (
-            f"packing changed the merged weights by {self.error:.2%} "
-            f"({self.worst_kernel} by {self.worst_error:.2%})\n"
+            f"packing changed the merged weights by {self.error:.2%}\n"
             f"the adapter had changed them by {self.change:.2%}, of which "
             f"{_describe_share(self.kept)} is left"
         )
@@ -56,31 +51,6 @@ class Repacked:
 
 def _describe_share(share: float) -> str:
     return "none" if share <= 0 else f"{share:.0%}"
-
-
-@dataclass(frozen=True)
-class FileLosses:
-    """What a file with a merged adapter costs, in nats per target token.
-
-    Attributes:
-        beside: The loss of the adapter beside the base that it was trained on. For a
-            merge-aware adapter, that of the weights that it was trained as.
-        file: The loss of the file, which was read again.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> print(app.FileLosses(beside=0.7512, file=0.979))
-        loss with the adapter 0.751200, of the file 0.979000: +0.227800
-    """
-
-    beside: float
-    file: float
-
-    def __str__(self):
-        return (
-            f"loss with the adapter {self.beside:.6f}, of the file {self.file:.6f}: "
-            f"{self.file - self.beside:+.6f}"
-        )
 
 
 def repack(model: OpenModel, packing: ql.QLoRAConfig) -> tuple[PyTree, Repacked]:
@@ -107,12 +77,9 @@ def _compare(
     sums = [_sum_products(base[p], merged[p], packed[p]) for p in paths]
     sums = np.asarray(jax.device_get(sums), np.float64)  # [kernels, 4]
     error, change, norm, product = sums.sum(0)
-    errors = np.sqrt(sums[:, 0] / np.maximum(sums[:, 2], 1e-30))
-    worst, norm = int(np.argmax(errors)), max(norm, 1e-30)  # no division by 0
+    norm = max(norm, 1e-30)  # no division by 0
     return Repacked(
         error=float(np.sqrt(error / norm)),
-        worst_error=float(errors[worst]),
-        worst_kernel=paths[worst],
         change=float(np.sqrt(change / norm)),
         # The adapter changes the base by C, and packing adds the error E. Projecting
         # C + E onto C gives C times <C + E, C> / <C, C>, which is 1 + <E, C> / <C, C>.
