@@ -6,7 +6,6 @@ Points where PyTorch itself has NaN are not compared.
 """
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchax
 from tolerances import assert_close
-from torchax.decompositions import DECOMPOSITIONS
-from torchax.ops.ops_registry import all_aten_ops
 
 import qlora_jax as ql
 
@@ -27,66 +23,20 @@ SIZES += [89, 100, 200, 1e3, 1e4, 1e6, 1e10, 1e20, 1e30, math.inf]
 UNARY = np.array(SIZES + [-x for x in SIZES if x], np.float32)
 FEW = [0.0, 1e-20, 0.5, 1, 2, 3, 20, 89, 200, 1e6, 1e20]
 BINARY = np.array(FEW + [-x for x in FEW if x], np.float32)
-POSITIVE = np.array(SIZES, np.float32)
-PROBABILITIES = np.array([0, 1e-30, 1e-12, 0.1, 0.5, 0.9, 1 - 1e-6, 1], np.float32)
-# The inputs of operators that are defined for a part of all numbers, or whose values
-# PyTorch and XLA compute differently far from zero.
-DOMAINS = {
-    # At negative integers, PyTorch has finite numbers instead of poles.
-    **dict.fromkeys(["digamma", "lgamma", "mvlgamma", "polygamma"], POSITIVE),
-    # At -1e6, PyTorch's derivative is 0.
-    "special_log_ndtr": UNARY[UNARY > -1e5],
-    # The periods of these numbers are below the resolution of float32.
-    **dict.fromkeys(["sin", "cos", "tan", "sinc"], UNARY[np.abs(UNARY) <= 1e4]),
-    # XLA's remainder of a quotient above 2^24 is not exact.
-    **dict.fromkeys(
-        ["fmod", "remainder"], BINARY[(np.abs(BINARY) >= 0.5) & (np.abs(BINARY) < 1e6)]
-    ),
-}
 # Arguments after the tensors. An operator has a test for each of its tuples.
 ARGUMENTS: dict[str, list[tuple]] = {
-    "celu": [(), (2.0,)],
     "clamp": [(-1.0, 1.0), (None, 1.0), (1.0, None), (2.0, 1.0)],
     "clamp_max": [(1.0,)],
     "clamp_min": [(1.0,)],
-    "elu": [(), (2.0,), (1.5, 1.1, 0.5)],
-    "hardtanh": [(), (0.0, 6.0)],
-    "leaky_relu": [(), (-0.2,)],
-    "logit": [(), (0.1,)],
-    "mvlgamma": [(2,)],
-    "nan_to_num": [(), (1.0, 2.0, 3.0)],
-    "pow": [(p,) for p in (0, 1, 2, 3, -1, -2, 0.5, 1.5, -0.5, 0.0, 2.0)],
+    "elu": [(), (1.5, 1.1, 0.5)],
+    "pow": [(p,) for p in (0, 1, 2, 3, -1, 0.5, -0.5)],
     "softplus": [(), (2.0, 5.0)],
-    "threshold": [(1.0, -2.0), (0.0, 0.0)],
 }
 UNARY_NAMES = (
-    "abs acos acosh asin asinh atan atanh ceil celu clamp clamp_max clamp_min cos cosh "
-    "deg2rad digamma elu erf erfc erfinv exp exp2 expm1 floor frac gelu hardshrink "
-    "hardsigmoid hardswish hardtanh i0 leaky_relu lgamma log log10 log1p log2 logit "
-    "mish mvlgamma nan_to_num neg positive pow rad2deg reciprocal relu round rsqrt "
-    "sigmoid silu sin sinc sinh softplus softshrink special_entr special_erfcx "
-    "special_i0e special_i1 special_i1e special_log_ndtr special_ndtri sqrt tan tanh "
-    "threshold trunc"
+    "abs clamp clamp_max clamp_min elu exp gelu log pow reciprocal relu rsqrt sigmoid "
+    "silu softplus sqrt tanh"
 ).split()
-BINARY_NAMES = (
-    "add atan2 clamp clamp_max clamp_min copysign div fmax fmin fmod hypot logaddexp "
-    "logaddexp2 maximum minimum mul pow remainder special_xlog1py sub true_divide xlogy"
-).split()
-# Operators by element that have a test of their own below, or no derivative in PyTorch,
-# or integers as inputs.
-OTHER_NAMES = (
-    "_conj_physical addcdiv addcmul angle bitwise_and bitwise_left_shift bitwise_not "
-    "bitwise_or bitwise_right_shift bitwise_xor clone conj_physical eq equal "
-    "floor_divide frexp gcd ge glu gt heaviside igamma igammac isfinite isinf isnan "
-    "isneginf isposinf lcm le lerp "
-    "logical_and logical_not logical_or logical_xor lt masked_fill max min "
-    "native_dropout ne nextafter polygamma rsub sgn sign signbit where special_zeta "
-    "special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1 "
-    "special_chebyshev_polynomial_t special_chebyshev_polynomial_u "
-    "special_hermite_polynomial_h special_hermite_polynomial_he "
-    "special_laguerre_polynomial_l special_modified_bessel_i0 "
-    "special_modified_bessel_i1 special_modified_bessel_k0 special_modified_bessel_k1"
-).split()
+BINARY_NAMES = "clamp clamp_max clamp_min div logaddexp mul pow true_divide".split()
 
 
 class Module(torch.nn.Module):
@@ -118,7 +68,7 @@ def results_in_jax(function, arrays):
     return [np.asarray(x) for x in compute(*map(jnp.array, arrays))]
 
 
-# Functions such as `lgamma` are computed by other formulas, which round more often.
+# Functions are computed by other formulas, which may round more often.
 ROUNDING = 840 * np.finfo(np.float32).eps
 
 
@@ -144,84 +94,29 @@ def pairs(values):
     return [x.ravel() for x in np.meshgrid(values, values)]
 
 
-def test_the_tables_have_all_operators_that_torchax_computes_by_element():
-    torchax.default_env()  # fills the tables of torchax
-    names = set()
-    for op in (*all_aten_ops, *DECOMPOSITIONS):
-        overloads = [op] if hasattr(op, "tags") else []
-        if hasattr(op, "overloads"):
-            overloads = [getattr(op, name) for name in op.overloads()]
-        if any(torch.Tag.pointwise in overload.tags for overload in overloads):
-            names.add(overloads[0].overloadpacket.__name__)
-    is_special = re.compile(r".*(_|_backward)$")  # also `__and__`
-    names = {name for name in names if not is_special.match(name)}
-    assert names <= {*UNARY_NAMES, *BINARY_NAMES, *OTHER_NAMES}
-
-
 @pytest.mark.parametrize("name", UNARY_NAMES)
 def test_operators_of_one_tensor(name):
     for arguments in ARGUMENTS.get(name, [()]):
         op = getattr(aten, name)
-        inputs = DOMAINS.get(name, UNARY)
-        assert_equal_to_pytorch(lambda x, op=op, args=arguments: op(x, *args), inputs)
+        assert_equal_to_pytorch(lambda x, op=op, args=arguments: op(x, *args), UNARY)
 
 
 @pytest.mark.parametrize("name", BINARY_NAMES)
 def test_operators_of_two_tensors(name):
-    assert_equal_to_pytorch(getattr(aten, name), *pairs(DOMAINS.get(name, BINARY)))
+    assert_equal_to_pytorch(getattr(aten, name), *pairs(BINARY))
 
 
 # Functions that call several operators, or take other arguments.
 FUNCTIONS = {
-    "addcdiv": (lambda x, y: torch.addcdiv(x, x, y), 2),
-    "addcmul": (lambda x, y: torch.addcmul(x, y, y), 2),
-    "angle": (torch.angle, 1),
-    "celu_": (lambda x: F.celu(x * 1, inplace=True), 1),
     "clamp tensors": (lambda x, y: torch.clamp(x, y, y + 1), 2),
     "clamp tensors in the wrong order": (lambda x, y: torch.clamp(x, y, y - 1), 2),
     "clamp_": (lambda x: (x * 1).clamp_(-1, 1), 1),
     "elu_": (lambda x: F.elu(x * 1, inplace=True), 1),
-    "gelu tanh": (lambda x: F.gelu(x, approximate="tanh"), 1),
-    "glu": (lambda x: F.glu(torch.stack([x, x.flip(0)]), 0), 1),
-    "hardsigmoid_": (lambda x: F.hardsigmoid(x * 1, inplace=True), 1),
-    "hardswish_": (lambda x: F.hardswish(x * 1, inplace=True), 1),
-    "hardtanh_": (lambda x: F.hardtanh(x * 1, inplace=True), 1),
-    "hinge_embedding_loss": (
-        lambda x: F.hinge_embedding_loss(x, -torch.ones_like(x), reduction="none"),
-        1,
-    ),
-    "huber_loss": (lambda x, y: F.huber_loss(x, y, reduction="none"), 2),
-    "kl_div": (lambda x, y: F.kl_div(x, y, reduction="none"), 2),
-    "l1_loss": (lambda x, y: F.l1_loss(x, y, reduction="none"), 2),
-    "leaky_relu_": (lambda x: F.leaky_relu(x * 1, inplace=True), 1),
-    "lerp": (lambda x, y: torch.lerp(x, y, 0.3), 2),
     "logsigmoid": (F.logsigmoid, 1),
-    "masked_fill": (lambda x: x.masked_fill(x > 0, 2.0), 1),
-    "margin_ranking_loss": (
-        lambda x, y: F.margin_ranking_loss(x, y, torch.ones_like(x), reduction="none"),
-        2,
-    ),
-    "mish_": (lambda x: F.mish(x * 1, inplace=True), 1),
-    "mse_loss": (lambda x, y: F.mse_loss(x, y, reduction="none"), 2),
     "number / tensor": (lambda x: 2 / x, 1),
     "number ** tensor": (lambda x: 2**x + 0.0**x, 1),
-    "poisson_nll_loss": (lambda x, y: F.poisson_nll_loss(x, y, reduction="none"), 2),
-    "prelu": (lambda x: F.prelu(x, x.new_full((1,), 0.25)), 1),
-    "relu6": (F.relu6, 1),
-    "relu6_": (lambda x: F.relu6(x * 1, inplace=True), 1),
-    "selu": (F.selu, 1),
-    "selu_": (lambda x: F.selu(x * 1, inplace=True), 1),
-    "silu_": (lambda x: F.silu(x * 1, inplace=True), 1),
-    "smooth_l1_loss": (lambda x, y: F.smooth_l1_loss(x, y, reduction="none"), 2),
-    "softsign": (F.softsign, 1),
-    "square": (torch.square, 1),
-    "tanhshrink": (F.tanhshrink, 1),
     "tensor / 0": (lambda x: x / 0.0, 1),
     "where": (lambda x, y: torch.where(x > y, x, y), 2),
-    "with_logits": (
-        lambda x, y: F.binary_cross_entropy_with_logits(x, y, reduction="none"),
-        2,
-    ),
 }
 
 
@@ -232,43 +127,22 @@ def test_functions_that_call_operators(name):
     assert_equal_to_pytorch(function, *inputs)
 
 
-@pytest.mark.parametrize("n", [0, 1, 2])
-def test_polygamma(n):
-    assert_equal_to_pytorch(lambda x: torch.polygamma(n, x), POSITIVE)
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_binary_cross_entropy(reduction):
-    def loss(x, y):
-        return F.binary_cross_entropy(x, y, reduction=reduction)
-
-    assert_equal_to_pytorch(loss, *pairs(PROBABILITIES))
-
-
 # Rows with zeros, with equal numbers, and with both signs.
 ROWS = np.array(
     [[0, 0, 0, 0], [2, 2, 2, 2], [1, 0, 2, 0], [0, 0, 1, 2], [-3, 3, -3, 3]], np.float32
 )
 REDUCTIONS = {
     "cosine_similarity": lambda x: F.cosine_similarity(x, x.flip(1)),
-    "cumprod": lambda x: x.cumprod(1),
-    "dist": lambda x: torch.dist(x, x.flip(0)),
     "logsumexp": lambda x: x.logsumexp(1),
     "max": lambda x: x.max(1).values,
     "min": lambda x: x.min(1, keepdim=True).values,
-    "amax": lambda x: x.amax(1),
-    "prod": lambda x: x.prod(1),
     "std": lambda x: x.std(1),
     "std of all": lambda x: x[:2].std(),
-    "std_mean": lambda x: sum(torch.std_mean(x, 1, correction=0)),
     **{
         f"norm {p}": lambda x, p=p: torch.linalg.vector_norm(x, p, dim=1)
-        for p in (0, 0.5, 1, 1.5, 2, 3, math.inf, -math.inf)
+        for p in (0, 1, 1.5, 2, math.inf)
     },
-    **{
-        f"normalize {p}": lambda x, p=p: F.normalize(x, p)
-        for p in (1, 1.5, 2, 3, math.inf)
-    },
+    "normalize": F.normalize,
     "norm of all": lambda x: x[:1].norm() + x.norm(),
 }
 
