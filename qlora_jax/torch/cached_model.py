@@ -321,6 +321,8 @@ def _fill(static_cache: Any, cache: Cache, start: torch.Tensor) -> None:
             # Each layer needs a tensor of its own, because it adds to it in place.
             layer.cumulative_length = as_tensor(as_array(start))
             layer.device, layer.is_initialized = start.device, True
+        if entry.convolutions or entry.states:  # transformers 5.25 counts these apart
+            layer.cumulative_length_linear = as_tensor(as_array(start))
         for index, state in enumerate(entry.convolutions):
             if state is not None:
                 layer.conv_states[index] = state
