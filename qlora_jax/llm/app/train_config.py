@@ -46,7 +46,7 @@ class TrainConfig(Config):
     """Fine-tunes a model on data: trains an adapter on a base in 4 bits.
 
     Attributes:
-        model: A Hugging Face folder in float or 4 bits, a hub id or a .gguf file.
+        model: A Hugging Face folder in float or 4 bits, or a hub id.
         data: A file of rows (.jsonl, .json, .csv, .txt or .parquet), a folder with such
             files named train and optionally valid and test, or the id of a data set on
             the hub. Write several with weights, as "a.jsonl=0.7,b.jsonl=0.3" or
