@@ -203,8 +203,8 @@ class Bench:
     def train(self, seed: int, rate: float) -> Any:
         """Returns the trained parameters."""
         task = self.task
-        schedule = train.make_schedule(
-            "cosine", rate, task.steps, warmup=task.steps // 10, end=rate / 20
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, rate, task.steps // 10, task.steps, end_value=rate / 20
         )
         optimizer = train.make_optimizer("adamw", schedule, beta2=0.99)
         start = jax.tree.map(jnp.copy, self.init(seed))  # the state is donated

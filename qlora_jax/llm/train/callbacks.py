@@ -26,14 +26,6 @@ class Best:
         step: The step, or None if there is none yet.
         loss: The validation loss of that step.
         since: The number of evaluations after that step.
-
-    Example:
-        >>> from qlora_jax.llm import train
-        >>> best = train.Best()
-        >>> [best.see(step, loss) for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4))]
-        [True, True, False]
-        >>> best
-        Best(step=2, loss=0.3, since=1)
     """
 
     step: int | None = None
@@ -41,12 +33,7 @@ class Best:
     since: int = 0
 
     def see(self, step: int, loss: float) -> bool:
-        """Returns whether a validation loss is the lowest so far, and records it.
-
-        Args:
-            step: The step.
-            loss: The validation loss of that step.
-        """
+        """Returns whether a validation loss is the lowest so far, and records it."""
         is_lowest = loss < (math.inf if self.loss is None else self.loss)
         self.since += 1
         if is_lowest:
@@ -67,14 +54,6 @@ class Evaluate(Callback):
         patience: The number of evaluations in a row without a lower `valid_loss` after
             which training ends. None never ends it early. Ignored without `best`.
         at_start: Whether to evaluate before the first step.
-
-    Example:
-        >>> from qlora_jax.llm import train
-        >>> evaluate = train.Evaluate(lambda state: {"valid_loss": 2.5}, every=3)
-        >>> training = train.Training(10, iter([]), state=None, step=3)
-        >>> evaluate.on_step(training)
-        >>> training.row
-        {'valid_loss': 2.5}
     """
 
     evaluate: Callable[[State], Mapping[str, float]]
@@ -120,17 +99,6 @@ class CheckFinite(Callback):
             before the error is raised.
         on_nan: What to do if the loss or the gradient is not finite. "stop" ends the
             run with a FloatingPointError. "skip" goes on without the update.
-
-    Example:
-        >>> import tempfile
-        >>> from qlora_jax.llm import train
-        >>> training = train.Training(10, iter([]), state=None, step=7)
-        >>> training.row = {"step": 7, "loss": float("nan"), "grad_norm": 1.0}
-        >>> training.is_finite = False
-        >>> with train.Checkpoints(tempfile.mkdtemp()) as states:
-        ...     train.CheckFinite(states).on_step(training)
-        Traceback (most recent call last):
-        FloatingPointError: step 7 has loss nan and gradient norm 1. No checkpoint ...
     """
 
     states: Checkpoints
@@ -180,30 +148,16 @@ class CheckFinite(Callback):
 
 @dataclass(eq=False)
 class LogRows(Callback):
-    """Passes the metrics of some steps, and of all evaluations, to a logger.
+    """Passes the metrics of each step to a logger."""
 
-    Attributes:
-        log_row: A function of the metrics of a step.
-        every: The number of steps between calls.
-
-    Example:
-        >>> from qlora_jax.llm import train
-        >>> training = train.Training(10, iter([]), state=None, step=2)
-        >>> training.row = {"step": 2, "loss": 1.5}
-        >>> train.LogRows(print, every=2).on_step(training)
-        {'step': 2, 'loss': 1.5}
-    """
-
-    log_row: Callable[[Mapping[str, Any]], object]
-    every: int = 1
+    log_row: Callable[[Mapping[str, Any]], object]  # takes the metrics of a step
 
     def on_start(self, training: Training) -> None:
         if training.evaluation:
             self.log_row(training.row)
 
     def on_step(self, training: Training) -> None:
-        if training.evaluation or training.is_due(self.every):
-            self.log_row(training.row)
+        self.log_row(training.row)
 
 
 # The validation losses that the progress can show, with their labels. It shows the
@@ -212,23 +166,9 @@ _LOSS_LABELS = {"valid_loss": "validation", "valid_sample_loss": "validation sam
 
 
 class ShowProgress(Callback):
-    """Shows a progress bar on terminals, and otherwise prints some lines on stderr.
+    """Shows a progress bar on terminals, and otherwise prints some lines on stderr."""
 
-    Example:
-        >>> from qlora_jax.llm import train
-        >>> with train.ShowProgress() as progress:
-        ...     training = train.Training(10, iter([]), state=None, step=0)
-        ...     progress.on_start(training)
-    """
-
-    def __init__(self, every: int | None = None):
-        """Stores the settings.
-
-        Args:
-            every: The number of steps between printed lines. With None, a tenth of all
-                steps. A line is also printed after each evaluation.
-        """
-        self.every = every
+    def __init__(self):
         self._validation_text = ""  # the latest validation loss
         self._bar: Any = None
 
@@ -261,7 +201,7 @@ class ShowProgress(Callback):
             rewards = ", rewards {} and {}, margin {}".format(*values)
         loss = f"loss {row['loss']:.4f}{rewards}{self._validation_text}"
         status = f"{loss}, {speed}"
-        is_due = training.is_due(self.every or math.ceil(steps / 10))
+        is_due = training.is_due(math.ceil(steps / 10))
         if (is_due or training.evaluation) and bar.disable and not jax.process_index():
             print(f"step {training.step:,} of {steps:,}: {status}", file=sys.stderr)
         bar.set_postfix_str(status)
@@ -289,19 +229,6 @@ class SaveStates(Callback):
             always added.
         best: The step with the lowest validation loss so far. Its state is kept in
             addition to the newest ones.
-
-    Example:
-        >>> import tempfile, jax.numpy as jnp, optax
-        >>> from types import SimpleNamespace
-        >>> from qlora_jax.llm import train
-        >>> state = train.State.create({"w": jnp.ones(3)}, optax.adam(0.1), seed=0)
-        >>> batches = SimpleNamespace(get_state=lambda: {"row": 8})
-        >>> training = train.Training(10, batches, state, step=0)
-        >>> with train.Checkpoints(tempfile.mkdtemp()) as states:
-        ...     train.SaveStates(states, metadata={"seed": 0}).on_step(training)
-        ...     states.wait()
-        ...     states.metadata()
-        {'seed': 0, 'position': {'row': 8}}
     """
 
     states: Checkpoints

@@ -15,6 +15,8 @@ from jaxtyping import PyTree
 from .arrays import check_same_arrays, copy_to_save, leaves_by_name, mesh_of
 from .step import State, unwrap_key, wrap_key
 
+_KEPT = 2  # the number of newest states that are kept
+
 
 class Checkpoints:
     """The newest states of a run, and optionally its best state, in a folder.
@@ -24,35 +26,16 @@ class Checkpoints:
 
     To keep one more state, such as the best one, set the attribute `best` to its step.
     At first, `best` is None.
-
-    Example:
-        >>> import tempfile, jax.numpy as jnp, optax
-        >>> from qlora_jax.llm import train
-        >>> state = train.State.create({"w": jnp.ones(3)}, optax.adam(0.1), seed=0)
-        >>> with train.Checkpoints(tempfile.mkdtemp(), keep=2) as states:
-        ...     states.save(state, {"seed": 0})
-        ...     states.wait()
-        ...     same, about = states.restore(state)
-        ...     states.latest, about, same.lora["w"].tolist()
-        (0, {'seed': 0}, [1.0, 1.0, 1.0])
     """
 
-    def __init__(
-        self, folder: str | pathlib.Path, *, keep: int = 2, read_only: bool = False
-    ):
+    def __init__(self, folder: str | pathlib.Path, *, read_only: bool = False):
         """Opens a folder, and deletes unfinished states of a killed run.
 
-        Args:
-            folder: The folder, which is created if it does not exist.
-            keep: The number of newest states to keep.
-            read_only: Whether to leave the folder as it is. Pass True if a run may be
-                using it.
+        A run may be using a folder that is opened with `read_only`.
         """
         import orbax.checkpoint as ocp
 
-        if keep < 1:
-            raise ValueError(f"`keep` must be positive. Got {keep}.")
-        self._folder, self._keep = pathlib.Path(folder).absolute(), keep
+        self._folder = pathlib.Path(folder).absolute()
         self._read_only = read_only
         self.best: int | None = None
         self._last_saved: int | None = None  # the step that was saved last
@@ -101,24 +84,15 @@ class Checkpoints:
         return max(self.steps, default=None)
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
-        """Returns the JSON object that was saved with a state.
-
-        Args:
-            step: The step of the state. Defaults to the newest.
-        """
+        """Returns the JSON object that was saved with a state."""
         step = self._find(step)
         return self._restore(step, about=self._args.JsonRestore())["about"]
 
     def save(self, state: State, metadata: Mapping[str, Any]) -> None:
-        """Saves a state. It is written in the background.
+        """Saves a state, which may be donated as soon as this returns.
 
-        Args:
-            state: The state. It may be donated as soon as this returns.
-            metadata: A JSON object to save with it.
-
-        Raises:
-            OSError: If this state or the previous one cannot be written. The last whole
-                state stays.
+        It is written in the background. Raises OSError if the previous one could not be
+        written; the last whole state stays.
         """
         leaves = leaves_by_name(unwrap_key(state))
         items = self._args.Composite(
@@ -135,14 +109,7 @@ class Checkpoints:
     ) -> tuple[State, dict[str, Any]]:
         """Returns a saved state and its JSON object.
 
-        Args:
-            like: A state of the same structure, of arrays or shapes. The restored state
-                gets its shardings and memory spaces.
-            step: The step of the state. Defaults to the newest.
-
-        Raises:
-            ValueError: If there is no such state, or if its arrays differ from those of
-                `like`. The message lists them.
+        The state gets the structure, the shardings and the memory spaces of `like`.
         """
         step = self._find(step)
         shapes = _expected_shapes(like)
@@ -161,15 +128,7 @@ class Checkpoints:
         return wrap_key(state), items["about"]
 
     def restore_lora(self, like: PyTree, step: int | None = None) -> PyTree:
-        """Returns only the lora tree of a state, in NumPy arrays.
-
-        Args:
-            like: A lora tree of the same structure, of arrays or shapes.
-            step: The step of the state. Defaults to the newest.
-
-        Raises:
-            ValueError: As `restore`.
-        """
+        """Returns only the lora tree of a state, in NumPy arrays."""
         step = self._find(step)
         expected, saved = leaves_by_name({"lora": like}), self._read_shapes(step)
         saved_lora = {k: x for k, x in saved.items() if k.startswith("lora.")}
@@ -181,30 +140,18 @@ class Checkpoints:
         return jax.tree.structure(like).unflatten([arrays[name] for name in expected])
 
     def remove_after(self, step: int) -> None:
-        """Deletes the states after the step from which a run resumes.
-
-        Args:
-            step: The step.
-        """
+        """Deletes the states after the step from which a run resumes."""
         for later_step in self.steps:
             if later_step > step:
                 self._manager.delete(later_step)
 
     def wait(self) -> None:
-        """Waits until the last state is written.
-
-        Raises:
-            OSError: If it cannot be written.
-        """
+        """Waits until the last state is written. Raises OSError if it cannot be."""
         with self._convert_errors():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits until the last state is written, and ends the threads.
-
-        Raises:
-            OSError: If it cannot be written.
-        """
+        """Waits until the last state is written, and ends the threads."""
         try:
             self.wait()
         finally:
@@ -219,7 +166,7 @@ class Checkpoints:
     def _should_preserve(self, states: Sequence[Any], **_: object) -> list[bool]:
         # Orbax deletes the states for which this returns False.
         steps = [state.step for state in states]
-        return [step in (*steps[-self._keep :], self.best) for step in steps]
+        return [step in (*steps[-_KEPT:], self.best) for step in steps]
 
     def _find(self, step: int | None) -> int:
         """Returns `step`, by default the newest one, if there is a state of it."""

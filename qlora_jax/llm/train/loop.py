@@ -34,12 +34,6 @@ class Training:
         wrong_leaf: The index of the first array of the lora tree whose gradient is not
             finite, or -1.
         is_over: Whether training ends after the latest step. Callbacks may set it.
-
-    Example:
-        >>> from qlora_jax.llm import train
-        >>> training = train.Training(10, iter([]), state=None, step=4)
-        >>> [training.is_due(every) for every in (2, 3, None)]
-        [True, False, False]
     """
 
     steps: int
@@ -53,44 +47,21 @@ class Training:
     is_over: bool = False
 
     def is_due(self, every: int | None) -> bool:
-        """Returns whether the step is the last one, or a multiple of `every`.
-
-        Args:
-            every: The interval in steps. With None, only the last step is due.
-        """
+        """Returns whether the step is the last one, or a multiple of `every`."""
         return self.step == self.steps or bool(every) and self.step % every == 0
 
 
 class Callback:
-    """Reacts to the steps of `fit`. By default, the methods do nothing.
-
-    Example:
-        >>> from qlora_jax.llm import train
-        >>> class StopAtLoss(train.Callback):
-        ...     def on_step(self, training):
-        ...         training.is_over = training.row["loss"] < 0.1
-    """
+    """Reacts to the steps of `fit`. By default, the methods do nothing."""
 
     def on_start(self, training: Training) -> None:
-        """Called before the first step.
-
-        Args:
-            training: The run.
-        """
+        """Called before the first step."""
 
     def on_step(self, training: Training) -> None:
-        """Called after each step.
-
-        Args:
-            training: The run. Setting its `is_over` ends it.
-        """
+        """Called after each step."""
 
     def on_end(self, training: Training) -> None:
-        """Called after the last step, unless an error has ended the run.
-
-        Args:
-            training: The run.
-        """
+        """Called after the last step, unless an error has ended the run."""
 
 
 def fit(
@@ -120,33 +91,6 @@ def fit(
         schedule: A function that maps the number of updates so far to the learning
             rate, which is added to the metrics.
         callbacks: The callbacks.
-
-    Returns:
-        The state after the last step.
-
-    Raises:
-        ValueError: If `accumulation` is not positive, or `batches` ends too early.
-
-    Example:
-        >>> import tempfile, jax.numpy as jnp, numpy as np, optax
-        >>> from qlora_jax.llm import data, train
-        >>> rows = [data.Row(np.ones(3, np.int32), np.ones(3, np.int32), "")]
-        >>> batches = data.batches(
-        ...     rows, batch_size=1, max_length=3, seed=0, packing=False)
-        >>> loss = lambda lora, base, batch, key: (
-        ...     jnp.sum((lora["w"] - batch.targets) ** 2 * batch.weights),
-        ...     jnp.sum(batch.weights))
-        >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.25), seed=0)
-        >>> step, folder = train.make_step(loss, optax.sgd(0.25)), tempfile.mkdtemp()
-        >>> with (train.Checkpoints(f"{folder}/state") as states,
-        ...       train.Metrics(f"{folder}/metrics.jsonl") as metrics):
-        ...     state = train.fit(
-        ...         state, lambda state, batches: step(state, {}, batches), batches,
-        ...         steps=2, callbacks=[metrics, train.SaveStates(states)])
-        >>> float(state.lora["w"])
-        0.75
-        >>> [row["loss"] for row in train.read_metrics(f"{folder}/metrics.jsonl")]
-        [1.0, 0.25]
     """
     if accumulation < 1:
         raise ValueError(f"`accumulation` must be positive. Got {accumulation}.")

@@ -18,31 +18,27 @@ def make_schedule(
     steps: int,
     *,
     warmup: int = 0,
-    end: float = 0.0,
-    decay: float = 0.1,
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates so far.
 
-    It rises linearly from 0 during the warmup. Then "cosine" and "linear" decay, and
-    reach `end` after `steps` updates; "constant" does not change. "wsd" (warmup,
-    stable, decay; Hu et al. 2024, MiniCPM, section 4) stays at the peak, and decays
-    linearly over the last steps.
+    It rises linearly from 0 during the warmup. Then "cosine" and "linear" decay to 0
+    after `steps` updates; "constant" does not change. "wsd" (warmup, stable, decay; Hu
+    et al. 2024, MiniCPM, section 4) stays at the peak, and decays linearly to 0 over
+    the last tenth of the steps.
 
     Args:
         name: The schedule.
         learning_rate: The peak learning rate.
         steps: The number of steps of the run, including the warmup.
         warmup: The number of warmup steps.
-        end: The learning rate after `steps` updates. Unused by "constant".
-        decay: For "wsd": the share of the steps in which the rate decays, in (0, 1].
 
     Raises:
         ValueError: If a setting is out of its range.
 
     Example:
         >>> from qlora_jax.llm import train
-        >>> schedule = train.make_schedule("wsd", 1.0, 20, warmup=2, decay=0.4)
-        >>> [float(schedule(step)) for step in (0, 1, 2, 12, 16, 20)]
+        >>> schedule = train.make_schedule("wsd", 1.0, 20, warmup=2)
+        >>> [float(schedule(step)) for step in (0, 1, 2, 18, 19, 20)]
         [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]
     """
     if name not in get_args(ScheduleName):
@@ -54,12 +50,6 @@ def make_schedule(
             f"`warmup` must be at least 0 and less than the {plural(steps, 'step')}. "
             f"Got {warmup}."
         )
-    if not 0 <= end <= learning_rate:
-        raise ValueError(
-            f"`end` must be at least 0 and at most `learning_rate`. Got {end}."
-        )
-    if not 0 < decay <= 1:
-        raise ValueError(f"`decay` must be in (0, 1]. Got {decay}.")
     # Each schedule starts at the boundary before it, and counts steps from there.
     schedules, boundaries = [], []
     if warmup:
@@ -67,15 +57,14 @@ def make_schedule(
         boundaries.append(warmup)
     num_steps = steps - warmup
     if name == "cosine":
-        alpha = end / learning_rate if end else 0.0  # `learning_rate` may be 0 too
-        schedules.append(optax.cosine_decay_schedule(learning_rate, num_steps, alpha))
+        schedules.append(optax.cosine_decay_schedule(learning_rate, num_steps))
     elif name == "linear":
-        schedules.append(optax.linear_schedule(learning_rate, end, num_steps))
+        schedules.append(optax.linear_schedule(learning_rate, 0.0, num_steps))
     else:
         schedules.append(optax.constant_schedule(learning_rate))
     if name == "wsd":
-        decay_steps = min(num_steps, max(1, round(decay * steps)))
-        schedules.append(optax.linear_schedule(learning_rate, end, decay_steps))
+        decay_steps = min(num_steps, max(1, round(steps / 10)))
+        schedules.append(optax.linear_schedule(learning_rate, 0.0, decay_steps))
         boundaries.append(steps - decay_steps)
     return optax.join_schedules(schedules, boundaries)
 

@@ -23,25 +23,10 @@ class Metrics(Callback):
     """Writes `metrics.jsonl`, one line per step. Lines are never written in part.
 
     It is a callback of `fit`.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> from qlora_jax.llm import train
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
-        >>> with train.Metrics(path) as metrics:
-        ...     metrics.write(step=1, loss=2.5)
-        >>> train.read_metrics(path)
-        [{'step': 1, 'loss': 2.5}]
     """
 
     def __init__(self, path: str | pathlib.Path, *, after: int | None = None):
-        """Opens the file.
-
-        Args:
-            path: The file.
-            after: The step from which a run resumes. The lines of later steps are
-                deleted. With None, for a new run, all lines are deleted.
-        """
+        """Opens the file, and deletes the lines of steps after `after`, or all."""
         self.path = pathlib.Path(path)
         rows = []
         if after is not None and self.path.is_file():
@@ -65,14 +50,7 @@ class Metrics(Callback):
         self.write(**training.row)
 
     def write(self, **row: Any) -> None:
-        """Writes a line.
-
-        Args:
-            **row: The metrics, including `step`.
-
-        Raises:
-            OSError: If the line cannot be written. Earlier lines are kept.
-        """
+        """Writes a line."""
         data, old_size = _to_line(row).encode(), self._file.tell()
         try:
             # If the disk becomes full, `write` stores a part of the line, and raises no
@@ -125,21 +103,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
 def plot_loss(
     rows: list[dict[str, Any]], path: str | pathlib.Path, title: str = ""
 ) -> None:
-    """Plots the loss of each step, its running mean, and the validation losses.
-
-    Args:
-        rows: The metrics, from `read_metrics`.
-        path: The PNG file to write.
-        title: The title.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> from qlora_jax.llm import train
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "loss.png"
-        >>> train.plot_loss([{"step": 1, "loss": 2.5, "valid_loss": 2.0}], path)
-        >>> path.read_bytes()[1:4]
-        b'PNG'
-    """
+    """Plots the loss of each step, its running mean, and the validation losses."""
     # Importing matplotlib takes long, and only plots need it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -191,20 +155,7 @@ def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
 def memory_of(
     base: PyTree, lora: PyTree, opt_state: PyTree, teacher: PyTree | None = None
 ) -> dict[str, int]:
-    """Returns the bytes of each tree, and the peak memory of the device or process.
-
-    Args:
-        base: The base tree.
-        lora: The lora tree.
-        opt_state: The state of the optimizer.
-        teacher: The weights of a teacher, if there is one.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from qlora_jax.llm import train
-        >>> train.memory_of({}, {"w": jnp.ones(4)}, {})["adapter"]
-        16
-    """
+    """Returns the bytes of each tree, and the peak memory of the device or process."""
     trees = {"base": base, "adapter": lora, "optimizer": opt_state}
     if teacher is not None:
         trees["teacher"] = teacher
@@ -239,29 +190,6 @@ def save_adapter(
     It is written in PEFT's format, unless it is merge-aware. PEFT would add such an
     adapter to a base without packing the sum, so it is written as `qlora_jax.io.save`
     does, to `adapter.safetensors`.
-
-    Args:
-        folder: The folder to write.
-        base: The base tree.
-        lora: The lora tree.
-        names: The Hugging Face names of the leaves of `base`.
-        base_model: The hub id or the path of the base model.
-        revision: The commit of the base model on the hub, if it was read from there.
-        card: The text of the card, from `model_card`.
-
-    Raises:
-        ValueError: As `qlora_jax.io.save_peft`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, pathlib, qlora_jax as ql, tempfile
-        >>> from qlora_jax.llm import train
-        >>> params = {"q_proj": {"kernel": jnp.ones((64, 8))}}
-        >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
-        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
-        >>> folder = pathlib.Path(tempfile.mkdtemp()) / "adapter"
-        >>> train.save_adapter(folder, base, lora, names, base_model="org/m", card="#")
-        >>> sorted(file.name for file in folder.iterdir())
-        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     adapters = ql.leaves_by_path(lora).values()
     # The folder appears with all of its files, or not at all.
@@ -286,23 +214,7 @@ def model_card(
     results: Mapping[str, Any],
     is_merge_aware: bool = False,
 ) -> str:
-    """Returns the README.md of an adapter, with the header that the hub reads.
-
-    Args:
-        base_model: The hub id or the path of the base model.
-        title: The title.
-        settings: The settings of the run.
-        data: Facts about the data.
-        results: Losses and other results.
-        is_merge_aware: Whether the adapter is merge-aware, so that PEFT cannot load it.
-
-    Example:
-        >>> from qlora_jax.llm import train
-        >>> card = train.model_card(
-        ...     "org/m", title="m", settings={"rank": 16}, data={}, results={})
-        >>> card.splitlines()[:3]
-        ['---', 'base_model: "org/m"', 'library_name: peft']
-    """
+    """Returns the README.md of an adapter, with the header that the hub reads."""
     library, kind = "peft", "LoRA"
     usage = "It loads with PEFT: `PeftModel.from_pretrained(model, folder)`."
     if is_merge_aware:

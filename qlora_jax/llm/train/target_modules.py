@@ -38,14 +38,6 @@ def find_target_paths(
     Raises:
         ValueError: If a name or the expression selects nothing, the head, or only some
             layers of a stack. The message lists all problems.
-
-    Example:
-        >>> import jax, qlora_jax as ql
-        >>> from qlora_jax.llm import train
-        >>> params = {"up": {"kernel": jax.ShapeDtypeStruct((2, 8, 8), "float32")}}
-        >>> names = ql.io.Names({"up/kernel": "layers.{layer}.up.weight"})
-        >>> train.find_target_paths(["up"], params, names)
-        ('up/kernel',)
     """
     modules = _modules_by_path(params, names)
     if target_modules == ALL_LINEAR:

@@ -26,6 +26,7 @@ from qlora_jax.llm.models.families import config_from_hf
 from qlora_jax.llm.models.jax_engine import LAYERS
 from qlora_jax.llm.models.sharding import place_arguments
 from qlora_jax.llm.models.tiny import CONFIG, save_tiny
+from qlora_jax.llm.train.target_modules import find_target_paths
 
 SIZES = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 QWEN = dict(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], **SIZES)
@@ -51,7 +52,7 @@ def test_experts_are_packed_and_routers_are_not(folder):
     expert_weight = tensors["model.layers.1.mlp.experts.2.up_proj.weight"][...]
     packed_alone = ql.quantize(jnp.asarray(expert_weight.T), "nf4")
     np.testing.assert_array_equal(up.codes[1, 2], packed_alone.codes)
-    target_paths = train.find_target_paths("all-linear", base, names)
+    target_paths = find_target_paths("all-linear", base, names)
     assert [*target_paths] == [f"layers/self_attn/{x}_proj/kernel" for x in "koqv"]
     # Packed experts with adapters compute the same as their decoded weights.
     base, lora = trees_of(base, rank=2, targets="layers/.*_proj/kernel")

@@ -18,6 +18,9 @@ from helpers import make_mesh, spread
 from tolerances import assert_close
 
 from qlora_jax.llm import train
+from qlora_jax.llm.train.callbacks import CheckFinite
+from qlora_jax.llm.train.checkpoints import Checkpoints
+from qlora_jax.llm.train.loop import Training
 
 OPTIMIZER = optax.adam(0.1)
 
@@ -114,7 +117,7 @@ def test_a_mesh_takes_the_same_steps():
 
 
 def test_a_restored_state_goes_on_with_its_scale(tmp_path):
-    with train.Checkpoints(tmp_path) as states:
+    with Checkpoints(tmp_path) as states:
         state = take(STEP, start(), 8)
         states.save(state, {})
         states.wait()
@@ -132,11 +135,11 @@ def test_a_restored_state_goes_on_with_its_scale(tmp_path):
 def test_only_overflows_let_a_run_go_on(tmp_path, capsys):
     def check(loss=1.0, norm=np.inf, **row):
         state = SimpleNamespace(skipped=np.int32(3))
-        training = train.Training(9, iter([]), state, step=4, is_finite=False)
+        training = Training(9, iter([]), state, step=4, is_finite=False)
         training.row = {"step": 4, "loss": loss, "grad_norm": norm, **row}
-        train.CheckFinite(states).on_step(training)
+        CheckFinite(states).on_step(training)
 
-    with train.Checkpoints(tmp_path) as states:
+    with Checkpoints(tmp_path) as states:
         check(loss_scale=2.0)
         message = capsys.readouterr().err
         assert "norm inf at loss scale 2: its update is skipped (3 so far)" in message

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from qlora_jax.llm import train
+from qlora_jax.llm.train.checkpoints import Checkpoints
 
 ABOUT = {"position": {"place": 3}}
 FLIPS = 4  # single bits in each file
@@ -22,7 +23,7 @@ def make_state(step=2):
 @pytest.fixture
 def folder(tmp_path):
     """The states of steps 1 and 2."""
-    with train.Checkpoints(tmp_path / "state") as states:
+    with Checkpoints(tmp_path / "state") as states:
         for step in (1, 2):
             states.save(make_state(step), ABOUT)
     return tmp_path / "state"
@@ -35,7 +36,7 @@ def assert_same(states, step=2):
 
 
 def test_a_state_is_read_once_it_is_complete(tmp_path):
-    with train.Checkpoints(tmp_path) as states:
+    with Checkpoints(tmp_path) as states:
         states.save(make_state(1), ABOUT)
         assert_same(states, 1)
         states.save(make_state(2), ABOUT)
@@ -43,7 +44,7 @@ def test_a_state_is_read_once_it_is_complete(tmp_path):
 
 
 def test_a_run_resumes_from_an_earlier_state(folder):
-    with train.Checkpoints(folder) as states:
+    with Checkpoints(folder) as states:
         with pytest.raises(ValueError, match=r"of a checkpoint .*\[1, 2\]. Got 7"):
             states.metadata(7)
         states.remove_after(1)
@@ -55,12 +56,12 @@ def test_a_run_resumes_from_an_earlier_state(folder):
 def test_a_reader_changes_nothing_in_the_folder_of_a_run(folder):
     unfinished = folder / "3.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    with train.Checkpoints(folder, read_only=True) as states:
+    with Checkpoints(folder, read_only=True) as states:
         lora = states.restore_lora(make_state().lora, 1)
         with pytest.raises(ValueError, match="lora.b was float32.500., is nothing"):
             states.restore_lora({"w": make_state().lora["w"]})
     for name, x in make_state().lora.items():
         np.testing.assert_array_equal(lora[name], x)
     assert unfinished.is_dir()
-    with train.Checkpoints(folder):
+    with Checkpoints(folder):
         assert not unfinished.exists()
