@@ -8,8 +8,7 @@ import pytest
 from stored import draw_peft
 
 import qlora_jax as ql
-from qlora_jax.llm import app
-from qlora_jax.llm.app.exporting.pairing import MERGED, open_pair
+from qlora_jax.llm.app.exporting.pairing import MERGED, Pair, open_pair
 from qlora_jax.llm.app.servers import SERVERS
 from qlora_jax.llm.cli.parser import parse
 from qlora_jax.llm.models.tiny import save_tiny
@@ -45,7 +44,7 @@ def adapter(tmp_path_factory):
     return str(folder)
 
 
-def describe(pair: app.Pair) -> str:
+def describe(pair: Pair) -> str:
     """Returns the cell of the table for a server's base and adapter."""
     if pair.exact:
         return "exact"

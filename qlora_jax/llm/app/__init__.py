@@ -13,35 +13,20 @@ from .configs import (
 from .train_config import TrainConfig
 
 if TYPE_CHECKING:
-    from .commands.check import Checked, check
-    from .commands.export import Written, export
-    from .commands.generate import Answer, Generated, generate
-    from .commands.inspect import Contents, Leaf, inspect
-    from .commands.score import Score, score
+    from .commands.check import check
+    from .commands.export import export
+    from .commands.generate import generate
+    from .commands.inspect import inspect
+    from .commands.score import score
     from .commands.train import train
-    from .exporting.pairing import Pair
-    from .exporting.repacking import Repacked
-    from .training.preview import Preview
-    from .training.results import TrainResult
 
 __all__ = [
-    "Answer",
     "CheckConfig",
-    "Checked",
-    "Contents",
     "ExportConfig",
     "GenerateConfig",
-    "Generated",
     "InspectConfig",
-    "Leaf",
-    "Pair",
-    "Preview",
-    "Repacked",
-    "Score",
     "ScoreConfig",
     "TrainConfig",
-    "TrainResult",
-    "Written",
     "check",
     "export",
     "generate",
@@ -61,9 +46,5 @@ __getattr__ = make_getattr(
         "commands.inspect",
         "commands.score",
         "commands.train",
-        "exporting.pairing",
-        "exporting.repacking",
-        "training.preview",
-        "training.results",
     ],
 )

@@ -58,14 +58,14 @@ def _run(arguments: Sequence[str], prepare: Callable[[], None]) -> int:
             function(config, _write_answer)  # prints answers as they are generated
             return 0
         result = function(config)
-        is_train = isinstance(config, app.TrainConfig)
-        if is_train and config.distributed:
+        train_config = config if isinstance(config, app.TrainConfig) else None
+        if train_config and train_config.distributed:
             from ..app.processes import is_first
 
             if not is_first():
                 return 0  # the first process prints the result
         # A preview has escaped the text of its rows, and may add colors.
-        is_safe = isinstance(result, app.Preview)
+        is_safe = train_config is not None and train_config.preview is not None
         text = str(result) if is_safe else printable_lines(result)
         if namespace.json:
             text = json.dumps(dataclasses.asdict(result), allow_nan=False)

@@ -35,17 +35,14 @@ PRE_TOKENIZERS = {
 }
 
 
-def make_pre_tokenizer(name: str, space: bool = False) -> "PreTokenizer":
-    """Returns the pre-tokenizer that has this name in llama.cpp.
-
-    If `space` is true, the pre-tokenizer puts a space before a text.
-    """
+def make_pre_tokenizer(name: str) -> "PreTokenizer":
+    """Returns the pre-tokenizer that has this name in llama.cpp."""
     from tokenizers import Regex, pre_tokenizers
 
     settings = PRE_TOKENIZERS[name]
     # `use_regex` splits by GPT-2's expression.
     byte_level = pre_tokenizers.ByteLevel(
-        add_prefix_space=space, use_regex=settings.expression is None
+        add_prefix_space=False, use_regex=settings.expression is None
     )
     if settings.splits_digits:
         splitter = pre_tokenizers.Digits(individual_digits=True)

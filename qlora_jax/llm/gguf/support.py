@@ -50,12 +50,7 @@ _NO_ROPE_PERIOD = 4  # every 4th layer of SmolLM3 has no rotary positions
 
 
 def check_gguf_config(config: DecoderConfig, context: int) -> str:
-    """Returns a decoder's architecture; raises if llama.cpp's logits would differ.
-
-    Args:
-        config: The config of the decoder.
-        context: The context length in tokens.
-    """
+    """Returns a decoder's architecture; raises if llama.cpp's logits would differ."""
     architecture = nearest_architecture(config)
     # 1. Compare all fields but the layers.
     differences = [

@@ -28,10 +28,6 @@ class Rope:
         scale: Factor that multiplies the rotated queries and keys.
         dim: D in this formula; 0 for `DecoderConfig.rotary_dim`.
         num_pairs: Number of leading pairs that are rotated; 0 for all.
-
-    Example:
-        >>> Rope(theta=1e6).divisors
-        ()
     """
 
     theta: float = 10_000.0
@@ -52,10 +48,6 @@ class Heads:
         head_dim: Size of one head.
         key_is_value: Whether the layer has no `v_proj`. The outputs of `k_proj` then
             serve as values too, without the norm and the rotation of the keys.
-
-    Example:
-        >>> Heads(num_kv_heads=1, head_dim=512).key_is_value
-        False
     """
 
     num_kv_heads: int
@@ -79,10 +71,6 @@ class DeltaRule:
         value_dim: Size of a value.
         conv_width: Number of tokens that the convolution of queries, keys and values
             sees, including the token itself.
-
-    Example:
-        >>> DeltaRule(2, 4, 16, 8).conv_channels
-        96
     """
 
     num_key_heads: int
@@ -123,10 +111,6 @@ class LayerKind:
         has_kv: Whether the layer computes its own keys and values. If not, it uses
             those of an earlier layer: the last one in its `kv_group` that computes
             them.
-
-    Example:
-        >>> LayerKind(Rope(1e4), window=512).window
-        512
     """
 
     rope: Rope | None = Rope()
@@ -178,10 +162,6 @@ class Experts:
         shared_width: Width of an MLP whose output is added for every token, multiplied
             by the sigmoid of a gate, which is one number for each token; 0 for none.
         balance: Weight of the load-balancing loss in training.
-
-    Example:
-        >>> Experts(count=128, per_token=8).kernels
-        ('gate_proj', 'up_proj', 'down_proj')
     """
 
     count: int
@@ -372,7 +352,7 @@ class DecoderConfig:
         return kind.heads or Heads(self.num_kv_heads, self.head_dim)
 
     def dim_of(self, rope: Rope | None) -> int:
-        """Returns the number of values of a head that form pairs: D in `Rope`.
+        """Returns the number of values of a head that form pairs.
 
         Args:
             rope: The rotary positions of the layer. If None, all angles are 0.

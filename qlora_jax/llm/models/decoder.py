@@ -302,13 +302,7 @@ def stack_layer_data(
 def are_in_order(
     positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
 ) -> Bool[Array, " B"]:
-    """Whether the positions of each row count up by one in each segment.
-
-    Example:
-        >>> positions = jnp.array([[0, 1, 2, 0], [0, 1, 0, 1]])
-        >>> are_in_order(positions, jnp.array([[1, 1, 1, 2], [1, 1, 1, 1]])).tolist()
-        [True, False]
-    """
+    """Whether the positions of each row count up by one in each segment."""
     is_next = positions[:, 1:] == positions[:, :-1] + 1
     if segment_ids is not None:
         is_next |= segment_ids[:, 1:] != segment_ids[:, :-1]
@@ -406,17 +400,7 @@ def init_cache(
 ) -> Cache:
     """Returns an empty cache: zeros for the keys, values and states of all layers.
 
-    Args:
-        config: The decoder's config.
-        batch: B, the number of sequences.
-        length: S, the number of positions of each sequence.
-        dtype: Dtype of the keys and values. States are float32.
-
-    Example:
-        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
-        >>> keys, values = init_cache(config, batch=3, length=7)["layers"]
-        >>> keys.shape
-        (2, 3, 2, 7, 8)
+    Keys and values have `dtype`, and states are float32.
     """
     cache = {}
     for stack in layer_stacks(config):

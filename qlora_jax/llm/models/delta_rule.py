@@ -320,10 +320,6 @@ def invert_unit_lower(x: Float[Array, "*batch S S"]) -> Float[Array, "*batch S S
     one of twice the size: the inverse of [[A, 0], [C, D]] is [[A', 0], [-D' C A', D']],
     where A' and D' are the inverses of A and D. These matrix products can be split over
     a mesh, unlike a triangular solve.
-
-    Example:
-        >>> invert_unit_lower(jnp.array([[0.0, 0.0], [3.0, 0.0]])).tolist()
-        [[1.0, 0.0], [-3.0, 1.0]]
     """
     size = x.shape[-1]
     inverse, width = jnp.broadcast_to(jnp.eye(size, dtype=x.dtype), x.shape), 1

@@ -283,13 +283,6 @@ def balance_loss(
         logits: The logits of the routers of all layers.
         weights: 1 for a token, and 0 for padding.
         experts: The decoder's mixture of experts.
-
-    Example:
-        >>> two = Experts(count=2, per_token=1)
-        >>> logits = jnp.array([[[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]]])
-        >>> even, uneven = jnp.array([1.0, 1.0, 0.0]), jnp.array([1.0, 0.0, 1.0])
-        >>> [round(float(balance_loss(logits, w, two)), 2) for w in (even, uneven)]
-        [1.0, 2.0]
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     _, chosen = lax.top_k(probabilities, experts.per_token)  # [L, M, C]

@@ -374,11 +374,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def text_only_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config without its vision part, in the form for text-only models.
-
-    Args:
-        raw: The values in a `config.json`.
-    """
+    """Returns a config without its vision part, in the form for text-only models."""
     if raw.get("model_type") not in _TEXT_HALVES:
         return dict(raw)
     with warnings.catch_warnings(action="ignore"):  # `config_from_hf` warns

@@ -28,10 +28,6 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> np.ndarray:
     """Returns the tokens of prompts, padded on the right to one of few lengths.
 
     Few lengths mean few compiled programs.
-
-    Example:
-        >>> [pad_prompts([[7] * n]).shape[1] for n in (1, 3, 40, 50)]
-        [1, 16, 48, 64]
     """
     longest = width = max(map(len, prompts))
     if longest > 1:  # a single token, such as the last one of an answer, is not padded

@@ -56,14 +56,6 @@ def layer_groups(config: DecoderConfig) -> tuple[Group, ...]:
     on. If a period has several layers, they are called `layer_0`, `layer_1` and so on
     in their group. These names are paths of parameters, and so a part of stored
     adapters.
-
-    Example:
-        >>> dense = LayerKind(mlp_width=96)
-        >>> layers = (dense, LayerKind(), LayerKind(), LayerKind())
-        >>> config = DecoderConfig(64, 32, 48, 4, 4, 2, layers=layers)
-        >>> [(stack.path, stack.layers) for group in layer_groups(config)
-        ...  for stack in group.stacks]
-        [('layers_0', range(0, 1)), ('layers_1', range(1, 4))]
     """
     # Layers of a stack also rotate the same number of values.
     structures = [(kind.structure, config.dim_of(kind.rope)) for kind in config.layers]
@@ -101,10 +93,6 @@ def split_into_periods(structures: Sequence[Hashable]) -> list[tuple[int, int]]:
     "b", which have 1 + 3 + 1 stacks, while "a" and "aabaabaab" would have 1 + 3. This
     rule must not change, because the division determines the paths of parameters in
     stored adapters.
-
-    Example:
-        >>> split_into_periods("dddfdddf"), split_into_periods("dmmmm")
-        ([(4, 2)], [(1, 1), (1, 4)])
     """
     count = len(structures)
     # From the last layer to the first: the best division of the layers from `start`

@@ -69,12 +69,9 @@ def open_config(
     are passed to it: others could replace its methods, or take hours. A warning names
     the keys that neither the class nor our readers know.
 
-    Args:
-        model_type: The type of the model, which determines the class.
-        raw: The values in the file.
-        further_keys: Keys that the class takes besides its fields.
-        unread_keys: Keys of published files of this type that transformers ignores.
-        outside: The values outside of the text half of a model with a vision part.
+    `further_keys` are keys that the class takes besides its fields, and `unread_keys`
+    keys of published files that transformers ignores. `outside` has the values outside
+    of the text half of a model with a vision part.
     """
     transformers = import_transformers()
     config_class = transformers.models.auto.configuration_auto.CONFIG_MAPPING[
@@ -184,12 +181,7 @@ def open_text_half(
 ) -> Any:
     """Returns the config object of the text half of a model with a vision part.
 
-    Args:
-        model_type: The type of the whole model.
-        text_type: The type of the text half in transformers.
-        raw: The values in the file of the whole model.
-        further_keys: As in `open_config`.
-        unread_keys: As in `open_config`.
+    `model_type` is the type of the whole model, and `text_type` that of the half.
     """
     transformers = import_transformers()
     config_class = transformers.models.auto.configuration_auto.CONFIG_MAPPING[

@@ -15,14 +15,10 @@ _POSITIVE += ("beta_fast", "beta_slow", "attention_factor")
 
 
 def read_rope(section: Mapping[str, Any], dim: int, context: int) -> Rope:
-    """Returns the rotary positions that a section describes.
+    """Returns the rotary positions that a section of a config object describes.
 
-    Args:
-        section: The section of a config object of transformers, which has the values
-            that a file may leave out. It must not have a section for each kind of
-            layers.
-        dim: The number of values of a head that are rotated.
-        context: The context length in tokens.
+    `dim` is the number of values of a head that are rotated, and `context` the context
+    length in tokens.
     """
     if dim > _MAX_DIM:
         raise ValueError(f"a head must have at most {_MAX_DIM} values. Got {dim}.")

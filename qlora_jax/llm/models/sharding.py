@@ -93,11 +93,6 @@ def place_torch_arguments(
     contracted axis if this cuts no quantization block, and `tensor` the outputs. If the
     contracted axis cannot be split, both split the outputs, or one of them does. Other
     parameters, the embedding and the head are replicated.
-
-    Args:
-        contract: The roles of the axes of kernels, as in `QLoRAConfig`.
-        base: Its parameters, in float or packed, or their shapes.
-        mesh: A mesh with axes among `data`, `fsdp` and `tensor`.
     """
     sizes = _axis_sizes(mesh)
     rules = {}

@@ -1,6 +1,5 @@
 """Generates tokens for one prompt, one at a time, and decodes them."""
 
-import copy
 import os.path
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -94,17 +93,6 @@ class Stream:
         check_key(self.sampling, key)
         check_length(self.model, len(prompt), max_new_tokens)
         return self._continue(list(prompt), max_new_tokens, {*eos_ids}, key)
-
-    def with_lora(self, lora: PyTree) -> "Stream":
-        """Returns a stream with other adapters and an empty cache.
-
-        Args:
-            lora: The lora tree.
-        """
-        stream = copy.copy(self)
-        stream.variables = {**self.variables, "lora": lora}
-        stream._cache, stream._ids = None, []
-        return stream
 
     def _continue(self, prompt, max_new_tokens, eos_ids, key) -> Iterator[int]:
         # Keep the cache up to the first difference. The last token of the prompt is

@@ -249,11 +249,6 @@ class Step:
     ) -> tuple[State, Report]:
         """Returns the state after a step, and a `Report`.
 
-        Args:
-            state: The state, which is donated.
-            base: The base tree.
-            batches: The batches.
-
         Raises:
             ValueError: If there are no batches.
         """
@@ -272,13 +267,7 @@ class Step:
     def lower(self, state: State, base: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """Lowers the program of a step of one batch, as `jax.jit(...).lower` does.
 
-        Args:
-            state: The state, or its shapes (`State.shapes`).
-            base: The base tree, or its shapes with shardings.
-            batch: The batch, or its shapes with shardings.
-
-        Returns:
-            The lowered program. It may be for devices that this machine does not have.
+        From shapes with shardings, it may be for devices that this machine lacks.
         """
         _, finish = self._programs_for(state)
         return finish.lower(None, state, base, batch, np.int32(0))

@@ -11,8 +11,8 @@ import pytest
 from commands import ROOT
 
 import qlora_jax as ql
-from qlora_jax.llm import app
 from qlora_jax.llm.app.commands import check as checking
+from qlora_jax.llm.app.commands.check import Checked
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_a_right_device_passes(small, capsys):
     names = {x["format"] for x in report["products"]}
     assert (status, names) == (0, {"nf4", "nf4 double", "mxfp4"})
     assert report["versions"]["jax"] == jax.__version__
-    checked = app.Checked(**report)
+    checked = Checked(**report)
     assert "products: 24 of 24 are right, with at most 0." in str(checked)
     row = runpy.run_path(str(ROOT / "docs" / "ran_on.py"))["row"](report)
     assert row[2] == "24 of 24"

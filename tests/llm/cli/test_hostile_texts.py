@@ -17,8 +17,8 @@ from hostile_files import (
 )
 from tokenizer_helpers import write_rows
 
-from qlora_jax.llm import app
 from qlora_jax.llm.app import environment
+from qlora_jax.llm.app.training.preview import Preview
 from qlora_jax.llm.cli import main as command_line
 from qlora_jax.llm.printable import printable
 
@@ -80,7 +80,7 @@ def test_text_of_data(model, tmp_path, capsys):
         context.delenv("NO_COLOR", raising=False)
         row = dict(name="row 1", source="", tokens=2, targets=1)
         row["pieces"] = ((TERMINAL_CODES, False), ("4", True))
-        assert str(app.Preview((row,))).count("\x1b") == 2
+        assert str(Preview((row,))).count("\x1b") == 2
 
 
 def test_options_in_a_file(tmp_path, capsys):

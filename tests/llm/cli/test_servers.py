@@ -14,7 +14,7 @@ from stored import draw_peft, export, tensors_of
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.exporting.pairing import _with_gguf_type, open_pair
+from qlora_jax.llm.app.exporting.pairing import Pair, _with_gguf_type, open_pair
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.tiny import save_tiny
 
@@ -280,7 +280,7 @@ def test_the_type_of_a_file_decides_whether_a_pair_is_exact(model, adapter, tmp_
 
 
 def test_a_type_of_a_file_that_is_not_written_is_refused():
-    merged = app.Pair("ollama", "gguf", SUM, True, "the same")
+    merged = Pair("ollama", "gguf", SUM, True, "the same")
     assert _with_gguf_type(merged, "Q4_0", is_merge_aware=True) == merged
     with pytest.raises(ValueError, match="for a merge-aware adapter, .* Got F16"):
         _with_gguf_type(merged, "F16", is_merge_aware=True)

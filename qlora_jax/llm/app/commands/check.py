@@ -54,18 +54,6 @@ class Checked:
         products: For each format, dtype, direction and number of rows: the error and
             its bound.
         step: The losses after training on the device and on the CPU.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> product = {"error": 0.001, "bound": 0.004, "is_right": True}
-        >>> devices = {"kind": "cpu", "platform": "cpu", "count": 1, "bytes": None}
-        >>> step = {"loss": 5.0, "cpu": None, "is_right": True}
-        >>> print(app.Checked({"jax": "0.10.2"}, "Linux", devices, [product], step))
-        jax 0.10.2
-        Linux
-        1 x cpu
-        products: 1 of 1 are right, with at most 0.25 of the bound
-        training: loss 5.0000
     """
 
     versions: dict[str, str]

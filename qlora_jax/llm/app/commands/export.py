@@ -42,11 +42,6 @@ class Written:
         pair: For a server: what was written, and whether it is exact.
         start: For a server: the command that starts it in `out`, and in the next line a
             request, if it has an API.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> print(app.Written("new", "merged", 1200))
-        new: merged, 1,200 bytes
     """
 
     out: str

@@ -42,11 +42,6 @@ class Answer:
         new_tokens: The number of tokens of the answer, including the end token.
         finished: Whether the model ended the answer with an end token.
         seconds: The time that the answer took; for a file, the mean over all answers.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> app.Answer("Hello", "Hi!", 9, 3, True, 0.1).text
-        'Hi!'
     """
 
     prompt: str | list[Any]
@@ -66,11 +61,6 @@ class Generated:
 
     Attributes:
         answers: The answers, one for each text.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> print(app.Generated((app.Answer("Hello", "Hi!", 9, 3, True, 0.1),)))
-        Hi!
     """
 
     answers: tuple[Answer, ...]

@@ -33,11 +33,6 @@ class Leaf:
         shape: Its shape; for a packed or adapted weight, the shape before packing.
         format: Its dtype or number format; for an adapter, its kind and its dtype.
         bytes: Its size in bytes.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> app.Leaf("norm.weight", (64,), "float32", 256).bytes
-        256
     """
 
     name: str
@@ -56,12 +51,6 @@ class Contents:
         about: The most important settings.
         leaves: A `Leaf` for each tensor or adapter.
         bytes: The size of all leaves in bytes.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> leaf = app.Leaf("norm.weight", (64,), "float32", 256)
-        >>> app.Contents("safetensors", {}, (leaf,)).bytes
-        256
     """
 
     kind: str

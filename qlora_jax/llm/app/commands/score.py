@@ -29,11 +29,6 @@ class Score:
         loss: The mean cross entropy of the target tokens, in nats per token.
         tokens: The number of target tokens.
         rows: The number of rows.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> print(app.Score(loss=0.5, tokens=1200, rows=3))
-        loss 0.500000 nats a token (1,200 tokens in 3 rows)
     """
 
     loss: float

@@ -32,11 +32,6 @@ class Pair:
         adapter: The format of the adapter, or "added to the base".
         exact: Whether the server uses exactly the weights that training used.
         why: Why it is exact or not.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> app.Pair("mlx", "as it is", "mlx", True, "the weights are the same").exact
-        True
     """
 
     server: str

@@ -29,12 +29,6 @@ class Repacked:
             from the base to the packed kernels, projected onto the adapter's change, as
             a fraction of the adapter's change. If the error is much larger than this
             change, the share can be far below 0 or above 1.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> print(app.Repacked(0.0936, change=0.0128, kept=0.99))
-        packing changed the merged weights by 9.36%
-        the adapter had changed them by 1.28%, of which 99% is left
     """
 
     error: float

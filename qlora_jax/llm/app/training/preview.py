@@ -29,13 +29,6 @@ class Preview:
         rows: For each sequence of the first rows of the batches: its `name`, its
             `source`, the numbers of its `tokens` and `targets`, and
             `pieces`: pairs of a text and whether its tokens are targets.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> row = dict(name="row 1", source="train.jsonl:17", tokens=8, targets=1)
-        >>> print(app.Preview((row | {"pieces": (("2 + 2 = ", False), ("4", True))},)))
-        row 1, train.jsonl:17: 8 tokens, 1 target
-        2 + 2 = ⟦4⟧
     """
 
     rows: tuple[Mapping[str, Any], ...]

@@ -47,17 +47,6 @@ class TrainResult:
             and the teacher, if there is one, and the peak of the device or the process.
         best_step: With `keep_best`, the step whose adapter is written.
         source: Where the weights of the model were found.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> print(app.TrainResult(
-        ...     "run", "run/adapter", steps=200, skipped=0, loss=0.02, valid_loss=0.03,
-        ...     exact_before=0.0, exact_after=0.975, step_seconds=2.5, tokens_per_s=600,
-        ...     bytes={"adapter": 19500000}))
-        run: loss 0.0200, validation 0.0300 after 200 steps, 2.50 s a step, 600 tokens/s
-        exact match 0.0% before, 97.5% after
-        adapter            19.5 MB
-        the adapter is in run/adapter
     """
 
     out: str
