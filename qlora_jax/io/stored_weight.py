@@ -29,7 +29,6 @@ class StoredWeight:
     scale_offset: np.float32 | None = None
     keeps_dtype: bool = False  # whether the argument `dtype` of `load` has no effect
     name: str = ""
-    nbytes: int = 0  # the size of all of its tensors in the file
 
     @property
     def problem(self) -> str | None:

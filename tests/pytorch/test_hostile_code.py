@@ -36,5 +36,5 @@ def test_commands_run_no_code_of_a_folder(file, kind, tmp_path, monkeypatch, cap
             [*_, error] = err.splitlines()
             assert error.startswith(f"qlora-jax {arguments[0]}: "), err
             assert "trust_remote_code" not in error
-        if kind == "unknown" and name != "inspect":
+        if kind == "unknown":
             assert status == 1 and "`model_type`" in error and "'evil'" in error

@@ -1,7 +1,6 @@
 """All file formats, and the functions that read and write packed weights with them."""
 
 import dataclasses
-import math
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -82,7 +81,6 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
             except ValueError as error:
                 problems.append(f"{prefix.removesuffix('.')}: {error}")
                 continue
-            nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in parts.values())
             for end in ends:
                 del result[prefix + end]
             if duplicates := [x for end in weights if (x := prefix + end) in result]:
@@ -91,8 +89,8 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
                     f"also have {', '.join(duplicates[:5])}."
                 )
             for end, weight in weights.items():
-                changes: Any = {"name": prefix + end, "nbytes": nbytes // len(weights)}
-                result[prefix + end] = dataclasses.replace(weight, **changes)
+                name = prefix + end
+                result[name] = dataclasses.replace(weight, name=name)
     raise_if_any("these 4-bit weights cannot be read", problems, CheckpointError)
     return result
 

@@ -7,7 +7,6 @@ from .configs import (
     CheckConfig,
     ExportConfig,
     GenerateConfig,
-    InspectConfig,
     ScoreConfig,
 )
 from .train_config import TrainConfig
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from .commands.check import check
     from .commands.export import export
     from .commands.generate import generate
-    from .commands.inspect import inspect
     from .commands.score import score
     from .commands.train import train
 
@@ -24,13 +22,11 @@ __all__ = [
     "CheckConfig",
     "ExportConfig",
     "GenerateConfig",
-    "InspectConfig",
     "ScoreConfig",
     "TrainConfig",
     "check",
     "export",
     "generate",
-    "inspect",
     "score",
     "train",
 ]
@@ -43,7 +39,6 @@ __getattr__ = make_getattr(
         "commands.check",
         "commands.export",
         "commands.generate",
-        "commands.inspect",
         "commands.score",
         "commands.train",
     ],

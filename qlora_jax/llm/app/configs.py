@@ -231,22 +231,6 @@ class ExportConfig(Config):
 
 
 @dataclass(frozen=True)
-class InspectConfig(Config):
-    """Lists the tensors of a model or an adapter without reading them.
-
-    Attributes:
-        path: Folder of a model, an adapter or a run; or a .safetensors file.
-
-    Example:
-        >>> from qlora_jax.llm import app
-        >>> app.InspectConfig("folder").path
-        'folder'
-    """
-
-    path: str
-
-
-@dataclass(frozen=True)
 class GenerateConfig(Config):
     """Generates text from a prompt, or chats.
 

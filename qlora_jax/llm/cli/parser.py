@@ -31,7 +31,6 @@ COMMANDS: dict[str, type[Config]] = {
     "score": configs.ScoreConfig,
     "export": configs.ExportConfig,
     "generate": configs.GenerateConfig,
-    "inspect": configs.InspectConfig,
     "check": configs.CheckConfig,
 }
 SHOW_ALL = "--help_all"
@@ -54,8 +53,6 @@ qlora-jax export --run run --for vllm --out served
 qlora-jax generate --model HuggingFaceTB/SmolLM2-135M-Instruct
 qlora-jax generate --model base --adapter adapter --prompt Hello --temperature 0.7
 qlora-jax generate --model base --prompts prompts.jsonl --out answers.jsonl
-qlora-jax inspect adapter
-qlora-jax inspect base-4bit --json
 qlora-jax check --json"""
 
 
@@ -78,7 +75,7 @@ def make_parsers(show_all: bool = False) -> tuple[Parser, Mapping[str, Parser]]:
     settings: dict[str, Any] = dict(formatter_class=formatter, allow_abbrev=False)
     parser = Parser(
         prog="qlora-jax",
-        description="QLoRA for JAX: train, run, score, export and inspect models.",
+        description="QLoRA for JAX: train, run, score and export models.",
         epilog=CACHE_HELP,
         **settings,
     )
@@ -103,8 +100,7 @@ def make_parsers(show_all: bool = False) -> tuple[Parser, Mapping[str, Parser]]:
 def _add_options(parser: Parser, config_type: type[Config], show_all: bool) -> None:
     options = options_of(config_type).values()
     required = [option.name for option in options if option.default is REQUIRED]
-    is_positional = config_type is configs.InspectConfig  # `qlora-jax inspect PATH`
-    usage = [x.upper() if is_positional else f"--{x} {x.upper()}" for x in required]
+    usage = [f"--{x} {x.upper()}" for x in required]
     usage = [config_type.usage] if config_type.usage else usage
     parser.usage = " ".join([parser.prog, *usage, "[options]"])
     config_help = "YAML file of settings; flags override it"
@@ -120,12 +116,10 @@ def _add_options(parser: Parser, config_type: type[Config], show_all: bool) -> N
         if option.section is not None:
             group = parser.add_argument_group(option.section)
         is_shown = show_all or not common or option.name in common
-        _add_option(group, option, is_positional, is_shown)
+        _add_option(group, option, is_shown)
 
 
-def _add_option(
-    group: Any, option: Option, is_positional: bool, is_shown: bool
-) -> None:
+def _add_option(group: Any, option: Option, is_shown: bool) -> None:
     """Adds an option to the parser, in a section of `--help`.
 
     The parser keeps a value as text, for `Config.from_settings` to convert. An option
@@ -148,10 +142,6 @@ def _add_option(
     settings: dict[str, Any] = dict(default=argparse.SUPPRESS, metavar=metavar)
     text = f"{option.help} ({'; '.join(notes)})" if notes else option.help
     settings["help"] = text if is_shown else argparse.SUPPRESS
-    if is_positional:
-        settings["metavar"] = option.name
-        group.add_argument(option.name, nargs="?", **settings)
-        return
     if accepts_bool:  # `--resume` is `--resume=true`
         settings |= dict(nargs="?", const="true")
     group.add_argument(f"--{option.name}", **settings)

@@ -69,7 +69,6 @@ def commands_on(model, work):
         + ["--out", work / "merged"],
         "gguf": ["export", "--model", model, "--format", "gguf"]
         + ["--out", work / "model.gguf"],
-        "inspect": ["inspect", model],
     }
 
 
@@ -215,11 +214,3 @@ ENDLESS_ADAPTERS = {
 # It clears the screen, renames the window, and begins a line: by ESC, by the one
 # character that stands for it, and by a carriage return.
 TERMINAL_CODES = "\x1b[2J\x1b]0;evil\x07\x9b31m\x08\rok\nfine\x7f"
-
-
-def write_named_tensor(file):
-    """Writes a tensor whose name has codes for a terminal, and half a character."""
-    header = {TERMINAL_CODES: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
-    data = json.dumps(header).encode()
-    file.write_bytes(len(data).to_bytes(8, "little") + data + bytes(4))
-    return file

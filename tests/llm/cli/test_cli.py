@@ -207,18 +207,6 @@ def test_adapters_are_scored_merged_and_exported(
     expected[f"base_model.model.{module}.lora_B.weight"] *= np.float32(0.75 / 2)
     assert_same_bits(tensors_of(tmp_path / "peft"), expected)
 
-    def inspect_path(adapter_path):
-        return run(capsys, "inspect", adapter_path)[1]
-
-    assert (
-        inspect_path(path)["kind"]
-        == inspect_path(tmp_path / "peft")["kind"]
-        == "PEFT adapter"
-    )
-    assert inspect_path(path)["about"]["rank"] == 4
-    for tree_path in (tmp_path, tmp_path / "adapter.safetensors"):
-        assert inspect_path(tree_path)["kind"] == "qlora_jax tree"
-
 
 @pytest.mark.slow
 def test_a_packed_model_is_scored_as_its_decoded_weights(
@@ -238,11 +226,11 @@ def test_a_packed_model_is_scored_as_its_decoded_weights(
 @pytest.mark.parametrize(
     "flags, kind, stored",
     fast_and_slow(
-        [(["awq", "--block-size=32"], "awq", "int4_f16 block 32")],
+        [(["awq", "--block-size=32"], "awq", ("int4_f16", 32, False))],
         [
-            (["bitsandbytes", "--fmt=fp4"], "bitsandbytes", "fp4 block 64 double"),
-            (["compressed-tensors", "--fmt=q4_0"], TENSORS, "int4_f16 block 32"),
-            (["nvfp4"], TENSORS, "nvfp4 block 16"),
+            (["bitsandbytes", "--fmt=fp4"], "bitsandbytes", ("fp4", 64, True)),
+            (["compressed-tensors", "--fmt=q4_0"], TENSORS, ("int4_f16", 32, False)),
+            (["nvfp4"], TENSORS, ("nvfp4", 16, False)),
         ],
     ),
 )
@@ -253,20 +241,20 @@ def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, 
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == kind
     assert (out / "tokenizer.json").is_file()
-    _, inspected, _ = run(capsys, "inspect", out)
-    formats = {leaf["name"]: leaf["format"] for leaf in inspected["leaves"]}
-    assert formats["model.layers.1.mlp.up_proj.weight"] == stored
-    assert formats["lm_head.weight"] == "float32"
+    tensors = ql.io.packed_tensors(ql.io.open_safetensors(out))
+    packing = tensors["model.layers.1.mlp.up_proj.weight"].packing
+    assert (packing.fmt, packing.block_size, packing.double_quant) == stored
+    assert tensors["lm_head.weight"].dtype == np.float32
     # By default, `train` keeps the packing of the model.
     train = dict(model=str(out), data=str(rows), out=str(copy), steps=1)
     trained = make_run(app.TrainConfig.from_settings(train), "2026-11-28")
-    fmt, _, size, *_ = stored.split()
+    fmt, size, _ = stored
     settings = (
         trained.config.fmt,
         trained.config.block_size,
         trained.packing_config,
     )
-    assert settings == (fmt, int(size), None)
+    assert settings == (fmt, size, None)
     again = ("export", "--format", flags[0], "--model", out, "--out", copy)
     status, _, err = run(capsys, *again, "--block-size=128")
     assert status == 1 and f"`block_size` must be {size}, as in the model" in err
@@ -368,9 +356,7 @@ def test_wrong_data_is_listed_by_line(capsys, folder, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["inspect", "nowhere"], "must be a folder or a .safetensors file"),
         (["score", "--model=nowhere", "--data=x"], "must be a path or a hub id"),
-        (["inspect", "FILE"], "must be a folder or a .safetensors file"),
         (["score", "--data=x", "--model", "FILE"], "must be a folder with config.json"),
     ],
 )
@@ -390,7 +376,6 @@ def test_wrong_input_is_an_error_without_a_traceback(
     [
         ([], "qlora-jax: the command must be .*, check. Got none"),
         (["score", "--model", "m"], "score: `data` must be given"),
-        (["inspect"], "inspect: `path` must be given"),
         (
             [*SCORE, "--batch-tokens=0"],
             "score: `batch_tokens` must be at least 2. Got 0",
@@ -453,7 +438,7 @@ def test_nobody_reads_on(folder):
     """As with `| head`: the exit status is 128 + SIGPIPE."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = run_python(*PROGRAM, "inspect", folder, stdout=writer)
+    done = run_python(*PROGRAM, *SCORE, "--print-config", stdout=writer)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -99,7 +99,6 @@ def test_links_out_of_an_adapters_folder_are_refused(name, folder, tmp_path, cap
         [*commands_on(model, folder)["score"], "--adapter", adapter],
         [*commands_on(model, folder)["merged"], "--adapter", adapter],
         [*commands_on(model, folder)["train"], "--adapter", adapter, "--out", "new"],
-        ["inspect", adapter],
     ]
     for arguments in commands:
         status, out, err = run(capsys, *arguments)
@@ -136,7 +135,6 @@ def test_links_out_of_a_runs_folder_are_refused(name, folder, tmp_path, capsys):
         ["score", "--run", path, "--data", data],
         ["export", "--run", path],
         ["export", "--run", path, "--format=merged", "--out", folder / "merged"],
-        ["inspect", path],
     ]
     for arguments in commands:
         status, out, err = run(capsys, *arguments)

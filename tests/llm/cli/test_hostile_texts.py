@@ -13,7 +13,6 @@ from hostile_files import (
     commands_on,
     make_adapter,
     make_model,
-    write_named_tensor,
 )
 from tokenizer_helpers import write_rows
 
@@ -36,22 +35,6 @@ def run_and_check(capsys, *arguments):
     controls = {x for x in text if not x.isprintable()} - {"\n", "\t", "\u00a0"}
     assert not controls, controls
     return status, text
-
-
-def test_names_of_tensors(tmp_path, capsys):
-    file = write_named_tensor(tmp_path / "x.safetensors")
-    status, text = run_and_check(capsys, "inspect", file)
-    assert status == 0 and SHOWN + r"\nfine\x7f" in text
-    # A name has no line of its own.
-    assert len(text.splitlines()) == 4
-    values = json.loads(run(capsys, "inspect", file, "--json")[1])
-    assert values["leaves"][0]["name"] == TERMINAL_CODES
-
-
-@pytest.mark.parametrize("key", ["model_type", "architectures", "torch_dtype"])
-def test_settings_of_a_model(model, capsys, key):
-    change_json(model / "config.json", **{key: TERMINAL_CODES})
-    assert SHOWN in run_and_check(capsys, "inspect", model)[1]
 
 
 def test_the_type_of_a_model(model, tmp_path, capsys):

@@ -114,15 +114,14 @@ def test_each_file_has_the_loss_of_training(folder, tmp_path, capsys, fmt, targe
     assert is_near(score(written["out"], folder / "valid.jsonl"), trained)
 
 
-def test_other_programs_cannot_take_it_for_a_lora(aware, capsys):
+def test_other_programs_cannot_take_it_for_a_lora(aware):
     names = {path.name for path in (aware / "adapter").iterdir()}
     assert names == {"README.md", "adapter.safetensors"}  # no adapter_config.json
     card = (aware / "adapter" / "README.md").read_text()
     assert "library_name: qlora-jax" in card and "loads with PEFT" not in card
-    for path in (aware, aware / "adapter"):
-        leaves = run(capsys, "inspect", path)[1]["leaves"]
-        formats = {leaf["format"] for leaf in leaves}
-        assert formats == {"merge-aware float32 for nf4 block 64 double"}
+    tree = ql.io.restore(aware / "adapter" / "adapter.safetensors").tree
+    packings = {x.packing for x in ql.leaves_by_path(tree).values()}
+    assert packings == {ql.QLoRAConfig(fmt="nf4").packing}
 
 
 @pytest.mark.parametrize(
@@ -188,12 +187,9 @@ def test_a_target_in_the_format_of_the_base_has_its_blocks(folder, tmp_path, cap
     assert run(capsys, "export", "--run", tmp_path / "run")[0] == 0
     config = json.loads((tmp_path / "run" / "model-2" / "config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_use_double_quant"] is False
-    for path in ("model-2", "adapter"):
-        leaves = run(capsys, "inspect", tmp_path / "run" / path)[1]["leaves"]
-        packed = {x["format"] for x in leaves if "block" in x["format"]}
-        assert {x.removeprefix("merge-aware float32 for ") for x in packed} == {
-            "nf4 block 32"
-        }
+    tensors = ql.io.packed_tensors(ql.io.open_safetensors(tmp_path / "run" / "model-2"))
+    packings = {getattr(x, "packing", None) for x in tensors.values()} - {None}
+    assert packings == {ql.QLoRAConfig(**base).packing}
 
 
 @pytest.mark.slow

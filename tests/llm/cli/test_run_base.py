@@ -188,16 +188,6 @@ def test_answers_are_those_of_the_base_of_the_run(models, capsys):
     assert len({*texts.values()}) == 1 and texts["run"][0] == 0
 
 
-def test_a_run_is_inspected(folder, capsys):
-    status, out, _ = run(capsys, "inspect", folder / "run", "--json")
-    contents = json.loads(out)
-    assert status == 0 and contents["kind"] == "run" and contents["leaves"]
-    run_settings = contents["about"]
-    assert (run_settings["fmt"], run_settings["finished steps"]) == ("nf4", 6)
-    assert run_settings["source"] == f"local files in {folder / 'base'}"
-    assert "run\n  model: " in run(capsys, "inspect", folder / "run")[1]
-
-
 @pytest.mark.parametrize(
     "command",
     [

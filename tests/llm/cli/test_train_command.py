@@ -811,5 +811,5 @@ def test_choices_for_memory_train_as_the_plain_run(folder, data, tmp_path):
 
     got = train("small", remat="offload", mlp_tile=5, base_memory="host")
     assert_close(got, train("plain"))
-    leaves = app.inspect(app.InspectConfig(str(tmp_path / "small" / "adapter"))).leaves
-    assert any("lora_magnitude_vector" in leaf.name for leaf in leaves)
+    names = ql.io.open_safetensors(tmp_path / "small" / "adapter")
+    assert any("lora_magnitude_vector" in name for name in names)

@@ -69,8 +69,6 @@ MISSING = [
     ("template", [*SCORE, "--template", "nothing.jinja"]),
     ("template", [*GENERATE, "--template", "nothing.jinja"]),
     ("run", ["export", "--run", "nothing"]),
-    ("path", ["inspect", "nothing"]),
-    ("path", ["inspect", "nothing.safetensors"]),
     ("config", ["train", "--config", "nothing.yaml"]),
     ("config", ["score", "--config", "nothing.yaml"]),
 ]
@@ -94,7 +92,6 @@ WRONG = [
     ([*TRAIN, "--config=list.yaml"], "`config` must be a YAML file of settings."),
     ([*TRAIN, "--config=base"], "`config` must be a YAML file of settings."),
     (["train", *BASE], "`data` and `out` must be given."),
-    (["inspect"], "`path` must be given."),
     ([*TRAIN, "--nothing=3"], "unrecognized arguments: --nothing=3."),
     ([*TRAIN, "--lr", "1e-3"], "--lr 1e-3. Did you mean `learning_rate`?"),
     ([*TRAIN, "--batch-sise=2"], "Did you mean `batch_size`?"),
