@@ -116,13 +116,7 @@ class Tokenizer:
             add_special_tokens: Whether to add special tokens, such as the one for the
                 beginning. Pass False for text from `render`, which has all of them.
         """
-        return encode_with_offsets(self, text, add_special_tokens)[0].ids
-
-    @functools.cached_property
-    def longest_token(self) -> int:
-        """The number of characters of the longest token in the vocabulary."""
-        # The limit is for hostile files. Longer tokens are not known.
-        return min(max(map(len, self.inner.get_vocab()), default=1), 1000)
+        return encode_with_offsets(self, text, add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of tokens.
@@ -186,35 +180,15 @@ def open_tokenizer(
 
 
 def encode_with_offsets(
-    tokenizer: Tokenizer,
-    text: str,
-    add_special_tokens: bool,
-    max_length: int | None = None,
-) -> "tuple[tokenizers.Encoding, bool]":
-    """Returns the tokens of a text, and whether they are only those of its beginning.
-
-    Tokenizing takes hundreds of bytes per token. So a text that is longer than
-    `max_length` tokens can be is cut before. Its tokens are more than `max_length`.
-    """
-    if max_length is not None and len(text) > max_length:
-        # Twice the length, so that KTO can replace the prompt of an answer by a shorter
-        # one. One token more, because the tokens at the cut may differ.
-        num_tokens = 2 * max_length + tokenizer.longest_token
-        beginning = text[: num_tokens * tokenizer.longest_token]
-        if len(beginning) < len(text):
-            encoding, _ = encode_with_offsets(tokenizer, beginning, add_special_tokens)
-            # The tokens are fewer if the tokenizer removes characters, or if any number
-            # of unknown ones become one token. Then only the whole text can tell.
-            if len(encoding.ids) >= num_tokens:
-                encoding.truncate(num_tokens)
-                return encoding, True
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool
+) -> "tokenizers.Encoding":
+    """Returns the tokens of a text, and the characters that each of them covers."""
     if len(text) > MAX_BYTES:
         raise ValueError(f"the text must have at most {MAX_BYTES:,} characters.")
     text.encode()  # raises a ValueError for half a character, a surrogate
     # Some files only fail at a text.
     with reading(f"the tokenizer of {tokenizer.path}", ModelError):
-        tokens = tokenizer.inner.encode(text, add_special_tokens=add_special_tokens)
-        return tokens, False
+        return tokenizer.inner.encode(text, add_special_tokens=add_special_tokens)
 
 
 class AnswerSpans(NamedTuple):

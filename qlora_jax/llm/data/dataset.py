@@ -126,7 +126,6 @@ def read_dataset(
         train_on=train_on,
         keys=keys,
         chat=chat,
-        splits_text=too_long == "split",
         rows=rows,
     )
     reader = _Reader(
@@ -232,15 +231,15 @@ class _Reader:
     def _read_split(self, split: str, source: Source) -> str:
         # Reads the rows of a split, and returns their kind.
         splits = self.train_splits if split == "train" else itertools.repeat(split)
-        limit = None if source.is_text else self.max_length
         too_long = "split" if source.is_text else self.too_long
         cutter = _Cutter(source.name, self.max_length, too_long)
 
         def encode_row(number, raw):
             row_split = next(splits)
             # Only rows for validation or testing have examples.
-            settings = row_split != "train", limit
-            return row_split, self.encoder.encode(raw, source.name, number, *settings)
+            with_example = row_split != "train"
+            encoded = self.encoder.encode(raw, source.name, number, with_example)
+            return row_split, encoded
 
         for row_split, encoded in convert_rows(source, encode_row):
             # Each piece of a long text becomes a row. The first piece gets the split
@@ -330,7 +329,7 @@ def read_rows(
     source = open_file(path)
 
     def encode_row(number, raw):
-        return encoder.encode(raw, source.name, number, False, None)
+        return encoder.encode(raw, source.name, number, False)
 
     encoded = [*convert_rows(source, encode_row)]
     if source.is_text and max_length is not None:
@@ -362,27 +361,24 @@ class _Cutter:
     num_pieces: int = 0
     num_long: int = 0
     longest: int = 0
-    at_least: str = ""  # before `longest`, if a row was not read to its end
     refused: list[str] = field(default_factory=list)  # rows that are too long
     untrained: list[str] = field(default_factory=list)  # rows without a target
 
     def cut(self, encoded: Encoded) -> list[Encoded]:
         """Returns a row in pieces of at most `max_length` tokens: none if dropped."""
         row, size, pieces = encoded.row, encoded.row.longest, [encoded]
-        bound = "at least " * encoded.is_cut
         if size > self.max_length:
             self.num_long, pieces = self.num_long + 1, []
             if self.too_long == "split" and encoded.kind == "text":
                 pieces = _split_row(encoded, self.max_length)
             elif self.too_long in ("refuse", "split"):
-                self.refused.append(f"{row.place} ({bound}{size:,} tokens)")
+                self.refused.append(f"{row.place} ({size:,} tokens)")
             elif self.too_long == "truncate":
                 # A truncated row has no example, since its answer may be cut.
                 row = row.truncated(self.max_length)
                 pieces = [encoded._replace(row=row, example=None)]
                 pieces = pieces if row.is_trained else []
         self.longest = max(self.longest, size)
-        self.at_least = self.at_least or bound
         self.num_rows, self.num_pieces = (
             self.num_rows + 1,
             self.num_pieces + len(pieces),
@@ -393,7 +389,7 @@ class _Cutter:
     def finish(self) -> list[str]:
         """Rejects rows that are too long or have no target. Returns notes on others."""
         name, limit = self.name, self.max_length
-        longest = f"{self.at_least}{self.longest:,}"
+        longest = f"{self.longest:,}"
         if self.refused:
             raise ValueError(
                 f"rows must have at most `max_length` = {limit} tokens; the longest "

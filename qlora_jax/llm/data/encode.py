@@ -109,7 +109,6 @@ class Encoded(NamedTuple):
     example: Example | None = None
     straddles: bool = False  # whether a token covers text of both prompt and answer
     kind: str = ""
-    is_cut: bool = False  # whether it has only the first of too many tokens
 
 
 class Encoder:
@@ -124,13 +123,12 @@ class Encoder:
         keys: Mapping[str, str] | None = None,
         chat: bool = True,
         ends_text: bool = True,
-        splits_text: bool = False,
         rows: str = "texts",
     ):
         """Checks and stores the settings.
 
-        With `ends_text`, an end token is added to rows of `text`, which are always read
-        as a whole with `splits_text`. `rows` is a key of `kinds.FORMS`.
+        With `ends_text`, an end token is added to rows of `text`. `rows` is a key of
+        `kinds.FORMS`.
         """
         if train_on not in get_args(TrainOn):
             raise ValueError(
@@ -138,7 +136,6 @@ class Encoder:
             )
         self.tokenizer, self.vocab_size, self.train_on = tokenizer, vocab_size, train_on
         self.makes_messages, self.ends_text = chat, ends_text
-        self.splits_text = splits_text
         self.kinds = kinds.FORMS[rows]
         self.keys = kinds.check_keys(keys, self.kinds)
         self.kind_of: dict[str, str] = {}  # the kind of the rows of each file
@@ -148,21 +145,11 @@ class Encoder:
         self.system_messages: set[str | None] = set()
 
     def encode(
-        self,
-        raw: Mapping[str, Any],
-        file: str,
-        number: int,
-        with_example: bool,
-        max_length: int | None,
+        self, raw: Mapping[str, Any], file: str, number: int, with_example: bool
     ) -> Encoded:
-        """Returns the tokens of a row of a file, all of whose rows have the same kind.
-
-        A row with many more than `max_length` tokens may have only the first ones.
-        """
-        fields, place = (
-            kinds.find_fields(raw, self.keys, self.kinds),
-            f"{file}:{number}",
-        )
+        """Returns the tokens of a row. All rows of a file must have the same kind."""
+        fields = kinds.find_fields(raw, self.keys, self.kinds)
+        place = f"{file}:{number}"
         if (kind := self.kind_of.setdefault(file, fields.kind)) != fields.kind:
             raise ValueError(
                 f"the row must be of the kind of the first row, {kind}. Got "
@@ -174,21 +161,17 @@ class Encoder:
             return Encoded(row, kind=fields.kind)
         is_text = fields.kind == "text"
         is_chat = not is_text and self.makes_messages and self.tokenizer.has_template
-        if is_text and self.splits_text:
-            max_length = None
         first, *second = [
-            self._encode_sequence(sequence, label, place, max_length, with_example)
+            self._encode_sequence(sequence, label, place, with_example)
             for sequence, label in kinds.to_sequences(fields, is_chat)
         ]
         row = first.row._replace(rejected=second[0].row if second else None)
         straddles = any(x.straddles for x in (first, *second))
-        # Sequences whose ends are missing may be equal, or lack an answer, by that.
-        is_cut = any(x.is_cut for x in (first, *second))
-        if row.label is not None and not row.is_trained and not is_cut:
+        if row.label is not None and not row.is_trained:
             raise ValueError(
                 "the answers must have tokens, and those of a pair must differ."
             )
-        return Encoded(row, first.example, straddles, fields.kind, is_cut)
+        return Encoded(row, first.example, straddles, fields.kind)
 
     def _take_ids(self, values: Mapping[str, Any], place: str) -> Row:
         ids, labels = values["input_ids"], values["labels"]
@@ -205,28 +188,25 @@ class Encoder:
         sequence: Text | Conversation,
         label: bool | None,
         place: str,
-        max_length: int | None,
         with_example: bool,
     ) -> Encoded:
         if isinstance(sequence, Conversation):
             located = self._render(sequence, label)
         elif sequence.start is None:
-            return self._encode_text(sequence.text, place, max_length)
+            return self._encode_text(sequence.text, place)
         else:
             self.system_messages.add(None)
             answer = (sequence.start, len(sequence.text))
             located = AnswerSpans(sequence.text, [answer], False)
         # The text is tokenized as a whole, because tokenizing its parts separately can
         # give different tokens. Answers are found in it by their characters.
-        encoding, is_cut = encode_with_offsets(
-            self.tokenizer, located.text, not located.is_rendered, max_length
+        encoding = encode_with_offsets(
+            self.tokenizer, located.text, not located.is_rendered
         )
-        is_answer, last_answer, straddles = self._find_targets(
-            encoding, located, is_cut
-        )
+        is_answer, last_answer, straddles = self._find_targets(encoding, located)
         ids = encoding.ids
         # Without a chat template, nothing ends the answer.
-        if not located.is_rendered and not is_cut:
+        if not located.is_rendered:
             eos = self.tokenizer.eos_id
             if eos is None:
                 raise ModelError("the model must name a token that ends a text.")
@@ -239,20 +219,18 @@ class Encoder:
         start, example = 0, None
         if label is not None:
             start = int(is_answer.argmax()) if is_answer.any() else len(ids)
-        is_example = with_example and label is not False and not is_cut
-        if is_example and located.answers:
+        if with_example and label is not False and located.answers:
             example = self._make_example(located, last_answer)
         row = Row(ids, labels, place, start, label)
-        return Encoded(row, example, straddles, is_cut=is_cut)
+        return Encoded(row, example, straddles)
 
-    def _encode_text(self, text: str, place: str, max_length: int | None) -> Encoded:
-        encoding, is_cut = encode_with_offsets(self.tokenizer, text, True, max_length)
-        ids, eos = encoding.ids, self.tokenizer.eos_id
-        if self.ends_text and not is_cut and eos is not None and ids[-1:] != [eos]:
+    def _encode_text(self, text: str, place: str) -> Encoded:
+        ids, eos = self.tokenizer.encode(text), self.tokenizer.eos_id
+        if self.ends_text and eos is not None and ids[-1:] != [eos]:
             ids.append(eos)  # some tokenizers have already added it
         self._check_ids("the ids of its text", ids)
         ids = np.asarray(ids, np.int32)
-        return Encoded(Row(ids, ids, place), is_cut=is_cut)
+        return Encoded(Row(ids, ids, place))
 
     def _render(self, conversation: Conversation, label: bool | None) -> AnswerSpans:
         chat, (groups, tools, start, skipped) = self.tokenizer.chat, conversation
@@ -289,7 +267,7 @@ class Encoder:
             return AnswerSpans(rendering.text, [], True)
 
     def _find_targets(
-        self, encoding: Any, located: AnswerSpans, is_cut: bool
+        self, encoding: Any, located: AnswerSpans
     ) -> tuple[np.ndarray, list[int], bool]:
         # Returns which tokens belong to answers, the tokens of the last answer, and
         # whether a token covers both the end of a prompt and the start of its answer.
@@ -316,7 +294,7 @@ class Encoder:
             # An answer ends at its last end token: earlier ones are inside it, and the
             # text after it comes from the template, once the model has stopped.
             stops = [i for i in indices if ids[i] in end_ids]
-            if stops and not (is_cut and end >= ends[-1]):
+            if stops:
                 indices = indices[indices <= stops[-1]]
             is_answer[indices] = True
             straddles |= bool(len(indices)) and bool(starts[indices[0]] < start)
@@ -325,7 +303,7 @@ class Encoder:
     def _make_example(self, located: AnswerSpans, answer_ids: list[int]) -> Example:
         start, _ = located.answers[-1]
         # The prompt is tokenized without the answer, as it will be at inference.
-        encoding, _ = encode_with_offsets(
+        encoding = encode_with_offsets(
             self.tokenizer, located.text[:start], not located.is_rendered
         )
         # Leave out an end token that the tokenizer added, which covers no text.

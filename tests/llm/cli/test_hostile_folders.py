@@ -154,7 +154,6 @@ def test_paths_in_the_file_of_a_run_are_not_used(folder, tmp_path, capsys):
     for arguments in (
         ["generate", *options],
         ["score", "--run", path, *data],
-        ["export", "--run", path, "--format=merged", "--out", folder / "new", *data],
     ):
         status, out, err = run(capsys, *arguments)
         assert (status, out) == (1, "")
@@ -167,7 +166,7 @@ def test_paths_in_the_file_of_a_run_are_not_used(folder, tmp_path, capsys):
         capsys, "generate", *options, "--template", template, "--json"
     )
     assert status == 0 and json.loads(out)["answers"][0]["prompt_tokens"] == 1
-    # Exports of adapters read no rows, and are written into the folder of the run.
+    # Exports read no rows, and are written into the folder of the run.
     status, out, err = run(capsys, "export", "--run", path)
     assert status == 0 and (path / "adapter-2").is_dir() and "secret" not in out + err
 
