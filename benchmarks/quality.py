@@ -45,6 +45,7 @@ from qlora_jax.llm.app.open_model import open_model
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.jax_engine import LAYERS
 from qlora_jax.llm.train.answers import exact_match, generate_answers
+from qlora_jax.llm.train.means import make_mean_loss
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
@@ -124,7 +125,7 @@ class Bench:
         self.base = {} if is_full else base
         self.trained = base if is_full else {}
         self.loss = self._loss_of_all if is_full else loss
-        self._mean = train.make_mean_loss(self.loss)
+        self._mean = make_mean_loss(self.loss)
         now = datetime.datetime(2026, 11, 28)  # a date for chat templates
         self.tokenizer = data.open_tokenizer(model.path, now=now)
         self.data = self._read(folder / task.name)
@@ -185,7 +186,7 @@ class Bench:
             self.model,
             dict(zip(("params", "lora"), parts, strict=True)),
             self.tokenizer,
-            examples,
+            [example.prompt for example in examples],
             max_new_tokens=longest + 4,
             batch_size=TESTS // 4,
             progress=False,

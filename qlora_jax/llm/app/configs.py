@@ -138,9 +138,7 @@ class ExportConfig(Config):
         dtype: For merged: dtype of the tensors. By default, the dtype of the run if
             training packed the model; otherwise each tensor keeps its own.
         gguf_type: For gguf: the type of the file, by default F16. Q4_0 copies weights
-            in int4_f16 or q4_0 with blocks of 32, and packs float weights. For
-            llama.cpp and ollama: the type of their file, by default Q4_0 if it is
-            exact.
+            in int4_f16 or q4_0 with blocks of 32, and packs float weights.
         tokenizer: For gguf: whether to include the tokenizer.
         server: Target server, instead of `--format`. Selects formats that the server
             supports, and prints the command that starts it.
@@ -208,7 +206,7 @@ class ExportConfig(Config):
         if self.server is not None:
             server_options = PACKING_OPTIONS
             if SERVERS[self.server].loads_gguf:
-                server_options += ("gguf_type", "tokenizer")
+                server_options += ("tokenizer",)
         for name, formats in _FORMATS_OF_OPTIONS.items():
             is_supported = target in formats or name in server_options
             if name in set_options and not is_supported:
@@ -217,8 +215,7 @@ class ExportConfig(Config):
                     f"{', '.join(formats)}. Got {getattr(self, name)!r} for {target}."
                 )
         options = [name for name in PACKING_OPTIONS if name in set_options]
-        is_server = self.server is not None  # `options` describe the training then
-        if self.gguf_type == "Q4_0" and options and not is_server:
+        if self.gguf_type == "Q4_0" and options:
             raise ValueError(
                 f"`{options[0]}` must be left out with `gguf_type` Q4_0, which "
                 f"sets the number format. Got {getattr(self, options[0])!r}."

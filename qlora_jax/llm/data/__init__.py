@@ -7,20 +7,18 @@ from ..lazy import make_getattr
 if TYPE_CHECKING:
     from .batching import Batch, batches, eval_batches
     from .chat_tokenizer import Tokenizer, open_tokenizer
-    from .dataset import Dataset, read_dataset, read_rows
-    from .encode import Example, Row
+    from .dataset import Dataset, read_dataset
+    from .encode import Row
 
 __all__ = [
     "Batch",
     "Dataset",
-    "Example",
     "Row",
     "Tokenizer",
     "batches",
     "eval_batches",
     "open_tokenizer",
     "read_dataset",
-    "read_rows",
 ]
 
 # `..app.configs` needs only a type of this package, and not what its modules import.

@@ -295,26 +295,10 @@ def read_rows(
     train_on: TrainOn = "completions",
     chat: bool = True,
 ) -> list[Row]:
-    """Returns the rows of one file.
+    """Returns the rows of one file, with the settings of `read_dataset`.
 
-    Rows may have any number of tokens. Rows of `text` get no end token.
-
-    Args:
-        path: The file. This and the other arguments are those of `read_dataset`.
-        tokenizer: The tokenizer of the model.
-        vocab_size: All ids must be below this number.
-        max_length: The tokens per row of a .txt file, or None not to split it.
-        keys: Maps our keys to the keys of the rows.
-        train_on: The target tokens.
-        chat: Whether to turn prompts and completions into messages.
-
-    Example:
-        >>> import tempfile
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "rows.jsonl"
-        >>> _ = path.write_text('{"input_ids": [3, 1], "labels": [3, -100]}')
-        >>> [row] = read_rows(path, Tokenizer("folder"), vocab_size=4)
-        >>> row.ids.tolist(), row.labels.tolist()
-        ([3, 1], [3, -100])
+    Rows may have any number of tokens, except that a .txt file is split into rows of
+    `max_length` tokens. Rows of `text` get no end token.
     """
     if max_length is not None:
         _check_max_length(max_length)

@@ -90,16 +90,10 @@ class Example(NamedTuple):
     Attributes:
         prompt: The tokens before the answer.
         answer: The text that the model should write.
-        end_ids: The tokens that end an answer.
-
-    Example:
-        >>> Example([5, 6], "four", (2,)).answer
-        'four'
     """
 
     prompt: list[int]
     answer: str
-    end_ids: tuple[int, ...]
 
 
 class Encoded(NamedTuple):
@@ -313,7 +307,7 @@ class Encoder:
             ids.pop()
         end_ids = self.tokenizer.end_ids
         text = self.tokenizer.decode([x for x in answer_ids if x not in end_ids])
-        return Example(ids, text, end_ids)
+        return Example(ids, text)
 
     def _check_ids(self, name: str, ids: Any, others: tuple[int, ...] = ()) -> None:
         allowed, wrong = range(self.vocab_size), [ids]

@@ -13,22 +13,6 @@ from .gemma4 import read_gemma4
 from .hf_config import open_config, open_text_half
 from .rope import read_partial_rope, read_rope
 
-# Most families share Llama's architecture, and differ from it as follows. (SmolLM2 is a
-# Llama.)
-# - Qwen2 adds biases on q, k and v; Qwen3 adds norms of q and k.
-# - SmolLM3 has no rotary positions in every fourth layer.
-# - Phi-3 and Phi-4-mini have fused projections, LongRoPE and partial rotary positions.
-# - Mixtral is a Mistral with experts, and Qwen3 MoE a Qwen3 with experts.
-# - Qwen2-MoE is a Qwen2 with experts, one of which processes all tokens.
-# - OLMoE is a Llama with experts and norms of q and k.
-# - OLMo 2 has norms after attention and the MLP instead of before them, and norms of q
-#   and k. OLMo 3 adds a window in three of four layers.
-# - In gpt-oss, experts have biases, heads have sinks, and every other layer has a
-#   window.
-# - Gemma 1 has norms that multiply by one plus their scale, and scaled embeddings.
-# - Gemma 2 and 3 also have norms after attention and the MLP. Gemma 2 has soft-caps,
-#   and a window in every other layer. Gemma 3 has two kinds of rotary positions, and a
-#   window in five of six layers; only its text half is supported.
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 # Fields of `Experts` of Mixtral and gpt-oss.
 MIXTRAL_EXPERTS = {
@@ -349,18 +333,6 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
     """Returns the decoder config that a `config.json` describes.
 
     Warns about keys that neither transformers nor this function knows.
-
-    Args:
-        raw: The values in the file.
-
-    Raises:
-        ValueError: If `Decoder` does not support the family, or one of its options.
-
-    Example:
-        >>> raw = dict(model_type="llama", vocab_size=64, hidden_size=32,
-        ...     intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-        >>> config_from_hf(raw).num_kv_heads
-        4
     """
     family, settings = _open(raw)
     try:

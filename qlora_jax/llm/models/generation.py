@@ -80,20 +80,6 @@ def generate(
         sampling: The sampling settings.
         key: PRNG key; needed unless sampling is greedy. The n-th token of an answer is
             drawn with `jax.random.fold_in(key, n)`.
-
-    Raises:
-        ValueError: If there are no prompts, a prompt is empty, `max_new_tokens` is not
-            positive, a key is needed but missing, or an answer may exceed the positions
-            that the model has learned.
-
-    Example:
-        >>> from qlora_jax.llm.models.config import DecoderConfig
-        >>> from qlora_jax.llm.models.decoder import Decoder
-        >>> model = Decoder(DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2))
-        >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))
-        >>> prompts = [[1, 2, 3], [4]]
-        >>> generate(model, variables, prompts, max_new_tokens=3, eos_ids=[2]).shape
-        (2, 3)
     """
     if not len(prompts) or max_new_tokens < 1:
         raise ValueError(

@@ -21,13 +21,6 @@ class Sampling:
         top_p: Draw from the smallest set of the most probable tokens whose
             probabilities sum to at least `top_p` (Holtzman et al. 2020, section 3.1),
             plus ties. The set always has at least one token.
-
-    Example:
-        >>> logits = jnp.array([1.0, 3.0, 2.0])
-        >>> Sampling(temperature=1.0, top_k=2).filtered(logits)
-        Array([-inf,   3.,   2.], dtype=float32)
-        >>> Sampling().choose(logits[None])
-        Array([1], dtype=int32)
     """
 
     temperature: float = 0.0
@@ -55,14 +48,7 @@ class Sampling:
         return self.temperature == 0
 
     def filtered(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-        """Returns the logits divided by the temperature, and -inf for dropped tokens.
-
-        Args:
-            logits: Float32 logits of the model.
-
-        Raises:
-            ValueError: If the temperature is 0.
-        """
+        """Returns logits divided by the temperature, and -inf for dropped tokens."""
         if self.is_greedy:
             raise ValueError("`temperature` must be positive to filter logits. Got 0.")
         logits = logits / self.temperature
@@ -87,12 +73,7 @@ class Sampling:
     def choose(
         self, logits: Float[Array, "B V"], key: Key[Array, ""] | None = None
     ) -> Int[Array, " B"]:
-        """Returns a token for each row.
-
-        Args:
-            logits: Float32 logits of the model.
-            key: PRNG key; unused if greedy.
-        """
+        """Returns a token for each row."""
         if self.is_greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         assert key is not None

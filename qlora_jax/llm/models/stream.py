@@ -38,25 +38,13 @@ class Stream:
     If a prompt starts with the previous prompt and its answer, as the next turn of a
     conversation does, only its new tokens are computed. Prompts are padded to few
     lengths and the cache grows by doubling, so that few programs are compiled.
-
-    Example:
-        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
-        >>> model = Decoder(config)
-        >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))
-        >>> stream = Stream(model, variables)
-        >>> len(list(stream([1, 2, 3], max_new_tokens=4, eos_ids=[])))
-        4
     """
 
     def __init__(self, model: Model, variables: PyTree, sampling: Sampling = GREEDY):
         """Starts with an empty cache.
 
-        Args:
-            model: A `Decoder`, wrapped or not, or a model in PyTorch's code.
-            variables: The variables for `model.apply`. For speed, the stream converts
-                quantization scales to float32, and on CPUs with JAX before 0.11 also
-                16-bit layers.
-            sampling: The sampling settings.
+        For speed, the scales of quantized weights are converted to float32, and on CPUs
+        with JAX before 0.11 also 16-bit layers.
         """
         self.model, self.sampling = model, sampling
         self.variables = _speed_up(variables)
@@ -72,21 +60,10 @@ class Stream:
         eos_ids: Sequence[int],
         key: Key[Array, ""] | None = None,
     ) -> Iterator[int]:
-        """Continues a prompt.
+        """Returns a lazy iterator over the tokens that continue a prompt.
 
-        Args:
-            prompt: The tokens of the prompt, at least one.
-            max_new_tokens: The maximum number of tokens to yield.
-            eos_ids: Tokens that end the answer.
-            key: PRNG key; needed unless sampling is greedy.
-
-        Returns:
-            A lazy iterator over the new tokens, including the one that ends the answer.
-            It raises a RuntimeError if a later iterator of the stream has started.
-
-        Raises:
-            ValueError: If the prompt is empty, if a key is needed but missing, or if
-                the answer may exceed the positions that the model has learned.
+        They include the one of `eos_ids` that ends the answer. The iterator raises a
+        RuntimeError if a later iterator of the stream has started.
         """
         if not len(prompt):
             raise ValueError("`prompt` must have at least one token. Got none.")

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import jax
 from tqdm import tqdm
 
-from .arrays import leaves_by_name
 from .checkpoints import Checkpoints, describe_latest
 from .loop import Callback, Training
 from .outputs import Metrics
@@ -133,11 +132,6 @@ class CheckFinite(Callback):
             advice[0] = (
                 "other rows or weights, as a smaller `learning_rate` cannot help"
             )
-            if training.wrong_leaf >= 0:
-                name = [*leaves_by_name(training.state.lora)][training.wrong_leaf]
-                problem += (
-                    f", and the first gradient that is not finite is that of {name}"
-                )
         if self.metrics is not None:
             self.metrics.on_step(training)
         self.states.wait()

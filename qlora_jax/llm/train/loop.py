@@ -31,8 +31,6 @@ class Training:
         evaluation: The metrics of an evaluation after the latest step. Empty if there
             was none.
         is_finite: Whether the loss, the gradient and the new adapter are finite.
-        wrong_leaf: The index of the first array of the lora tree whose gradient is not
-            finite, or -1.
         is_over: Whether training ends after the latest step. Callbacks may set it.
     """
 
@@ -43,7 +41,6 @@ class Training:
     row: dict[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, float] = field(default_factory=dict)
     is_finite: bool = True
-    wrong_leaf: int = -1
     is_over: bool = False
 
     def is_due(self, every: int | None) -> bool:
@@ -117,7 +114,6 @@ def fit(
         training.step += 1
         training.evaluation = {}
         training.is_finite = bool(report.is_finite)
-        training.wrong_leaf = int(report.wrong_leaf)
         training.row = {"step": training.step} | _metrics(report, step_batches, seconds)
         if schedule is not None:
             training.row["learning_rate"] = float(schedule(num_updates))

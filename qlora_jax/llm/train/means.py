@@ -13,21 +13,8 @@ from .step import Loss
 def make_mean_loss(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], float]:
     """Returns a function that computes the mean loss of batches, without dropout.
 
-    Call it as `f(base, lora, batches)`. The mean is over all target tokens. It does not
-    depend on how they are divided into batches.
-
-    Args:
-        loss: A loss function, as for `make_step`. Its PRNG key is None.
-
-    Returns:
-        The function. It raises a ValueError if there are no batches.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from qlora_jax.llm import train
-        >>> loss = lambda lora, base, batch, key: (jnp.sum(batch), batch.size)
-        >>> train.make_mean_loss(loss)({}, {}, [jnp.ones(3), 5 * jnp.ones(1)])
-        2.0
+    It is called as `f(base, lora, batches)`. The mean is over all target tokens, so it
+    does not depend on how they are divided into batches.
     """
     compute_means = make_means(loss)
     return lambda base, lora, batches: compute_means(base, lora, batches)["loss"]

@@ -28,30 +28,13 @@ class SumOfMeans:
     Attributes:
         loss: As a `Loss`, but its sums and numbers are arrays with one entry per mean.
         count: A function of a batch that returns only the numbers.
-
-    Example:
-        >>> import jax.numpy as jnp, optax
-        >>> from qlora_jax.llm import train
-        >>> count = lambda batch: jnp.array([1, batch.size])
-        >>> means = lambda lora, base, batch, key: (
-        ...     lora["w"] * jnp.array([2, jnp.sum(batch)]), count(batch))
-        >>> loss = train.SumOfMeans(means, count)
-        >>> state = train.State.create({"w": jnp.ones(())}, optax.sgd(0.5), seed=0)
-        >>> batches = [jnp.ones(3), 5 * jnp.ones(1)]
-        >>> state, report = train.make_step(loss, optax.sgd(0.5))(state, {}, batches)
-        >>> float(report.loss), float(report.grad_norm)
-        (4.0, 4.0)
     """
 
     loss: Loss
     count: Callable[[Any], Array]
 
     def __call__(self, *args: Any) -> tuple:
-        """Returns the sums, the numbers and the metrics of a batch.
-
-        Args:
-            *args: The arguments of `loss`.
-        """
+        """Returns the sums, the numbers and the metrics of a batch."""
         return self.loss(*args)
 
 
@@ -174,13 +157,6 @@ class Report(NamedTuple):
         is_finite: Whether the loss, the gradient and the new adapter are finite.
         metrics: The mean of each metric that the loss function returns, by name. With
             a loss scale, also `loss_scale`, the factor that this step used.
-        wrong_leaf: The index of the first array of the lora tree whose gradient is not
-            finite, or -1.
-
-    Example:
-        >>> from qlora_jax.llm import train
-        >>> train.Report(2.5, 0.1, 30, True).loss
-        2.5
     """
 
     loss: Float[Array, ""]
@@ -188,7 +164,6 @@ class Report(NamedTuple):
     tokens: Float[Array, ""]
     is_finite: Bool[Array, ""]
     metrics: Mapping[str, Float[Array, ""]] = {}
-    wrong_leaf: Int[Array, ""] | int = -1
 
 
 class _Sums(NamedTuple):
@@ -378,10 +353,7 @@ def _update(
         means["loss_scale"] = loss_scale.scale
         loss_scale = loss_scale.update(~skip)
     new_state = State(state.step + 1, skipped, lora, opt_state, state.key, loss_scale)
-    is_wrong = [~_all_finite([g]) for g in jax.tree.leaves(grads)]
-    is_wrong = jnp.stack([*is_wrong, jnp.array(True)])  # the last one stands for -1
-    wrong_leaf = (jnp.argmax(is_wrong) + 1) % len(is_wrong) - 1
-    return new_state, Report(mean, norm, num_losses, is_finite, means, wrong_leaf)
+    return new_state, Report(mean, norm, num_losses, is_finite, means)
 
 
 def _first(numbers: Float[Array, "*means"]) -> Float[Array, ""]:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import yaml
 from helpers import assert_same_bits
-from stored import draw_peft, export, tensors_of
+from stored import draw_peft, export
 
 import qlora_jax as ql
 from qlora_jax.llm import app
-from qlora_jax.llm.app.exporting.pairing import Pair, _with_gguf_type, open_pair
+from qlora_jax.llm.app.exporting.pairing import open_pair
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.tiny import save_tiny
 
@@ -229,58 +229,3 @@ def test_base_and_adapter_are_written(model, adapter, tmp_path):
             assert_same_bits(kernels(base), kernels(expected_base))
     with pytest.raises(ValueError, match="`out` must be new"):
         export(model, None, tmp_path, adapter, server="vllm", **packing)
-
-
-# For each type, the largest error of a value in a block, divided by the block's largest
-# magnitude. The blocks of Q8_0 and Q4_0 have a scale in float16.
-HALF = 2.0**-11  # the largest relative error of a number that is rounded to float16
-TYPES = {"F16": HALF, "Q8_0": 0.5 / 127 + HALF, "Q4_0": 1 / 8 + HALF}
-
-
-@pytest.mark.parametrize("gguf_type", TYPES)
-def test_a_server_gets_the_type_of_file_that_is_requested(model, tmp_path, gguf_type):
-    """Ollama's file has the adapter merged, and that of llama.cpp has not."""
-    settings = dict(target_modules=[*MODULES])
-    factors = draw_peft(tmp_path / "adapter", MODULES, **settings)
-    raw = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    for server, file in (("ollama", "model"), ("llama.cpp", "base")):
-        out = tmp_path / server
-        options = dict(server=server, gguf_type=gguf_type)
-        written = export(model, None, out, tmp_path / "adapter", **options)
-        assert not written.pair.exact
-        if server == "llama.cpp":
-            name = "float16" if gguf_type == "F16" else gguf_type
-            assert written.pair.why == f"weights are rounded to {name}"
-        # Packing in 4 bits after the adapter was merged reports its cost.
-        is_merged = server == "ollama"
-        assert (written.cost is not None) == (is_merged and gguf_type == "Q4_0")
-        tensors = {
-            x.name: x for x in gguf.GGUFReader(str(out / f"{file}.gguf")).tensors
-        }
-        for index, (module, (a, b)) in enumerate(factors.items()):
-            weight = np.float32(tensors_of(model)[f"{module}.weight"])
-            if is_merged:
-                weight = weight + raw["lora_alpha"] / raw["r"] * b @ a
-            tensor = tensors[f"blk.{index}.ffn_down.weight"]
-            assert tensor.tensor_type.name == gguf_type
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            error, blocks = (
-                np.abs(x).reshape(-1, 32) for x in (values - weight, weight)
-            )
-            largest = blocks.max(axis=1, keepdims=True)
-            assert (error <= TYPES[gguf_type] * largest).all()
-
-
-def test_the_type_of_a_file_decides_whether_a_pair_is_exact(model, adapter, tmp_path):
-    settings = dict(server="llama.cpp", fmt="int4_f16", block_size=32)
-    for gguf_type in ("Q4_0", "Q8_0"):
-        out = tmp_path / gguf_type
-        written = export(model, None, out, adapter, gguf_type=gguf_type, **settings)
-        assert written.pair.exact == (gguf_type == "Q4_0")
-
-
-def test_a_type_of_a_file_that_is_not_written_is_refused():
-    merged = Pair("ollama", "gguf", SUM, True, "the same")
-    assert _with_gguf_type(merged, "Q4_0", is_merge_aware=True) == merged
-    with pytest.raises(ValueError, match="for a merge-aware adapter, .* Got F16"):
-        _with_gguf_type(merged, "F16", is_merge_aware=True)

@@ -163,7 +163,6 @@ def test_a_folder_has_splits_with_examples(folder, tmp_path):
     [example] = data.valid_examples
     prompt = open_tokenizer(folder).decode(example.prompt, skip_special_tokens=False)
     assert prompt == f"{BEGIN}is?{ANSWER}" and example.answer == "two"
-    assert example.end_ids == (2,)  # <|im_end|>
     assert (len(data.train), len(data.valid), data.test) == (2, 1, [])
     assert data.notes == ()
     # A format that no reader supports.

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tokenizer_helpers import read, read_rows_of, save_tokenizer, write_rows
 
-from qlora_jax.llm.data import open_tokenizer, read_rows, readers
+from qlora_jax.llm.data import open_tokenizer, readers
+from qlora_jax.llm.data.dataset import read_rows
 
 TALK = [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two,\n“three”"}]
 MESSAGES = [

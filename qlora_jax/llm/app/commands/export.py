@@ -181,11 +181,6 @@ def _export_for_server(config: ExportConfig) -> Written:
     if out.exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     model, options, pair = open_pair(config)
-    if config.gguf_type == "Q4_0" and not pair.exact:
-        # As for the format gguf, the weights in the model's files are packed.
-        if pair.adapter == MERGED:
-            _note_other_base(options, model.name)
-        options = {}
     with ql.io.new_path(out) as folder:  # renamed to `out` once it is complete
         folder.mkdir()
         paths, cost = _write_pair(config, model, options, pair, folder)
@@ -228,7 +223,7 @@ def _write_pair(
         gguf_type = None
         if export_format == "gguf":
             # Only Q4_0 can be exact in GGUF, where floats are rounded to float16.
-            gguf_type = config.gguf_type or ("Q4_0" if pair.exact else None)
+            gguf_type = "Q4_0" if pair.exact else None
         # In the config of a server, these options say how training packed the base, as
         # `options` do. In the config of one file, they would describe the file instead.
         unset = dict.fromkeys((*PACKING_OPTIONS, "server"))

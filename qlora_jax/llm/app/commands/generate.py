@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from ...data.chat_tokenizer import Tokenizer
-from ...data.encode import Example
 from ...data.kinds import check_text, to_conversation
 from ...data.readers import convert_rows, open_file
 from ...models.sampling import Sampling
@@ -316,12 +315,12 @@ def _answer_file(
     stream: Stream,
 ) -> list[Answer]:
     """Returns the answers to the prompts of a file, generated in batches."""
-    start, end_ids = time.perf_counter(), tokenizer.end_ids
+    start = time.perf_counter()
     generated = generate_answers(
         stream.model,
         stream.variables,
         tokenizer,
-        [Example(ids, "", end_ids) for _, ids in prompts],
+        [ids for _, ids in prompts],
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
         sampling=stream.sampling,

@@ -11,7 +11,6 @@ from jaxtyping import PyTree
 from tqdm import tqdm
 
 from ...data.batching import Batch, eval_batches
-from ...data.encode import Row
 from ...train.means import make_mean_loss
 from ...train.objectives.sft import decoder_loss
 from ...train.outputs import plural
@@ -74,27 +73,15 @@ def score(config: ScoreConfig) -> Score:
     has_adapted_head = model.engine.head_key in model.lora
     token_loss = _make_logits_loss if has_adapted_head else decoder_loss
     mean_loss = make_mean_loss(token_loss(wrapped))
-    batches = _make_batches(rows, config.batch_tokens, model.engine.can_pack_rows)
+    # A longer row makes all batches longer.
+    width = max([config.batch_tokens, *(len(row.ids) for row in rows)])
+    packing = model.engine.can_pack_rows
+    batches = eval_batches(rows, batch_size=1, max_length=width, packing=packing)
     bar = tqdm(batches, "scoring", unit=" batches", disable=None)
     loss = mean_loss(model.base, model.lora, bar)
     if not math.isfinite(loss):
         raise ValueError(f"the loss must be finite. Got {loss}.")
     return Score(loss, num_targets, len(rows))
-
-
-def _make_batches(rows: list[Row], batch_tokens: int, packing: bool) -> list[Batch]:
-    """Returns batches of up to `batch_tokens` tokens; a longer row is a batch alone."""
-    short = [row for row in rows if len(row.ids) <= batch_tokens]
-    long = [row for row in rows if len(row.ids) > batch_tokens]
-    batches = []
-    for group, packs in ((short, packing), (long, False)):
-        if group:
-            # All batches of a group have one width, so that one program is compiled.
-            width = max([batch_tokens, *(len(row.ids) for row in group)])
-            batches += eval_batches(
-                group, batch_size=1, max_length=width, packing=packs
-            )
-    return batches
 
 
 def _make_logits_loss(model: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:

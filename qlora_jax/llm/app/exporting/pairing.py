@@ -1,6 +1,5 @@
 """Chooses the files that a server of `export --for` gets."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +60,7 @@ def open_pair(config: ExportConfig) -> tuple[OpenModel, LoadOptions, Pair]:
         from ...gguf.save import check_gguf_source
 
         check_gguf_source(model.files, tokenizer=config.tokenizer)
-    pair = _find_pair(server, model, options)
-    is_merge_aware = target_packing_of(model.lora) is not None
-    return model, options, _with_gguf_type(pair, config.gguf_type, is_merge_aware)
+    return model, options, _find_pair(server, model, options)
 
 
 def _find_pair(server: Server, model: OpenModel, options: LoadOptions) -> Pair:
@@ -94,27 +91,6 @@ def _find_pair(server: Server, model: OpenModel, options: LoadOptions) -> Pair:
     same = "the weights are" if fmt is None else "codes and scales are"
     why = difference or f"{same} the same"
     return Pair(server.name, base, server.adapter, difference is None, why)
-
-
-def _with_gguf_type(pair: Pair, gguf_type: str | None, is_merge_aware: bool) -> Pair:
-    """Returns what a pair becomes if its GGUF file has the type `gguf_type`.
-
-    A type that rounds the weights makes the pair inexact. None, which stands for Q4_0
-    if the pair is exact and otherwise for F16, changes nothing. Raises ValueError if a
-    file of this type cannot be written for the pair.
-    """
-    if gguf_type is None or (pair.exact and gguf_type == "Q4_0"):
-        return pair
-    if is_merge_aware:
-        raise ValueError(
-            "`gguf_type` must be Q4_0 or left out for a merge-aware adapter, because "
-            f"another type would round its weights again. Got {gguf_type}."
-        )
-    if pair.adapter == MERGED:
-        return pair  # not exact, whatever the type is
-    rounded_to = "float16" if gguf_type == "F16" else gguf_type
-    why = f"weights are rounded to {rounded_to}"
-    return dataclasses.replace(pair, exact=False, why=why)
 
 
 def _pair_merged(server: Server, model: OpenModel, packing: Any) -> Pair:

@@ -96,7 +96,7 @@ class Evaluation:
             self._model,
             {"params": base, "lora": lora},
             self._tokenizer,
-            self._examples,
+            [example.prompt for example in self._examples],
             max_new_tokens=self._max_new_tokens,
             batch_size=_PROMPTS_AT_A_TIME,
             progress=is_first(),

@@ -32,14 +32,11 @@ def make_fingerprint(
     }
     if config.schedule == "constant":
         del fingerprint["steps"]  # without decay, a resumed run may have more steps
-    # Settings that only other objectives use have no effect. They are left out, and so
-    # is the default objective, because states of version 0.2 have neither.
+    # Settings that only other objectives use have no effect, so they are left out.
     objective = find_objective(config.objective)
     names = {name for x in OBJECTIVES.values() for name in x.settings}
     for name in names - {*objective.settings}:
         fingerprint.pop(name, None)
-    if objective.name == TrainConfig.objective:
-        del fingerprint["objective"]
     fingerprint["model's files"] = hash_files(model.path)
     if model.engine.name != "jax":
         # The option may change, such as from auto to torch, but not the actual engine.

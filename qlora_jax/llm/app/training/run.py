@@ -84,8 +84,11 @@ def make_run(config: TrainConfig, today: str) -> Run:
         config = _settings_for_torch(config, model.engine)
     fmt = config.fmt or model.stored_fmt or "nf4"
     packing_config = packing_config_for(config, model, fmt)
-    if packing_config is None:
-        _check_unpacked(config, model)
+    if config.base_memory == "host" and packing_config is model.stored_fmt is None:
+        raise ValueError(
+            "`base_memory` must be device for a float model, because only packed "
+            "layers can stay in host memory. Got host, and fmt=none."
+        )
     # The adapters.
     lora_config = lora_config_for(config, model, packing_config)
     initial_lora = None
@@ -269,15 +272,6 @@ def _check_torch_settings(config: TrainConfig, engine: TorchEngine) -> None:
         raise ValueError(
             f"`packing` must be false for {engine.class_name}, because "
             f"{problem}. Got true."
-        )
-
-
-def _check_unpacked(config: TrainConfig, model: OpenModel) -> None:
-    """Checks the settings of a run whose base stays as it is stored."""
-    if config.base_memory == "host" and model.stored_fmt is None:
-        raise ValueError(
-            "`base_memory` must be device for a float model, because only packed "
-            "layers can stay in host memory. Got host, and fmt=none."
         )
 
 
