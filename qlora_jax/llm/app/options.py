@@ -230,12 +230,9 @@ def _convert_option(option: Option, value: object) -> Any:
     try:
         return convert(option.hint, value)
     except ValueError:
-        raise _value_error(option, value) from None
-
-
-def _value_error(option: Option, value: object) -> ValueError:
-    expected = describe_type(option.hint)
-    return ValueError(f"`{option.name}` must be {expected}. Got {value}.")
+        expected = describe_type(option.hint)
+        message = f"`{option.name}` must be {expected}. Got {value}."
+        raise ValueError(message) from None
 
 
 def convert(hint: Any, value: Any) -> Any:
