@@ -139,7 +139,7 @@ class Bench:
             self.tokenizer,
             vocab_size=self.model.config.vocab_size,
             max_length=self.task.max_length,
-            too_long="split" if is_text else "refuse",
+            too_long="split" if is_text else "error",
         )
 
     def _loss_of_all(self, params: Any, _: Any, batch: Any, key: Any) -> tuple:

@@ -362,7 +362,7 @@ def read_rows(files: Files, rng: random.Random):
     path = files.folder / f"rows{suffix}"
     path.write_bytes(change_bytes(rng, data) if rng.random() < 0.1 else data)
     settings = {"max_length": 200, "train_on": rng.choice(["completions", "all"])}
-    settings |= {"too_long": rng.choice(["refuse", "drop", "truncate", "split"])}
+    settings |= {"too_long": rng.choice(["error", "drop", "truncate", "split"])}
     template = TEMPLATE if rng.random() < 0.7 else rng.choice(TEMPLATES)
     _read_dataset(path, Tokenizer(files.folder, template=template), settings)
 

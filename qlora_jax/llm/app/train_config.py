@@ -86,7 +86,7 @@ class TrainConfig(Config):
             the day on which the run starts.
         validation_split: Share of the training rows to validate on, such as 0.05. The
             data must have no validation rows then. `seed` selects the rows.
-        too_long: What to do with rows of more than `max_length` tokens: refuse, drop,
+        too_long: What to do with rows of more than `max_length` tokens: error, drop,
             truncate; or split, for rows of `text`.
         learning_rate: Peak learning rate.
         steps: Number of training steps; alternatively, set `epochs`.
@@ -200,7 +200,7 @@ class TrainConfig(Config):
     template: str | None = option(None, may_change=True)
     date: str | None = option(None, may_change=True, limit=DATE)
     validation_split: float | None = None
-    too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse"
+    too_long: Literal["error", "drop", "truncate", "split"] = "error"
 
     learning_rate: float = option(2e-4, limit=POSITIVE, section="training")
     steps: int | None = option(None, limit=COUNT)

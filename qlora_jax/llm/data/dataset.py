@@ -61,7 +61,7 @@ def read_dataset(
     max_length: int,
     keys: Mapping[str, str] | None = None,
     train_on: TrainOn = "completions",
-    too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse",
+    too_long: Literal["error", "drop", "truncate", "split"] = "error",
     chat: bool = True,
     rows: Literal["texts", "pairs", "labelled"] = "texts",
     validation_split: float | None = None,
@@ -109,9 +109,9 @@ def read_dataset(
         >>> data.kind, data.trained_share
         ('input_ids', 0.5)
     """
-    if too_long not in ("refuse", "drop", "truncate", "split"):
+    if too_long not in ("error", "drop", "truncate", "split"):
         raise ValueError(
-            f"`too_long` must be refuse, drop, truncate or split. Got {too_long!r}."
+            f"`too_long` must be error, drop, truncate or split. Got {too_long!r}."
         )
     _check_max_length(max_length)
     if seed < 0:
@@ -355,7 +355,7 @@ class _Cutter:
             self.num_long, pieces = self.num_long + 1, []
             if self.too_long == "split" and encoded.kind == "text":
                 pieces = _split_row(encoded, self.max_length)
-            elif self.too_long in ("refuse", "split"):
+            elif self.too_long in ("error", "split"):
                 self.refused.append(f"{row.place} ({size:,} tokens)")
             elif self.too_long == "truncate":
                 # A truncated row has no example, since its answer may be cut.

@@ -85,7 +85,7 @@ def test_settings_of_an_earlier_version_say_what_to_change(tmp_path):
     settings = yaml.safe_load(file.read_text())
     names = eval(str(caught.value).partition("Got ")[2].partition("]")[0] + "]")
     assert {"lora_r", "recode", "resume_step"} < {*names}
-    settings["rank"] = settings["lora_r"]
+    settings |= {"rank": settings["lora_r"], "too_long": "error"}
     kept = {name: x for name, x in settings.items() if name not in names}
     file.write_text(yaml.safe_dump(kept))
     config = read_run_config(file)

@@ -624,4 +624,4 @@ def test_pairs_that_are_cut_to_nothing_are_dropped(folder, tmp_path):
     # After truncation, both answers of the second pair are the same.
     assert len(data.train) == 1 and "1 are dropped and 0 truncated" in data.notes[-1]
     with pytest.raises(ValueError, match=r"d.jsonl:2 \(48 tokens\)"):
-        read(folder, tmp_path / "d.jsonl", **settings | {"too_long": "refuse"})
+        read(folder, tmp_path / "d.jsonl", **settings | {"too_long": "error"})
