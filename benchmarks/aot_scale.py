@@ -6,7 +6,7 @@
 
 The first environment compiles the rows for TPUs, the second (4.6 GB) those for GPUs.
 
-Each row of `scale_rows.ROWS` is compiled from shapes alone by `lowering.lower_step`:
+Each row of `scale_rows.ROWS` is compiled from shapes alone by `app.program.lower_step`:
 the decoder, loss, adapters, optimizer and step are those of the command. Each row runs
 in a separate process with a time limit. Results are added to `aot_scale.jsonl`, and
 rows in that file are only compiled again with `--again`. `--table` writes the tables of
@@ -45,9 +45,8 @@ def lower_row(row: dict) -> Any:
         row: `model`, `topology` (such as "v5e:2x2" or "h100:1x1x1"), `chips`, and
             `settings`, those of `TrainConfig`.
     """
-    from lowering import lower_step
-
     from qlora_jax.llm.app.train_config import TrainConfig
+    from qlora_jax.llm.app.training.program import lower_step
 
     devices, backend = devices_of(row)
     settings = {"model": row["model"], "data": "data", "out": "run", "steps": 1000}

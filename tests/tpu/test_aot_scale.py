@@ -17,7 +17,6 @@ import scale_rows
 import scale_tables
 import tpu_peers
 from hlo_collectives import collectives
-from lowering import lower_step
 from test_tpu_aot import needs_libtpu, run_script
 
 import qlora_jax as ql
@@ -25,6 +24,7 @@ from qlora_jax.llm.app.adapters import lora_config_for
 from qlora_jax.llm.app.open_model import OpenModel
 from qlora_jax.llm.app.train_config import TrainConfig
 from qlora_jax.llm.app.training.program import (
+    lower_step,
     make_batch_placer,
     make_mesh,
     make_placer,

@@ -104,14 +104,8 @@ def option(
 ) -> T:
     """Returns a field of a `Config`. A field with only a default needs no `option`.
 
-    Args:
-        default: The value if the option is not given, or `REQUIRED`.
-        name: The name in flags and files, if it cannot be that of the field.
-        section: The title of the section of `--help` for this option and the options
-            after it, up to the next `section`.
-        limit: The values that the option accepts.
-        may_change: Whether a resumed run may have another value. This must not affect
-            the trained weights.
+    `name`, if it cannot be that of the field, and the others are as in `Option`. An
+    option that may change must not affect the trained weights.
     """
     metadata: dict[str, Any] = dict(section=section, limit=limit, may_change=may_change)
     metadata |= {} if name is None else dict(name=name)

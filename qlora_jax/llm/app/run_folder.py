@@ -164,18 +164,10 @@ def quiet_orbax() -> Iterator[None]:
     """Keeps Orbax's threads from printing tracebacks of errors that are also raised."""
     from absl import logging
 
-    logger, old_hook = logging.get_absl_logger(), sys.unraisablehook
+    logger = logging.get_absl_logger()
     old_level = logger.level
-
-    def ignore_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
-        # Raised by writes that were in progress when another one failed.
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            old_hook(unraisable)
-
     logger.setLevel("CRITICAL")
-    sys.unraisablehook = ignore_closed_loops
     try:
         yield
     finally:
         logger.setLevel(old_level)
-        sys.unraisablehook = old_hook

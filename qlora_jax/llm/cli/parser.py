@@ -44,14 +44,11 @@ qlora-jax train --config run.yaml --learning-rate 1e-3
 qlora-jax train --config run.yaml --preview 3
 qlora-jax train --config run.yaml --resume
 qlora-jax score --model HuggingFaceTB/SmolLM2-135M --data valid.jsonl
-qlora-jax score --model base-4bit --adapter adapter --data valid.jsonl --json
 qlora-jax export --model base --adapter adapter --format merged --out merged
 qlora-jax export --model base --format bitsandbytes --out base-4bit
-qlora-jax export --model base --adapter adapter --format gguf --out model.gguf
 qlora-jax export --run run
 qlora-jax export --run run --for vllm --out served
 qlora-jax generate --model HuggingFaceTB/SmolLM2-135M-Instruct
-qlora-jax generate --model base --adapter adapter --prompt Hello --temperature 0.7
 qlora-jax generate --model base --prompts prompts.jsonl --out answers.jsonl
 qlora-jax check --json"""
 

@@ -54,12 +54,12 @@ def save_gguf(
     Norms, biases, sinks and routers are always F32. The format of all other tensors
     depends on `fmt`:
 
-    - "F16" and "Q8_0": They are written in this format, with two exceptions. Experts in
-      mxfp4 that have no adapter keep their codes and scales. With "Q8_0", a tensor
-      becomes F16 if its number of inputs is not a multiple of 32, the block size.
-    - "Q4_0": Only the kernels of layers are written in this format. Packed kernels keep
-      their codes and scales, and float kernels are packed by llama.cpp's rule. Each
-      remaining tensor is F16 if this represents its values exactly, and F32 if not.
+    - "F16" and "Q8_0": this format, but experts in mxfp4 without an adapter keep their
+      codes and scales. With "Q8_0", a tensor is F16 if its number of inputs is not a
+      multiple of 32, the block size.
+    - "Q4_0": only kernels of layers. Packed kernels keep their codes and scales, and
+      float kernels are packed by llama.cpp's rule. Each remaining tensor is F16 if this
+      represents its values exactly, and F32 if not.
 
     Args:
         path: The file.

@@ -220,17 +220,8 @@ def gated_delta_rule(
 
     The tokens of a chunk are processed at once. They see earlier chunks through the
     state, and each other through the inverse of a triangular matrix. If a chunk has
-    only one token, as in decoding, the computation is the same as these three steps.
-
-    Args:
-        query: Queries; each of their heads serves H / N consecutive heads of values.
-        key: Keys.
-        value: Values.
-        log_decay: Logarithms of the factors by which the state decays, at most 0.
-        strength: How strongly each token is written to the state, from 0 to 1.
-        segment_ids: The number of the sequence that each token belongs to. Where it
-            changes, the state becomes zero. None if each row is one sequence.
-        state: The state before the first token; None for zeros.
+    only one token, as in decoding, the computation is the same as these three steps. A
+    state of zeros precedes each sequence, by `segment_ids`; `state` precedes the first.
     """
     batch, length, heads, value_dim = value.shape
     size = min(CHUNK, 1 << (length - 1).bit_length())

@@ -277,12 +277,7 @@ def balance_loss(
 
     This is the loss of Switch Transformers (arXiv:2101.03961, equations 4 to 6), with
     means over all layers at once. It is `experts.per_token` if all experts process
-    equally many tokens.
-
-    Args:
-        logits: The logits of the routers of all layers.
-        weights: 1 for a token, and 0 for padding.
-        experts: The decoder's mixture of experts.
+    equally many tokens. `weights` are 1 for a token, and 0 for padding.
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     _, chosen = lax.top_k(probabilities, experts.per_token)  # [L, M, C]

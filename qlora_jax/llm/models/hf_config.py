@@ -56,6 +56,11 @@ def _is_no_advice(record: logging.LogRecord) -> bool:
     return "PyTorch was not found" not in record.getMessage()
 
 
+def _config_class(model_type: str) -> Any:
+    auto = import_transformers().models.auto
+    return auto.configuration_auto.CONFIG_MAPPING[model_type]
+
+
 def open_config(
     model_type: str,
     raw: Mapping[str, Any],
@@ -73,10 +78,7 @@ def open_config(
     keys of published files that transformers ignores. `outside` has the values outside
     of the text half of a model with a vision part.
     """
-    transformers = import_transformers()
-    config_class = transformers.models.auto.configuration_auto.CONFIG_MAPPING[
-        model_type
-    ]
+    config_class = _config_class(model_type)
     fields = _field_names(config_class)
     taken = taken_keys(model_type) | {*further_keys.split()}
     for key, neutral in _APPLIED_TO_ALL.items():
@@ -107,7 +109,7 @@ def open_config(
             stacklevel=5,
         )
     try:
-        return transformers.AutoConfig.for_model(model_type, **values)
+        return import_transformers().AutoConfig.for_model(model_type, **values)
     except MemoryError:
         raise
     except Exception as error:  # of many types, for values of other types
@@ -122,12 +124,9 @@ def open_config(
 
 def taken_keys(model_type: str) -> set[str]:
     """Returns the keys that a config class takes, without those that change nothing."""
-    transformers = import_transformers()
-    config_class = transformers.models.auto.configuration_auto.CONFIG_MAPPING[
-        model_type
-    ]
+    config_class = _config_class(model_type)
     # The fields of all classes are about files, classifiers, and outputs.
-    common = _field_names(transformers.PretrainedConfig)
+    common = _field_names(import_transformers().PretrainedConfig)
     names = {*config_class.attribute_map, *config_class.attribute_map.values()}
     return (_field_names(config_class) - common) | names | _OLDER_KEYS | {"head_dim"}
 
@@ -183,11 +182,7 @@ def open_text_half(
 
     `model_type` is the type of the whole model, and `text_type` that of the half.
     """
-    transformers = import_transformers()
-    config_class = transformers.models.auto.configuration_auto.CONFIG_MAPPING[
-        model_type
-    ]
-    fields, text = _field_names(config_class), raw.get("text_config")
+    fields, text = _field_names(_config_class(model_type)), raw.get("text_config")
     if text is None and model_type == "qwen2_5_vl":
         # Published files have all settings in one section.
         text = {key: x for key, x in raw.items() if key not in fields}

@@ -30,17 +30,8 @@ LAYERS = r"layers(_\d+)?/(?!.*/(router|shared_expert_gate)/).*/kernel"
 class JaxEngine:
     """Everything that the application needs to know about a model in `Decoder`.
 
-    `TorchEngine` has the same attributes and methods, except for `decoder`.
-
-    Attributes:
-        path: A folder.
-        decoder: The config of the decoder.
-        name: The value of the option `engine`.
-        layers: The patterns of the kernels to pack.
-        contract: Empty, because the default of `QLoRAConfig` holds for all kernels.
-        head_module: The name of the module that computes the logits.
-        generation_problem: None, because all models can generate tokens.
-        can_pack_rows: True, because every model supports rows with several sequences.
+    `TorchEngine` has the same attributes and methods, except for `decoder`, and
+    describes them.
     """
 
     path: pathlib.Path

@@ -283,24 +283,14 @@ class _Joined:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TorchDecoder:
-    """A model in PyTorch, with those methods of a wrapped `Decoder` that are needed.
+    """A model in PyTorch, with those methods of a wrapped `Decoder` that are needed."""
 
-    Attributes:
-        config: The model, from which `Stream` reads `ropes`, as from the
-            `DecoderConfig` of a `Decoder`.
-        language_model: The model as two functions, for hidden states and for logits.
-        cached_model: The model as a function that continues sequences.
-        has_dropout: Whether adapters have dropout. If not, dropout keys are ignored.
-        has_packed_rows: Whether rows may have several sequences.
-        mlp_tile: None, because the MLPs process all tokens at once.
-    """
-
-    config: TorchEngine
-    language_model: "ql.torch.LanguageModel"
-    cached_model: "ql.torch.CachedModel"
-    has_dropout: bool
-    has_packed_rows: bool
-    mlp_tile: ClassVar[None] = None
+    config: TorchEngine  # `Stream` reads its `ropes`, as those of a `DecoderConfig`
+    language_model: "ql.torch.LanguageModel"  # for hidden states and for logits
+    cached_model: "ql.torch.CachedModel"  # continues sequences
+    has_dropout: bool  # whether adapters have dropout; if not, its keys are ignored
+    has_packed_rows: bool  # whether rows may have several sequences
+    mlp_tile: ClassVar[None] = None  # the MLPs process all tokens at once
 
     @property
     def has_states(self) -> bool:

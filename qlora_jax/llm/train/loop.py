@@ -75,19 +75,8 @@ def fit(
 
     `fit` takes the steps and collects their metrics. Callbacks do everything else. They
     are called in the order in which they are passed, which should be: `CheckFinite`,
-    `Evaluate`, `Metrics`, `LogRows`, `ShowProgress`, `SaveStates`.
-
-    Args:
-        state: The initial state, which is donated.
-        step: A function of the state and a list of batches, such as the function from
-            `make_step` with the base tree filled in.
-        batches: The iterator from `qlora_jax.llm.data.batches`. To resume from a saved
-            state, restore the iterator's position, too.
-        steps: The total number of steps, including those before a resumed state.
-        accumulation: The number of batches per step. The last step may have fewer.
-        schedule: A function that maps the number of updates so far to the learning
-            rate, which is added to the metrics.
-        callbacks: The callbacks.
+    `Evaluate`, `Metrics`, `LogRows`, `ShowProgress`, `SaveStates`. `schedule` maps the
+    number of updates to the learning rate, for the metrics.
     """
     if accumulation < 1:
         raise ValueError(f"`accumulation` must be positive. Got {accumulation}.")

@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 from helpers import trees_of
-from lowering import lower_step
 from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.llm import data, train
 from qlora_jax.llm.app.open_model import OpenModel
 from qlora_jax.llm.app.train_config import TrainConfig
+from qlora_jax.llm.app.training.program import lower_step
 from qlora_jax.llm.models.config import DecoderConfig
 from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.jax_engine import JaxEngine

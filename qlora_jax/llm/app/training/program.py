@@ -2,24 +2,35 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+    set_mesh,
+)
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 import qlora_jax as ql
 
+from ...data.batching import Batch
 from ...models.constraints import ROW_AXES
 from ...train import optimizer as optimizers
 from ...train.arrays import put_rows
 from ...train.loss_scale import LossScale
 from ...train.objectives import find_objective
-from ...train.step import Step, make_step
+from ...train.step import State, Step, make_step
+from ..adapters import init_shapes, lora_config_for, packing_config_for
 from ..environment import fastest_dtype
-from ..open_model import Engine
+from ..open_model import Engine, OpenModel
 from ..train_config import TrainConfig
 
 
@@ -143,5 +154,60 @@ def make_batch_placer(mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
     """
     if mesh is None:
         return lambda batch: batch
-    axes = [name for name in ROW_AXES if name in mesh.axis_names]
-    return lambda batch: put_rows(batch, mesh, axes)
+    return lambda batch: put_rows(batch, mesh, _row_axes(mesh))
+
+
+def _row_axes(mesh: Mesh) -> list[str]:
+    return [name for name in ROW_AXES if name in mesh.axis_names]
+
+
+def lower_step(
+    config: TrainConfig,
+    model: OpenModel,
+    devices: Sequence[Any],
+    backend: str | Sequence[str] | None = None,
+) -> jax.stages.Lowered:
+    """Lowers a run's step from shapes only, for a batch of `[batch_size, max_length]`.
+
+    With preferences, the batch has twice as many rows: two sequences for each row of
+    data. All its tokens are targets. If the devices are from
+    `jax.experimental.topologies`, `backend` must be set.
+    """
+    mesh = make_mesh(config.mesh_sizes, devices)
+    place = make_placer(model.engine, mesh, config.base_memory, devices[:1])
+    # The shapes and shardings of the base and the adapters.
+    dtype = resolve_dtype(config.dtype, devices[0].platform)
+    config = config.replace(dtype=dtype)
+    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
+    packing_config = packing_config_for(config, model, "nf4")
+    if packing_config is not None:
+        base, _ = init_shapes(base, packing_config)
+    lora_config = lora_config_for(config, model, packing_config)
+    base, lora = place(*init_shapes(base, lora_config))
+    row_sharding = replicated = SingleDeviceSharding(devices[0])
+    if mesh is not None:
+        axes = PartitionSpec(tuple(_row_axes(mesh)) or None)
+        row_sharding = NamedSharding(mesh, axes)
+        replicated = NamedSharding(mesh, PartitionSpec())
+    base, lora = jax.tree.map(
+        lambda x: x if x.sharding else x.update(sharding=replicated), (base, lora)
+    )
+    # The program, and the shapes of its state and of a batch.
+    program = make_program(config, model.engine, backend=backend)
+    state = State.shapes(lora, program.optimizer, make_loss_scale(dtype))
+    num_sequences = find_objective(config.objective).sequences_per_row
+    num_rows = config.batch_size * num_sequences
+    width = config.max_length
+
+    def batch_array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding)
+
+    integers = ("ids", "segment_ids", "positions", "select", "targets")
+    arrays: dict[str, Any] = dict.fromkeys(
+        integers, batch_array(jnp.int32, num_rows, width)
+    )
+    arrays["weights"] = batch_array(jnp.float32, num_rows, width)
+    if num_sequences > 1:
+        arrays["answers"] = batch_array(jnp.float32, num_rows, 1, width)
+    with nullcontext() if mesh is None else set_mesh(mesh):
+        return program.step.lower(state, base, Batch(**arrays))
