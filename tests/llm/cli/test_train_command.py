@@ -41,7 +41,8 @@ from qlora_jax.llm.models.config import DecoderConfig, Experts
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.jax_engine import JaxEngine
 from qlora_jax.llm.models.tiny import save_tiny
-from qlora_jax.llm.train import find_target_paths, read_metrics
+from qlora_jax.llm.train import read_metrics
+from qlora_jax.llm.train.target_modules import find_target_paths
 
 
 @pytest.fixture(scope="module")
