@@ -358,14 +358,16 @@ def test_a_null_is_not_called_a_missing_key(folder, tmp_path, value):
 
 def test_an_error_in_json_has_one_line_number(folder, tmp_path):
     path, good = tmp_path / "d.jsonl", '{"text": "a"}\n'
-    for bad, column in (('{"text": "b"\n', 13), ('{"text": "b",}\n', 14)):
+    for bad in ('{"text": "b"\n', '{"text": "b",}\n'):
+        with pytest.raises(json.JSONDecodeError) as expected:
+            json.loads(bad.rstrip())  # versions of Python differ in the column
         path.write_text(3 * good + bad + good)
         with pytest.raises(ValueError) as raised:
             read(folder, path)
         text = str(raised.value).replace(f"lines of {path}", "")
         assert re.findall(r"line \d+|column \d+", text) == [
             "line 4",
-            f"column {column}",
+            f"column {expected.value.colno}",
         ]
 
 
