@@ -184,15 +184,15 @@ TRANSFORMERS = Server(
 
 # The families whose logits in mlx-lm 0.32 were compared with those of transformers.
 _TESTED_WITH_MLX = frozenset(
-    "gemma2 gemma3_text glm4 granite llama mistral mixtral olmo2 olmoe phi3 qwen2 "
+    "gemma2 gemma3_text llama mistral mixtral olmo2 olmoe phi3 qwen2 "
     "qwen3 qwen3_moe smollm3".split()
 )
 # Families for which mlx-lm supports only the default rotary positions.
-_DEFAULT_ROPE = ("qwen3_moe", "mixtral", "gemma2", "glm4", "phi3")
+_DEFAULT_ROPE = ("qwen3_moe", "mixtral", "gemma2", "phi3")
 # Families for which mlx-lm supports biases of the query, key and value layers.
-_BIASES = ("glm4", "granite", "llama", "olmo2", "olmoe", "qwen2", "smollm3")
+_BIASES = ("llama", "olmo2", "olmoe", "qwen2", "smollm3")
 # Families in which mlx-lm assumes a head size of `hidden_size / num_heads`.
-_HEADS = ("granite", "qwen2", "mixtral", "phi3")
+_HEADS = ("qwen2", "mixtral", "phi3")
 
 
 def _find_mlx_difference(
