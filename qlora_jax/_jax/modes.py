@@ -60,6 +60,13 @@ def split_by(x: Array, mesh: AnyMesh, spec: Iterable[SpecEntry]) -> Array:
     return reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
+def with_sharding_of(x: Array, like: Array) -> Array:
+    """Returns an array resharded as the type of another array says."""
+    sharding = jax.typeof(like).sharding
+    is_typed = AxisType.Explicit in sharding.mesh.axis_types
+    return reshard(x, sharding) if is_typed else x
+
+
 def without_mapped_axes(mesh: AnyMesh, *trees: PyTree) -> PyTree:
     """Gathers arrays over the mesh axes that split the axis of an enclosing vmap."""
     # JAX already splits the results of the vmap over these axes, and raises an error if

@@ -22,9 +22,8 @@ from .._jax import specs
 from .._jax.modes import auto_only, call_in_auto_mode, explicit_mesh, split_by
 from .._jax.pytree import TreeLeaf, register
 from .._jax.specs import Axes, SpecEntry
-from ..product.sharded import declared_mesh
 from ..quant.geometry import Geometry
-from ..quant.kernel import Kernel, as_kernel
+from ..quant.kernel import Kernel, as_kernel, declared_mesh
 
 # `multiply(x, kernel)` returns `x W` for x `[*batch, ..., K]`, in the dtype of x. In a
 # ragged product, it uses the offsets of the `ProductCall`, unless the caller passes

@@ -1,8 +1,9 @@
 """LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar
+from typing import TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -129,10 +130,14 @@ def lora_product(
         # B is smaller than the product.
         b = scaled(lora.b.astype(jnp.float32), lora)
         a, b = cast(lora.a, x.dtype), cast(b, x.dtype)
-        arguments: Any = offsets, precision, kernel.placement
-        h = ragged_float_product(x, a, *arguments, role="k")  # [M, r]
-        h = checkpoint_name(h, CHECKPOINT_NAME)
-        return ragged_float_product(h, b, *arguments, role="n")
+        multiply = functools.partial(
+            ragged_float_product,
+            offsets=offsets,
+            precision=precision,
+            placement=kernel.placement,
+        )
+        h = checkpoint_name(multiply(x, a, shared="k"), CHECKPOINT_NAME)  # [M, r]
+        return multiply(h, b, shared="n")
     # Cast first, so that a mesh moves arrays in the dtype of x.
     lora = replace_arrays(lora, lambda _, w: cast(w, x.dtype))
     lora = constrained(lora, kernel, x)

@@ -36,11 +36,10 @@ from .._jax.modes import (
     unmapped_explicit_axes,
 )
 from .._jax.specs import AnyMesh, Axes, axes_of, dividing_prefix, make_spec, spec_of
-from ..product.sharded import declared_mesh
 from ..quant.codes import dequantize_blocks, quantize_blocks, select_values
 from ..quant.formats import Packing
 from ..quant.geometry import to_matrix
-from ..quant.kernel import Kernel
+from ..quant.kernel import Kernel, declared_mesh
 from ..quant.pack import straight_through
 from ..quant.qtensor import QTensor, round_to, stored_specs
 from ..quant.schemes import StoredScales, next_power_of_two

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._jax.arguments import check_key
 from ..product.choose import checked_backend
+from ..product.floats import float_product, ragged_float_product
 from ..product.matmul import as_float, explain_forward_mode_errors, layer_of, offsets_of
-from ..product.multiply import multiply
+from ..product.multiply import check_shape, multiply
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.qtensor import QTensor
 from .base import Adapter, ProductCall, check_adapter, parts_of
@@ -47,17 +48,20 @@ def adapted_product(
         )
         call = ProductCall(multiply_frozen, dropout_key, precision, offsets)
         return lora.product(x, kernel, call)
-    return multiply(
-        x,
-        kernel.product_input(x.dtype),
-        offsets,
-        backend=backend,
-        precision=precision,
-        result_dtype=result_dtype,
-        # Over Explicit mesh axes, float experts are resharded to match x. In any other
-        # product, x is resharded to match the weights.
-        weights_move=offsets is not None,
-    )
+    if kernel.is_packed:
+        return multiply(
+            x,
+            kernel,
+            offsets,
+            backend=backend,
+            precision=precision,
+            result_dtype=result_dtype,
+        )
+    w, dtype = kernel.dequantize_matrix(x.dtype), result_dtype or x.dtype
+    if offsets is not None:
+        return ragged_float_product(x, w, offsets, precision, dtype)
+    check_shape(x.shape, [*w.shape[:-2]], w.shape[-2])
+    return float_product(x, w, precision, dtype, weights_move=False)
 
 
 def check_real(name: str, w: PyTree) -> None:

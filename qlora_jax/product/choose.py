@@ -10,7 +10,6 @@ from jax import lax
 from jaxtyping import Array
 
 from .._jax import modes
-from .backends.floats import multiply_floats
 from .backends.pallas_tpu.backend import PallasTPU
 from .backends.reference import Reference, Rounding
 from .backends.tiled import Tiled
@@ -102,14 +101,12 @@ def run(spec: ProductSpec, operands: Operands, *, is_device: bool = False) -> Ar
     Otherwise, XLA may have to partition the product, which opaque back ends do not
     allow.
     """
-    if spec.packed_as is None:
-        return multiply_floats(spec, operands)
     # Back ends accept a single axis of rows.
-    x = operands.left
+    x = operands.x
     num_rows = math.prod(x.shape[spec.batch : -1])
     shape = *x.shape[: spec.batch], num_rows, x.shape[-1]
-    operands = operands._replace(left=x.reshape(shape))
-    check_args = spec, shape, x.dtype, operands.right.shape[-1]  # of `Backend.check`
+    operands = operands._replace(x=x.reshape(shape))
+    check_args = spec, shape, x.dtype, operands.codes.shape[-1]  # of `Backend.check`
 
     # Choose one back end, or one for each platform: a jitted function may be lowered
     # for the CPU of a machine that has a TPU.

@@ -1,9 +1,9 @@
-"""Collectives of products: they gather packed weights and sum results."""
+"""Parts of products in a `shard_map`: they gather weights, sum, and split offsets."""
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
 
 from .._jax.modes import is_manual
 from .._jax.specs import Axes
@@ -60,3 +60,20 @@ def gather(
     scale_bytes = scale_bytes.reshape(*lead, -1, 4, both.shape[-1])
     scale_bytes = jnp.moveaxis(scale_bytes, -2, -1)  # [..., s, n, 4]
     return codes, lax.bitcast_convert_type(scale_bytes, jnp.float32)
+
+
+def device_offsets(
+    offsets: Int32[Array, " experts_and_1"],
+    row_axes: Axes,
+    expert_axes: Axes,
+    num_rows: int,
+) -> Int32[Array, " device_experts_and_1"]:
+    """Returns the offsets of one device's `num_rows` rows and of its experts."""
+    if row_axes:
+        first_row = lax.axis_index(row_axes) * num_rows
+        offsets = jnp.clip(offsets - first_row, 0, num_rows)
+    if expert_axes:
+        num_experts = (offsets.shape[0] - 1) // lax.axis_size(expert_axes)
+        first = lax.axis_index(expert_axes) * num_experts
+        offsets = lax.dynamic_slice_in_dim(offsets, first, num_experts + 1)
+    return offsets

@@ -1,7 +1,8 @@
-"""Multiplies an input by weights, which are packed or float.
+"""Multiplies an input by packed weights. `floats` has the products with float weights.
 
-`multiply` describes the product by a `ProductSpec`, which includes its mesh. Gradients
-are products of the same kind. `sharded.compute` runs each of them on the devices.
+`multiply` describes the product by a `ProductSpec`, which includes its mesh. The
+gradient of x is a product of the same kind. `sharded.compute` runs each of them on the
+devices.
 """
 
 from dataclasses import dataclass, replace
@@ -12,54 +13,41 @@ import numpy as np
 from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding, reshard
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32, PyTree
+from jaxtyping import Array, Float, Int32
 
-from ..quant.kernel import Kernel, Placement, as_kernel
+from ..quant.kernel import Kernel
 from ..quant.views import product_arrays
 from .sharded import compute, fit_to_mesh
-from .spec import OPERANDS, ArrayName, Operands, ProductSpec, product_spec
+from .spec import Operands, ProductSpec, product_spec
 
 
 def multiply(
     x: Float[Array, "..."],
-    weights: Kernel | Array,
+    kernel: Kernel,
     offsets: Int32[Array, " experts_and_1"] | None = None,
     *,
     backend: str | tuple[str, ...] | None = None,
     precision: PrecisionLike = None,
     result_dtype: DTypeLike | None = None,
-    placement: Placement | None = None,
-    weights_move: bool = True,
 ) -> Array:
-    """Returns `x @ w` in `result_dtype`, or else in the dtype of `x`.
+    """Returns `x @ w` for a packed kernel, in `result_dtype`, or the dtype of `x`.
 
-    The weights are a packed kernel, or a float array `[*batch, K, N]`. x is `[*batch,
-    *rows, K]`. With `offsets`, x is `[M, K]`, and its rows `offsets[e]` to
-    `offsets[e + 1]` are multiplied by expert e of the weights. The product of float
-    weights is differentiable in both operands.
-
-    Float experts may have a `placement`, for Auto mesh axes. If x and float weights are
-    split differently along K over Explicit mesh axes, the weights are resharded to
-    match x. If `weights_move` is False, x is resharded to match the weights.
+    x is `[*batch, *rows, K]`. With `offsets`, x is `[M, K]`, and its rows `offsets[e]`
+    to `offsets[e + 1]` are multiplied by expert e of the kernel.
     """
-    kernel = as_kernel(weights)
-    *batch, k, _ = kernel.matrix_shape
-    if kernel.is_packed:
-        spec = product_spec(kernel)
-    else:
-        spec = ProductSpec(None, x.dtype.name, k, placement=placement)
     is_ragged = offsets is not None
+    *batch, k, _ = kernel.matrix_shape
     batch = batch[: len(batch) - is_ragged]  # without the axis of experts
     check_shape(x.shape, batch, k)
     spec = replace(
-        spec,
+        product_spec(kernel),
         batch=len(batch),
         backend=backend,
         precision=precision,
         is_ragged=is_ragged,
         result_dtype=None if result_dtype is None else jnp.dtype(result_dtype).name,
     )
-    return _product(*fit_to_mesh(spec, x, weights, offsets, weights_move))
+    return _product(*fit_to_mesh(spec, x, kernel, offsets))
 
 
 def check_shape(shape: tuple[int, ...], batch: list[int], contracted: int) -> None:
@@ -70,74 +58,51 @@ def check_shape(shape: tuple[int, ...], batch: list[int], contracted: int) -> No
         raise ValueError(f"`x` must have shape [{expected}]. Got {shape}.")
 
 
-# y = x w, so dx = g w^T and dw = x^T g, summed over rows. These are products too, with
-# gradients of the same form (`OPERANDS`). First, g is cast to the dtype of x: autodiff
-# would multiply float32 by bfloat16 operands, which is several times slower on devices
-# with bfloat16 matrix units. Packed weights are frozen and get no gradient. They are
-# decoded again in the backward pass, so that the float weights of all layers are never
-# in memory at once (QLoRA, Dettmers et al. 2023, section 3).
+# y = x W, so dx = g W^T. First, g is cast to the dtype of x: autodiff would multiply
+# float32 by bfloat16 operands, which is several times slower on devices with bfloat16
+# matrix units. The weights are frozen and get no gradient. They are decoded again in
+# the backward pass, so that the float weights of all layers are never in memory at once
+# (QLoRA, Dettmers et al. 2023, section 3).
 @jax.custom_vjp
-def _differentiable_product(
-    spec: ProductSpec, left: Array, right: PyTree, offsets: Array | None
+def _packed_product(
+    spec: ProductSpec, x: Array, kernel: Kernel, offsets: Array | None
 ) -> Array:
-    if spec.packed_as is None:
-        return compute(spec, Operands(left, right, offsets=offsets))
     # `product_arrays` moves codes from host memory. It is called here, so that the
     # backward pass moves them again instead of keeping them.
-    return compute(spec, Operands(left, *product_arrays(right), offsets))
+    return compute(spec, Operands(x, *product_arrays(kernel), offsets))
 
 
 # Jitted so that products of the same shape are traced once. The custom gradient is
 # inside `jit`. With `jit` inside the custom gradient, JAX would mistake constants, such
 # as the table of quantized scales, for arguments of the jitted function (in
 # Hessian-vector products through a scan).
-_product = jax.jit(_differentiable_product)
+_product = jax.jit(_packed_product)
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _ArrayType:
-    """The dtype of an operand, and the sharding that its gradient must have."""
+    """The dtype of x, and the sharding that its gradient must have."""
 
     dtype: np.dtype
     sharding: NamedSharding | None
 
 
-def _type_of(spec: ProductSpec, x: Array) -> _ArrayType:
+def _product_fwd(
+    spec: ProductSpec, x: Array, kernel: Kernel, offsets: Array | None
+) -> tuple[Array, tuple]:
     sharding = jax.typeof(x).sharding
     has_sharding = spec.is_explicit and not sharding.mesh.empty
-    return _ArrayType(x.dtype, sharding if has_sharding else None)
-
-
-def _product_fwd(
-    spec: ProductSpec, left: Array, right: PyTree, offsets: Array | None
-) -> tuple[Array, tuple]:
-    y = _product(spec, left, right, offsets)
-    # The gradient of x needs only the type of x, and packed weights have no gradient.
-    x = left if spec.packed_as is None else None
-    return y, (spec, x, _type_of(spec, left), right, offsets)
+    x_type = _ArrayType(x.dtype, sharding if has_sharding else None)
+    return _product(spec, x, kernel, offsets), (spec, x_type, kernel, offsets)
 
 
 def _product_bwd(residuals: tuple, g: Array) -> tuple:
-    spec, left, left_type, right, offsets = residuals
-    left_name, right_name = OPERANDS[spec.output]
-    g = g.astype(left_type.dtype)
-    arrays = {left_name: left, right_name: right, spec.output: g}
-
-    def gradient(name: ArrayName, array_type: _ArrayType) -> Array:
-        operands = [arrays[operand] for operand in OPERANDS[name]]
-        # Sums are rounded once, to the dtype of the operand.
-        has_dtype = operands[0].dtype == array_type.dtype
-        result_dtype = None if has_dtype else array_type.dtype.name
-        gradient_spec = replace(spec, output=name, result_dtype=result_dtype)
-        d = _product(gradient_spec, *operands, offsets)
-        sharding = array_type.sharding
-        return d if sharding is None else reshard(d, sharding)
-
-    d_left = gradient(left_name, left_type)
-    if spec.packed_as is not None:
-        return None, d_left, None, None
-    return None, d_left, gradient(right_name, _type_of(spec, right)), None
+    spec, x_type, kernel, offsets = residuals
+    spec = replace(spec, transpose=not spec.transpose, result_dtype=None)
+    dx = _product(spec, g.astype(x_type.dtype), kernel, offsets)
+    dx = dx if x_type.sharding is None else reshard(dx, x_type.sharding)
+    return None, dx, None, None
 
 
-_differentiable_product.defvjp(_product_fwd, _product_bwd)
+_packed_product.defvjp(_product_fwd, _product_bwd)

@@ -2,7 +2,7 @@
 
 import abc
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +11,18 @@ from jax.lax import PrecisionLike
 from jax.sharding import AxisType
 from jaxtyping import Array
 
-from .._jax.specs import AnyMesh, Axes
+from .._jax.specs import AnyMesh
 from ..quant.formats import Format, Packing
 from ..quant.kernel import Kernel, Placement
-
-# Each of x, w and y = x w is a product of the two others: dx = g w^T, dw = x^T g, where
-# the gradient g has the shape of y. The operands of each are listed left, then right.
-ArrayName = Literal["x", "w", "y"]
-OPERANDS: dict[ArrayName, tuple[ArrayName, ArrayName]] = {
-    "y": ("x", "w"),
-    "x": ("y", "w"),
-    "w": ("x", "y"),
-}
 
 
 class Operands(NamedTuple):
     """The arrays of a product. A dot in a shape is a contracted or a packed axis."""
 
     # `[*batch, *rows, .]`. A back end gets a single axis of rows, `[*batch, M, .]`.
-    left: Array
-    # uint8 codes `[*batch, ., N]`, or `[L, *batch, ., N]` with a layer index. Or float
-    # weights `[*batch, K, N]`. For their gradient, that of y, `[*batch, *rows, N]`.
-    right: Array
-    scales: Array | None = None  # float32 `[*batch, blocks, N]` of a single layer
+    x: Array
+    codes: Array  # uint8 `[*batch, ., N]`, or `[L, *batch, ., N]` with a layer index
+    scales: Array  # float32 `[*batch, blocks, N]` of a single layer
     layer: Array | None = None
     # For a ragged product, int32 `[E + 1]`: x is `[M, .]`, and its rows `offsets[e]` to
     # `offsets[e + 1]` are multiplied by expert e. Rows without an expert give zeros.
@@ -43,55 +32,42 @@ class Operands(NamedTuple):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class ProductSpec:
-    """Describes the product y of x `[*batch, *rows, K]` and w, or a gradient of it.
+    """Describes the product of x `[*batch, *rows, K]` with packed weights W.
 
     It is a pytree without leaves, so transformations accept it as an argument.
     """
 
-    # The format and block size of packed weights; None for float weights. Scales are
-    # decoded before the product, so `double_quant` is False.
-    packed_as: Packing | None
+    # The format and block size of the weights. Scales are decoded before the product,
+    # so `double_quant` is False.
+    packing: Packing
     dtype_name: str  # the logical dtype; decoded weights are rounded to it
     k: int  # the number of rows of the weights
     batch: int = 0  # the number of batch axes, not counting experts
-    output: ArrayName = "y"  # what is computed from the two others
+    # Whether x, which is then the gradient of y = x W, is multiplied by W^T.
+    transpose: bool = False
     backend: str | tuple[str, ...] | None = None  # None selects by platform
     precision: PrecisionLike = None
     placement: Placement | None = None  # of the weights, if declared
     # The mesh over which arrays are split, from their types (Explicit axes) or from the
     # placement (Auto axes); None on a single device, or if XLA splits the product.
     mesh: AnyMesh | None = None
-    # With Explicit axes, the mesh axes that split experts, K and N of float weights,
-    # so that a product and its gradients split them in the same way.
-    weight_axes: tuple[Axes, ...] | None = None
     is_ragged: bool = False  # whether rows are multiplied by experts `[E, K, N]`
-    result_dtype: str | None = None  # by name; None for the dtype of the left operand
-
-    @property
-    def packing(self) -> Packing:
-        """How packed weights are packed."""
-        assert self.packed_as is not None
-        return self.packed_as
+    result_dtype: str | None = None  # by name; None for the dtype of x
 
     @property
     def format(self) -> Format:
-        """The number format of packed weights."""
+        """The number format of the weights."""
         return self.packing.format
 
     @property
     def block_size(self) -> int:
         """The number of rows of the weights that share a scale."""
-        return 1 if self.packed_as is None else self.packing.block_size
+        return self.packing.block_size
 
     @property
     def dtype(self) -> np.dtype:
         """The logical dtype."""
         return jnp.dtype(self.dtype_name)
-
-    @property
-    def transpose(self) -> bool:
-        """Whether the left operand is multiplied by the transposed weights."""
-        return self.output == "x"
 
     @property
     def is_explicit(self) -> bool:
@@ -115,8 +91,7 @@ class Unsupported(NotImplementedError):
 class Backend(abc.ABC):
     """Computes the product of one device's arrays, with the same result as `Reference`.
 
-    Here, x is the left operand, which is the gradient of y if `spec.output` is "x". The
-    result has the dtype `spec.result_dtype`, or else the dtype of x.
+    The result has the dtype `spec.result_dtype`, or else the dtype of x.
     """
 
     is_opaque = False  # whether XLA cannot or must not partition it

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, get_abstract_mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from .._jax.pytree import TreeLeaf, register
-from .._jax.specs import Axes, SpecEntry, spec_of
+from .._jax.specs import AnyMesh, Axes, SpecEntry, spec_of
 from .formats import Packing
 from .geometry import Geometry, to_matrix
 
@@ -99,6 +99,18 @@ class Placement:
         return (self.rows + ((),) * count)[:count]
 
 
+def declared_mesh(placement: Placement | None) -> AnyMesh | None:
+    """Returns a placement's mesh; None if the context differs or has no Auto axes."""
+    if placement is None:
+        return None
+    mesh, context = placement.mesh, get_abstract_mesh()
+    if context.empty:
+        return mesh
+    # Inside a `shard_map` over some of the mesh axes, the others are still Auto.
+    is_same = dict(context.shape) == dict(mesh.shape)
+    return context if is_same and AxisType.Auto in context.axis_types else None
+
+
 class Kernel(TreeLeaf, NotAnArray, abc.ABC):
     """A kernel of any kind. Its matrix form is `[*batch, K, N]`; see `Geometry`."""
 
@@ -133,14 +145,6 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
     @abc.abstractmethod
     def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
         """The weights in the kernel's shape, rounded to its dtype, then to `dtype`."""
-
-    def product_input(self, dtype: DTypeLike) -> "Kernel | Array":
-        """Returns a packed kernel itself, else float weights `[*batch, K, N]`.
-
-        Args:
-            dtype: The dtype of float weights, in which the product is computed.
-        """
-        return self if self.is_packed else self.dequantize_matrix(dtype)
 
     @property
     def value(self) -> Any:

@@ -17,7 +17,7 @@ from qlora_jax.adapters import lora as lora_module
 from qlora_jax.adapters.create import new_adapter
 from qlora_jax.adapters.lora import lora_product
 from qlora_jax.product import floats
-from qlora_jax.product.backends.floats import LARGEST_UNSWAPPED
+from qlora_jax.product.floats import LARGEST_UNSWAPPED
 from qlora_jax.quant.geometry import Geometry
 from qlora_jax.quant.kernel import FloatKernel
 

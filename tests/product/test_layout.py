@@ -68,7 +68,7 @@ def run(layout, sizes, x, codes, scales, shape):
 
     def gather_part(a, device):
         def stored_part(device):
-            return part(a, layout.right, sizes, device)
+            return part(a, layout.weights, sizes, device)
 
         def gather_columns(device):
             return np.concatenate(
@@ -81,7 +81,7 @@ def run(layout, sizes, x, codes, scales, shape):
 
     def product(device):
         args = (
-            part(x, layout.left, sizes, device),
+            part(x, layout.x, sizes, device),
             gather_part(codes, device),
             gather_part(scales, device),
         )
@@ -112,7 +112,7 @@ def draw(rng):
     k, n = int(rng.choice([33, 40, 64, 96, 128])), int(rng.choice([4, 6, 8, 24]))
     transpose = bool(rng.integers(2))
     packing = Packing(fmt, BLOCK_SIZE)
-    spec = ProductSpec(packing, "float32", k, len(batch), "x" if transpose else "y")
+    spec = ProductSpec(packing, "float32", k, len(batch), transpose)
     code_rows = k if fmt == "int8" else -(-k // 2)
     codes = rng.integers(0, 256, (*batch, code_rows, n), np.uint8)
     scales = 2.0 ** rng.integers(-2, 3, (*batch, -(-k // BLOCK_SIZE), n))

@@ -51,8 +51,7 @@ def expected(x, weight, transpose):
 
 
 def product_spec(fmt, block_size, rows, transpose=False):
-    output = "x" if transpose else "y"
-    return ProductSpec(Packing(fmt, block_size), "float32", rows, output=output)
+    return ProductSpec(Packing(fmt, block_size), "float32", rows, transpose=transpose)
 
 
 def check(actual, x, weight, transpose):

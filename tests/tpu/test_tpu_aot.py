@@ -72,7 +72,7 @@ def compile_cases(chip):
         for transpose in directions(chip, number):
             packing = Packing(fmt, block_size)
             lowered = jax.jit(functools.partial(fused.product, chip=chip_spec)).lower(
-                ProductSpec(packing, dtype, rows, output="x" if transpose else "y"),
+                ProductSpec(packing, dtype, rows, transpose=transpose),
                 shape_struct(*batch, m, cols if transpose else rows, dtype=dtype),
                 shape_struct(*lead, codes_rows, cols, dtype=jnp.uint8),
                 shape_struct(*batch, rows // block_size, cols, dtype=jnp.float32),
