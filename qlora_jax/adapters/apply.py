@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, PyTree
 from .._jax.arguments import check_key
 from .._jax.modes import split_as
 from .._jax.pytree import is_tree_leaf, unbox
-from ..product.choose import checked_backend
+from ..product.choose import as_backends
 from ..product.matmul import as_float, explain_forward_mode_errors
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
 from ..quant.kernel import FloatKernel, Kernel, as_kernel
@@ -73,7 +73,7 @@ def apply(
         >>> ql.apply(base["layer"], lora["layer"], jnp.ones((2, 64))).shape
         (2, 8)
     """
-    x, backends = as_float(x), checked_backend(backend)
+    x, backends = as_float(x), as_backends(backend)
     if dropout_key is not None:
         check_key("dropout_key", dropout_key)
     # 1. Find the kernel, the bias and their adapters. Arrays that are trained in full

@@ -137,7 +137,7 @@ def adapted_call(
     dropout_key: Array | None = None,
     *,
     path: str,
-    backend: str | tuple[str, ...] | None = None,
+    backend: tuple[str, ...] | None = None,
 ) -> Float[Array, "..."]:
     """Computes a module's call: the rows of a table, or its einsum with the bias added.
 

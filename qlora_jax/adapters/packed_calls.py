@@ -21,7 +21,7 @@ from ..quant.qtensor import QTensor
 from .base import Adapter
 from .product import product
 
-Backends = str | tuple[str, ...] | None
+Backends = tuple[str, ...] | None
 
 
 @dataclass(frozen=True)

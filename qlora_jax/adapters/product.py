@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._jax.arguments import check_key
-from ..product.choose import checked_backend
+from ..product.choose import as_backends
 from ..product.floats import float_product, ragged_float_product
 from ..product.matmul import as_float, explain_forward_mode_errors, layer_of, offsets_of
 from ..product.multiply import check_shape, multiply
@@ -24,7 +24,7 @@ def adapted_product(
     kernel: Kernel,
     lora: Adapter | None = None,
     dropout_key: Array | None = None,
-    backend: str | tuple[str, ...] | None = None,
+    backend: tuple[str, ...] | None = None,
     precision: lax.PrecisionLike = None,
     offsets: Array | None = None,
     result_dtype: DTypeLike | None = None,
@@ -174,6 +174,6 @@ def ragged_dot(
     if x.ndim != 2 or x.shape[1] != k:
         raise ValueError(f"`x` must have shape [M, {k}]. Got {x.shape}.")
     offsets = offsets_of(group_sizes, x.shape[0], batch[0])
-    backends = checked_backend(backend)
+    backends = as_backends(backend)
     with explain_forward_mode_errors():
         return product(x, kernel, lora, dropout_key, backends, precision, offsets)

@@ -25,7 +25,7 @@ from .calls import no_dropout
 
 # `KernelBox`, or the box by which the trace in `init_model` recognizes targets.
 B = TypeVar("B", bound=meta.AxisMetadata)
-Backend = str | tuple[str, ...] | None
+Backend = tuple[str, ...] | None
 
 # Modules that transform the parameters of the module inside them.
 NORMS = (nn.WeightNorm, nn.SpectralNorm)

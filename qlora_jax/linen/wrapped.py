@@ -16,7 +16,7 @@ from flax.typing import PRNGKey, RNGSequences
 from .._jax.pytree import is_box, is_tree_leaf, unbox
 from ..adapters.base import AdaptedKernel, dropout_keys, is_adapter, parts_of
 from ..adapters.config import Pattern, as_patterns
-from ..product.choose import checked_backend
+from ..product.choose import as_backends
 from ..quant.kernel import as_kernel
 from ..trees.adapters import combine
 from ..trees.paths import (
@@ -260,7 +260,7 @@ def wrap(
     scanned = as_patterns("scanned", scanned)
     if isinstance(model, WrappedModel) and not scanned and backend is None:
         return model
-    return WrappedModel(linen_module(model), scanned, checked_backend(backend))
+    return WrappedModel(linen_module(model), scanned, as_backends(backend))
 
 
 def linen_module(model: object) -> nn.Module:

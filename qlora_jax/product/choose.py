@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -11,13 +12,12 @@ from jaxtyping import Array
 
 from .._jax import modes
 from .backends.pallas_tpu.backend import PallasTPU
-from .backends.reference import Reference, Rounding
+from .backends.reference import Reference
 from .backends.tiled import Tiled
 from .spec import Backend, Operands, ProductSpec, Unsupported
 
 BACKENDS: dict[str, Backend] = {
     "reference": Reference(),
-    "rounding": Rounding(),
     "tiled": Tiled(),
     "pallas_tpu": PallasTPU(),
     "pallas_tpu_v5e": PallasTPU("v5e"),
@@ -33,15 +33,12 @@ BACKENDS: dict[str, Backend] = {
 PREFERRED = {
     "cpu": ("tiled",),
     "tpu": ("pallas_tpu", "reference"),
-    "cuda": ("rounding", "reference"),
     "default": ("reference",),
 }
 
 
-def checked_backend(
-    backend: str | Sequence[str] | None,
-) -> str | tuple[str, ...] | None:
-    """Returns one name or a tuple of names. Raises ValueError if one is unknown."""
+def as_backends(backend: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Returns a tuple of names, or None. Raises ValueError if a name is unknown."""
     if backend is None:
         return None
     names: tuple[str, ...] = ()
@@ -53,11 +50,11 @@ def checked_backend(
             f"`backend` must be one of {sorted(BACKENDS)}, or several of them. Got "
             f"{backend!r}."
         )
-    return backend if isinstance(backend, str) else names
+    return names
 
 
-def choose(
-    backends: Sequence[str],
+def first_supported(
+    names: Sequence[str],
     spec: ProductSpec,
     shape: tuple[int, ...],
     dtype: np.dtype,
@@ -67,66 +64,54 @@ def choose(
 
     Raises `Unsupported` with all reasons if there is none.
     """
-    reasons: dict[str, str] = {}
-    for name in backends:
+    reasons: list[str] = []
+    for name in names:
         try:
             BACKENDS[name].check(spec, shape, dtype, columns)
-        except Unsupported as unsupported:
-            reasons[name] = str(unsupported)
+        except Unsupported as reason:
+            reasons.append(f"`{name}` does not support this product. {reason}")
         else:
             return BACKENDS[name]
-    raise Unsupported(
-        "\n".join(
-            f"`{name}` does not support this product. {reason}"
-            for name, reason in reasons.items()
-        )
-    )
+    raise Unsupported("\n".join(reasons))
 
 
-def default_backends(platform: str, is_local: bool) -> list[str]:
-    """Returns the back ends to try on a platform, in order of preference."""
-    # Opaque back ends need all arrays on one device, which `is_local` promises. That of
-    # TPUs is tuned for the chip of this process. If a process without a TPU lowers the
-    # program for one, the chip is not known.
-    is_chip_known = platform != "tpu" or jax.default_backend() == "tpu"
-    may_be_opaque = is_local and is_chip_known
-    backends = PREFERRED[platform]
-    return [name for name in backends if may_be_opaque or not BACKENDS[name].is_opaque]
-
-
-def run(spec: ProductSpec, operands: Operands, *, is_device: bool = False) -> Array:
+def run(spec: ProductSpec, operands: Operands) -> Array:
     """Computes a product with the requested back end, or with the platform's default.
 
-    `is_device` is whether the arrays are those of one device in a `shard_map`.
-    Otherwise, XLA may have to partition the product, which opaque back ends do not
-    allow.
+    If it is not known that the arrays are on one device, XLA may have to partition the
+    product, which opaque back ends do not allow.
     """
     # Back ends accept a single axis of rows.
     x = operands.x
-    num_rows = math.prod(x.shape[spec.batch : -1])
-    shape = *x.shape[: spec.batch], num_rows, x.shape[-1]
+    shape = *x.shape[: spec.batch], math.prod(x.shape[spec.batch : -1]), x.shape[-1]
     operands = operands._replace(x=x.reshape(shape))
-    check_args = spec, shape, x.dtype, operands.codes.shape[-1]  # of `Backend.check`
+    spec = replace(spec, is_local=spec.is_local or modes.is_local())
 
     # Choose one back end, or one for each platform: a jitted function may be lowered
     # for the CPU of a machine that has a TPU.
+    preferred = PREFERRED
     if spec.backend is not None:
-        backends = (spec.backend,) if isinstance(spec.backend, str) else spec.backend
-        default, chosen = choose(backends, *check_args), {}
-    else:
-        is_local = is_device or modes.is_local()
-        chosen = {
-            platform: choose(default_backends(platform, is_local), *check_args)
-            for platform in PREFERRED
+        preferred = {"default": spec.backend}
+    elif not spec.is_local or jax.default_backend() != "tpu":
+        # The back end of TPUs is tuned for the chip of this process. If a process
+        # without a TPU lowers the program for one, the chip is not known.
+        preferred = {
+            platform: [name for name in names if not BACKENDS[name].is_opaque]
+            for platform, names in PREFERRED.items()
         }
-        default = chosen["default"]
+    columns = operands.codes.shape[-1]
+    backends = {
+        platform: first_supported(names, spec, shape, x.dtype, columns)
+        for platform, names in preferred.items()
+    }
+    default = backends["default"]
 
     # Branch on the platform when the program is lowered. Platforms that use the same
     # back end as the default share its branch, so that it is traced once.
     method = "ragged_product" if spec.is_ragged else "product"
     branches = {
         platform: functools.partial(getattr(backend, method), spec)
-        for platform, backend in chosen.items()
+        for platform, backend in backends.items()
         if backend is not default
     }
     compute = functools.partial(getattr(default, method), spec)

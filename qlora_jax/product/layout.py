@@ -152,6 +152,6 @@ def lay_out(
     k_split = split(stored_k, k_parts, not spec.transpose)
     n_split = split(stored_n, n, spec.transpose)
     local_k = spec.k // num_parts(sizes, k_split.active)
-    local = replace(spec, k=local_k, placement=None, mesh=None)
+    local = replace(spec, k=local_k, placement=None, mesh=None, is_local=True)
     lead = *batch, *rows
     return Layout(local, lead, tuple(batch), k_split, n_split, split(stored_experts))

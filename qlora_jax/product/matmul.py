@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Int32
 from .._jax.arguments import as_array, as_int32, known_values
 from ..quant.qtensor import QTensor
 from ..quant.views import LayerOfStack
-from .choose import checked_backend
+from .choose import as_backends
 from .multiply import multiply
 
 
@@ -39,9 +39,8 @@ def matmul(
             `lax.scan` over layers, close over the stack and scan over `jnp.arange(L)`,
             so that a TPU kernel can read the layer inside the stack. Scanning over `q`
             copies each slice first.
-        backend: "reference" and "tiled" run anywhere. "rounding" is "reference" for
-            large results in bfloat16 on GPUs. "pallas_tpu" is the TPU kernel for the
-            chip of this process, and "pallas_tpu_v5e", "pallas_tpu_v5p",
+        backend: "reference" and "tiled" run anywhere. "pallas_tpu" is the TPU kernel
+            for the chip of this process, and "pallas_tpu_v5e", "pallas_tpu_v5p",
             "pallas_tpu_v6e" and "pallas_tpu_7x" are the kernels for a named chip. Of a
             sequence of names, the first one that supports the product is used. The
             default depends on the platform.
@@ -64,7 +63,7 @@ def matmul(
         (1, 64)
     """
     check_packed(q)
-    x, backend = as_float(x), checked_backend(backend)
+    x, backend = as_float(x), as_backends(backend)
     kernel = q if layer is None else layer_of(q, layer)
     with explain_forward_mode_errors():
         return multiply(x, kernel, backend=backend, precision=precision)

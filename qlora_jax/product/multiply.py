@@ -26,7 +26,7 @@ def multiply(
     kernel: Kernel,
     offsets: Int32[Array, " experts_and_1"] | None = None,
     *,
-    backend: str | tuple[str, ...] | None = None,
+    backend: tuple[str, ...] | None = None,
     precision: PrecisionLike = None,
     result_dtype: DTypeLike | None = None,
 ) -> Array:

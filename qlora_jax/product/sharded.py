@@ -209,7 +209,7 @@ def _compute_on_device(layout: Layout, *arrays: Any) -> Array:
     if layout.summed:
         spec = replace(spec, result_dtype=accumulator_dtype(result_dtype).name)
     operands = Operands(x, codes, scales, layer, offsets)
-    y = choose.run(spec, operands, is_device=True)
+    y = choose.run(spec, operands)
     return sum_over(y, layout.summed, result_dtype)
 
 

@@ -45,12 +45,13 @@ class ProductSpec:
     batch: int = 0  # the number of batch axes, not counting experts
     # Whether x, which is then the gradient of y = x W, is multiplied by W^T.
     transpose: bool = False
-    backend: str | tuple[str, ...] | None = None  # None selects by platform
+    backend: tuple[str, ...] | None = None  # None selects by platform
     precision: PrecisionLike = None
     placement: Placement | None = None  # of the weights, if declared
     # The mesh over which arrays are split, from their types (Explicit axes) or from the
     # placement (Auto axes); None on a single device, or if XLA splits the product.
     mesh: AnyMesh | None = None
+    is_local: bool = False  # whether the arrays are known to be on one device
     is_ragged: bool = False  # whether rows are multiplied by experts `[E, K, N]`
     result_dtype: str | None = None  # by name; None for the dtype of x
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 from jax.lax import PrecisionLike
@@ -12,8 +13,14 @@ from jaxtyping import Array, Float, Float32, UInt8
 from ..._jax.pytree import take_layer
 from ...quant.codes import dequantize_blocks, select_values
 from ...quant.qtensor import round_to
-from ..spec import Backend, Operands, ProductSpec, Unsupported
+from ..spec import Backend, Operands, ProductSpec
 from .grouped import grouped_product
+
+# On one device, bfloat16 results of at least this many elements are rounded by the
+# multiplication itself: the vendor's GEMM of a GPU then needs no second kernel. If a
+# result has too few tiles to keep the GPU busy, the GEMM may split each sum and round
+# the partial sums. This is 512 tiles of 128 x 256, about 4 per multiprocessor.
+SMALLEST_ROUNDED = 2**24
 
 # Returns the codes and the scales of an expert.
 TakeExpert = Callable[[Array], tuple[Array, Array]]
@@ -66,10 +73,6 @@ def decode(
 class Reference(Backend):
     """Decodes all weights, and then multiplies."""
 
-    def _dot_dtype(self, dtype: np.dtype) -> np.dtype:
-        """The dtype that the multiplication itself writes, for x of `dtype`."""
-        return accumulator_dtype(dtype)
-
     def product(self, spec: ProductSpec, operands: Operands) -> Array:  # noqa: D102
         x, codes, scales, layer, _ = operands
         if layer is not None:
@@ -86,12 +89,22 @@ class Reference(Backend):
         return self._dot(spec, x, w).astype(spec.result_dtype or x.dtype)
 
     def _dot(self, spec: ProductSpec, x: Array, w: Array) -> Array:
+        dtype = spec.result_dtype or accumulator_dtype(x.dtype)
+        num_rows, outputs = (
+            math.prod(x.shape[:-1]),
+            w.shape[-2 if spec.transpose else -1],
+        )
+        is_large = not export.is_symbolic_dim(num_rows) and (
+            num_rows * outputs >= SMALLEST_ROUNDED
+        )
+        if spec.is_local and is_large and x.dtype == jnp.bfloat16:
+            dtype = spec.result_dtype or x.dtype
         return dot(
             x,
             w,
             transpose=spec.transpose,
             precision=spec.precision,
-            result_dtype=spec.result_dtype or self._dot_dtype(x.dtype),
+            result_dtype=dtype,
         )
 
     def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:  # noqa: D102
@@ -124,31 +137,3 @@ class Reference(Backend):
             spec.k if spec.transpose else n,
             spec.result_dtype or x.dtype,
         )
-
-
-class Rounding(Reference):
-    """Like `Reference`, but the multiplication itself rounds to bfloat16."""
-
-    # On a GPU, the vendor's GEMM then rounds its own result, without a second kernel.
-    # If a result has too few tiles to keep the GPU busy, the GEMM may split each sum
-    # and round the partial sums, so this back end accepts only large results.
-    is_opaque = True  # if XLA partitioned a sum, it would add rounded partial sums
-    smallest = 2**24  # elements: 512 tiles of 128 x 256, about 4 per multiprocessor
-
-    def check(  # noqa: D102
-        self, spec: ProductSpec, shape: tuple[int, ...], dtype: np.dtype, columns: int
-    ) -> None:
-        if dtype != np.dtype("bfloat16"):
-            raise Unsupported(f"It supports only bfloat16 inputs. Got {dtype}.")
-        outputs = spec.k if spec.transpose else columns
-        num_rows = math.prod(shape[:-1])
-        if export.is_symbolic_dim(num_rows):
-            raise Unsupported("It does not support a symbolic number of rows.")
-        if num_rows * outputs < self.smallest:
-            raise Unsupported(
-                f"It supports only results of at least {self.smallest} elements. Got "
-                f"{num_rows} x {outputs}."
-            )
-
-    def _dot_dtype(self, dtype: np.dtype) -> np.dtype:
-        return dtype
