@@ -12,7 +12,7 @@ from .._jax.arguments import check_key
 from .._jax.modes import split_as
 from .._jax.pytree import is_tree_leaf, unbox
 from ..product.choose import as_backends
-from ..product.matmul import as_float, explain_forward_mode_errors
+from ..product.matmul import as_float
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
 from ..quant.kernel import FloatKernel, Kernel, as_kernel
 from .base import AdaptedKernel, Adapter, check_adapter, misfit_reason
@@ -98,8 +98,7 @@ def apply(
         raise ValueError(f"`x` must end in axes {contracted}. Got shape {x.shape}.")
     rows = x.reshape(*x.shape[:row_ndim], math.prod(contracted))
     # 3. Multiply, and unfold the outputs: [..., N] -> [..., *outputs].
-    with explain_forward_mode_errors():
-        y = product(rows, kernel, kernel_lora, dropout_key, backends, precision)
+    y = product(rows, kernel, kernel_lora, dropout_key, backends, precision)
     y = y.reshape(*x.shape[:row_ndim], *outputs)
     return y if bias is None else _add_bias(y, bias, batch_ndim, outputs)
 

@@ -1,7 +1,8 @@
 """The interface of adapters.
 
 A kind of adapter declares its arrays and the role of each of their axes. Placement,
-stacking and slicing follow from the roles; a kind implements `product` and `merged`.
+stacking and slicing follow from the roles; a kind implements `change`, or `product`,
+and `merged`.
 """
 
 import abc
@@ -16,28 +17,54 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from .._jax import specs
-from .._jax.modes import auto_only, call_in_auto_mode, explicit_mesh, split_by
+from .._jax.modes import (
+    auto_only,
+    call_in_auto_mode,
+    explicit_mesh,
+    split_as,
+    split_by,
+)
 from .._jax.pytree import TreeLeaf, register
 from .._jax.specs import Axes, SpecEntry
+from ..product.floats import float_product, ragged_float_product
+from ..product.multiply import check_shape, multiply
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, as_kernel, declared_mesh
 
-# `multiply(x, kernel)` returns `x W` for x `[*batch, ..., K]`, in the dtype of x. In a
-# ragged product, it uses the offsets of the `ProductCall`, unless the caller passes
-# others as the keyword `offsets`.
-Multiply = Callable[..., Array]
-
 
 class ProductCall(NamedTuple):
-    """The arguments of an adapter's product besides its input and kernel."""
+    """The arguments of a product besides its input, kernel and adapter."""
 
-    multiply: Multiply  # computes products with the frozen kernel
     dropout_key: Array | None = None  # None for no dropout
+    backend: tuple[str, ...] | None = None  # of packed kernels
     precision: lax.PrecisionLike = None
     offsets: Array | None = None  # bounds of each expert's rows, int32 `[E + 1]`
+    result_dtype: DTypeLike | None = None  # None for the dtype of x
+
+
+def frozen_product(
+    x: Float[Array, "..."], kernel: Kernel, call: ProductCall
+) -> Float[Array, "..."]:
+    """Returns the product of x `[*batch, ..., K]` with a kernel, without an adapter."""
+    _, backend, precision, offsets, result_dtype = call
+    if kernel.is_packed:
+        return multiply(
+            x,
+            kernel,
+            offsets,
+            backend=backend,
+            precision=precision,
+            result_dtype=result_dtype,
+        )
+    w, dtype = kernel.dequantize_matrix(x.dtype), result_dtype or x.dtype
+    if offsets is not None:
+        return ragged_float_product(x, w, offsets, precision, dtype)
+    check_shape(x.shape, [*w.shape[:-2]], w.shape[-2])
+    return float_product(x, w, precision, dtype, weights_move=False)
 
 
 T = TypeVar("T", bound="Adapter")
@@ -68,9 +95,10 @@ class Adapter(TreeLeaf, abc.ABC):
     dropout: float  # the rate of dropout on its input
     geometry: Geometry  # how the kernel's axes map to `[*batch, K, N]`
 
-    @abc.abstractmethod
-    def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:
-        """Returns the adapted product of x `[*batch, ..., K]`, in the dtype of x.
+    def change(
+        self, x: Array, kernel: Kernel, call: ProductCall
+    ) -> Float[Array, "..."]:
+        """Returns what the adapter adds to the product of x with the frozen kernel.
 
         Args:
             x: The input, `[*batch, ..., K]`; with `call.offsets`, rows `[M, K]`, sorted
@@ -78,6 +106,21 @@ class Adapter(TreeLeaf, abc.ABC):
             kernel: The frozen kernel.
             call: The settings of the call, such as the dropout key.
         """
+        raise NotImplementedError(f"{type(self).__name__} has a `product` of its own.")
+
+    def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:
+        """Returns the adapted product of x, in the dtype of x.
+
+        A kind that does not only add a `change` overrides this.
+
+        Args:
+            x: As in `change`.
+            kernel: As in `change`.
+            call: As in `change`.
+        """
+        y = frozen_product(x, kernel, call)
+        change = self.change(x, kernel, call)
+        return y + split_as(change.astype(y.dtype), y)
 
     @abc.abstractmethod
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:

@@ -19,7 +19,6 @@ from .._jax.arguments import as_array, as_int32
 from .._jax.modes import call_in_auto_mode, split_as
 from .._jax.specs import spec_of
 from ..product.einsum import kernel_kinds, parse_equation, through_matrix, why_no_fit
-from ..product.matmul import explain_forward_mode_errors
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.views import take_rows
@@ -156,8 +155,7 @@ def adapted_call(
     def multiply(x: Array) -> Array:
         return product(x, kernel, lora, dropout_key, backend, call.precision)
 
-    with explain_forward_mode_errors():
-        y = through_matrix(equation, kernel.geometry, x, kernel.shape, multiply)
+    y = through_matrix(equation, kernel.geometry, x, kernel.shape, multiply)
     if call.out_sharding is not None:
         y = jax.sharding.reshard(y, call.out_sharding)
     if bias is None:

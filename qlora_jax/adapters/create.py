@@ -1,5 +1,7 @@
 """Creates the adapters that a config describes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,7 +9,7 @@ from jaxtyping import Array
 
 from ..quant.kernel import Kernel
 from ..quant.views import take_rows
-from .base import Adapter
+from .base import Adapter, ProductCall
 from .config import QLoRAConfig
 from .dora import DoRA, column_norms
 from .lora import SETTINGS, LoRA
@@ -59,5 +61,6 @@ def _new_low_rank(
         return lora
     # 2. The magnitudes of a DoRA.
     dtype = jnp.promote_types(dtype, jnp.float32)
-    m = jax.jit(column_norms)(lora, kernel).astype(dtype)
+    norms = functools.partial(column_norms, call=ProductCall(), dtype="float32")
+    m = jax.jit(norms)(lora, kernel).astype(dtype)
     return DoRA(**lora.arrays, m=m, **{name: getattr(lora, name) for name in SETTINGS})

@@ -14,17 +14,21 @@ from .._jax.modes import is_local, split_as, varying_with
 from ..product.floats import float_product
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor
-from .base import Multiply, ProductCall, constrained, on_matrix, register_adapter
+from .base import (
+    ProductCall,
+    constrained,
+    frozen_product,
+    on_matrix,
+    register_adapter,
+)
 from .lora import (
     LowRank,
-    add_change,
     apply_dropout,
     cast,
     lora_delta,
     lora_product,
     scaled,
 )
-from .product import adapted_product
 
 # The columns, or rows of a table, that are decoded at a time have this size in float32.
 TILE_BYTES = 2**20
@@ -63,17 +67,18 @@ class DoRA(LowRank):
         # act on the frozen product x W, but only on the adapter's change of it: with d,
         # the input after dropout, y = x W + (d V * m / c - d W).
         d = apply_dropout(x, self.dropout, call.dropout_key)
-        frozen = call.multiply(d, kernel)
-        norms = column_norms(self, kernel, call.multiply, x.dtype)
+        frozen = frozen_product(d, kernel, call)
+        norms = column_norms(self, kernel, call, x.dtype)
         scale = split_as(self.m.astype(jnp.float32), norms) / norms
         # [*batch, N] -> [*batch, 1, ..., N], to broadcast over the rows of y.
         scale = jnp.expand_dims(scale, tuple(range(scale.ndim - 1, frozen.ndim - 1)))
-        y = add_change(frozen, lora_product(d, self, kernel, call.precision))
+        change = lora_product(d, self, kernel, call.precision)
+        y = frozen + split_as(change.astype(frozen.dtype), frozen)
         # Named because the gradient of m needs d V: a `jax.checkpoint` policy that does
         # not save it would compute both products again.
         y = checkpoint_name(y, "dora_product").astype(jnp.float32)
         y = (y * split_as(scale, y)).astype(x.dtype)
-        return y if d is x else y + (call.multiply(x, kernel) - frozen)
+        return y if d is x else y + (frozen_product(x, kernel, call) - frozen)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         def adapt(w: Array, delta: Array, m: Array) -> Array:
@@ -91,8 +96,8 @@ register_adapter(DoRA)
 def column_norms(
     lora: LowRank,
     kernel: Kernel,
-    multiply: Multiply = adapted_product,
-    dtype: DTypeLike = "float32",
+    call: ProductCall,
+    dtype: DTypeLike,
 ) -> Float32[Array, "*batch n"]:
     """Returns the norms of the columns of `W + scaling * A B`, without a gradient.
 
@@ -104,7 +109,9 @@ def column_norms(
     kernel = lax.stop_gradient(_without_row_axes(kernel))
     lora = constrained(lax.stop_gradient(lora), kernel)
     a, b = cast(lora.a, dtype), cast(lora.b, dtype).astype(jnp.float32)
-    at_w = multiply(a.swapaxes(-1, -2), kernel).astype(jnp.float32)  # [*batch, r, N]
+    at_w = frozen_product(a.swapaxes(-1, -2), kernel, call).astype(
+        jnp.float32
+    )  # [*batch, r, N]
     a, exact = a.astype(jnp.float32), lax.Precision.HIGHEST
     gram = float_product(a.swapaxes(-1, -2), a, exact)  # [*batch, r, r]
     at_ab = float_product(gram, b, exact)  # [*batch, r, N]

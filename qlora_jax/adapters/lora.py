@@ -12,7 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from .._jax.modes import split_as
 from ..product.floats import float_product, ragged_float_product
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
@@ -93,11 +92,9 @@ class LoRA(LowRank):
     can_be_in_bank = True
     can_be_ragged = True
 
-    def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
-        y = call.multiply(x, kernel)
+    def change(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         x = apply_dropout(x, self.dropout, call.dropout_key)
-        change = lora_product(x, self, kernel, call.precision, call.offsets)
-        return add_change(y, change)
+        return lora_product(x, self, kernel, call.precision, call.offsets)
 
 
 register_adapter(LoRA)
@@ -106,11 +103,6 @@ register_adapter(LoRA)
 def is_low_rank(lora: object) -> TypeGuard[LowRank]:
     """Whether an adapter is low-rank, such as a LoRA or a DoRA."""
     return isinstance(lora, LowRank)
-
-
-def add_change(y: Array, change: Array) -> Array:
-    """Returns `y + change` in the dtype of `y`."""
-    return y + split_as(change.astype(y.dtype), y)
 
 
 def lora_product(

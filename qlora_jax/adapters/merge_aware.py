@@ -43,7 +43,7 @@ from ..quant.kernel import Kernel, declared_mesh
 from ..quant.pack import straight_through
 from ..quant.qtensor import QTensor, round_to, stored_specs
 from ..quant.schemes import StoredScales, next_power_of_two
-from .base import Adapter, ProductCall, register_adapter
+from .base import Adapter, ProductCall, frozen_product, register_adapter
 from .lora import SETTINGS, LowRank, lora_product
 
 # The kernel is merged and packed one tile at a time. A tile has a few rows and all
@@ -86,10 +86,8 @@ class MergeAware(LowRank):
     can_be_ragged = True
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
-        # The call is a static argument of `_packed_product`, so it must not contain the
-        # offsets. They are passed as an operand.
-        multiply = functools.partial(call.multiply, offsets=None)
-        static_call = ProductCall(multiply, precision=call.precision)
+        # The call is a static argument of `_packed_product`, so arrays are operands.
+        static_call = call._replace(dropout_key=None, offsets=None)
         return _packed_product(static_call, x, self, kernel, call.offsets)
 
     def _settings_misfit(self, batch: Sequence[int], k: int) -> str | None:
@@ -165,7 +163,7 @@ def _packed_product(
     kernel: Kernel,
     offsets: Array | None,
 ) -> Array:
-    return call.multiply(x, lora.packed(kernel), offsets=offsets)
+    return frozen_product(x, lora.packed(kernel), call._replace(offsets=offsets))
 
 
 def _packed_product_fwd(call: ProductCall, *operands: PyTree) -> tuple[Array, tuple]:
@@ -189,7 +187,8 @@ def _packed_product_bwd(call: ProductCall, operands: tuple, dy: Array) -> tuple:
 
     packed = lax.stop_gradient(lora).packed(lax.stop_gradient(kernel))
     # `jax.vjp` also returns the products. They are not used, so XLA drops them.
-    _, multiply_vjp = jax.vjp(lambda x: call.multiply(x, packed, offsets=offsets), x)
+    call = call._replace(offsets=offsets)
+    _, multiply_vjp = jax.vjp(lambda x: frozen_product(x, packed, call), x)
     _, change_vjp = jax.vjp(change, x, lora)
     # The value of dx is dy Q(M)^T. For second derivatives, the derivative of Q is again
     # replaced by 1: dx is differentiated with respect to A and B as if it were

@@ -11,15 +11,16 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._jax.arguments import check_key
 from ..product.choose import as_backends
-from ..product.floats import float_product, ragged_float_product
-from ..product.matmul import as_float, explain_forward_mode_errors, layer_of, offsets_of
-from ..product.multiply import check_shape, multiply
+from ..product.matmul import as_float, layer_of, offsets_of
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.qtensor import QTensor
-from .base import Adapter, ProductCall, check_adapter, parts_of
+from .base import Adapter, ProductCall, check_adapter, frozen_product, parts_of
 
 
-def adapted_product(
+# Jitted so that layers of the same shape are traced once: in a model that unrolls its
+# layers, tracing is half the cost of adapters.
+@functools.partial(jax.jit, static_argnames=("backend", "precision", "result_dtype"))
+def product(
     x: Float[Array, "..."],
     kernel: Kernel,
     lora: Adapter | None = None,
@@ -35,33 +36,12 @@ def adapted_product(
     layer of a stack, pass the adapter of this layer. With `offsets`, the product is
     ragged, and x is `[M, K]`.
     """
-    if lora is not None:
-        if offsets is not None:
-            _check_ragged(lora)
-        # For the frozen kernel, the adapter calls this function without an adapter.
-        multiply_frozen = functools.partial(
-            adapted_product,
-            backend=backend,
-            precision=precision,
-            offsets=offsets,
-            result_dtype=result_dtype,
-        )
-        call = ProductCall(multiply_frozen, dropout_key, precision, offsets)
-        return lora.product(x, kernel, call)
-    if kernel.is_packed:
-        return multiply(
-            x,
-            kernel,
-            offsets,
-            backend=backend,
-            precision=precision,
-            result_dtype=result_dtype,
-        )
-    w, dtype = kernel.dequantize_matrix(x.dtype), result_dtype or x.dtype
+    call = ProductCall(dropout_key, backend, precision, offsets, result_dtype)
+    if lora is None:
+        return frozen_product(x, kernel, call)
     if offsets is not None:
-        return ragged_float_product(x, w, offsets, precision, dtype)
-    check_shape(x.shape, [*w.shape[:-2]], w.shape[-2])
-    return float_product(x, w, precision, dtype, weights_move=False)
+        _check_ragged(lora)
+    return lora.product(x, kernel, call)
 
 
 def check_real(name: str, w: PyTree) -> None:
@@ -76,13 +56,6 @@ def _check_ragged(lora: Adapter) -> None:
             "a ragged product supports LoRA and MergeAware adapters, "
             f"and none from a bank. Got {type(lora).__name__}."
         )
-
-
-# Jitted so that layers of the same shape are traced once: in a model that unrolls its
-# layers, tracing is half the cost of adapters.
-product = jax.jit(
-    adapted_product, static_argnames=("backend", "precision", "result_dtype")
-)
 
 
 def ragged_dot(
@@ -175,5 +148,4 @@ def ragged_dot(
         raise ValueError(f"`x` must have shape [M, {k}]. Got {x.shape}.")
     offsets = offsets_of(group_sizes, x.shape[0], batch[0])
     backends = as_backends(backend)
-    with explain_forward_mode_errors():
-        return product(x, kernel, lora, dropout_key, backends, precision, offsets)
+    return product(x, kernel, lora, dropout_key, backends, precision, offsets)

@@ -21,9 +21,7 @@ from .base import Adapter, ProductCall
 # A selected adapter has some attributes of the bank's adapters, as properties.
 # pyright: reportIncompatibleVariableOverride=false
 
-_SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(
-    "lora_product", "dora_product", "dora_norms"
-)
+_SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names("lora_product")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,32 +57,22 @@ class Selected(Adapter):
         adapters = self.adapters._replace(arrays, **settings)
         return dataclasses.replace(self, adapters=adapters)
 
-    def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
+    def change(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
         # 1. Take adapters from the bank only when x is ready. Without the barrier, XLA
         #    takes the adapters of all layers first, as on CPUs in JAX 0.10.2.
         batch_ndim = len(self.batch_shape)
         ids = lax.optimization_barrier((lax.stop_gradient(x), self.ids))[1]
 
-        def multiply_adapted(
+        def change_of(
             x: Array, lora: Adapter, is_off: Array, key: Array | None
         ) -> Array:
-            frozen = call.multiply(x, kernel)
-
-            # The adapter multiplies x by the kernel too: compute that product once.
-            def multiply_once(other_x: Array, other_kernel: Kernel) -> Array:
-                is_computed = other_x is x and other_kernel is kernel
-                return frozen if is_computed else call.multiply(other_x, other_kernel)
-
-            lora_call = call._replace(multiply=multiply_once, dropout_key=key)
-            y = lora.product(x, kernel, lora_call)
-            is_off = jnp.expand_dims(is_off, tuple(range(is_off.ndim, y.ndim)))
-            return jnp.where(is_off, frozen, y)
+            change = lora.change(x, kernel, call._replace(dropout_key=key))
+            is_off = jnp.expand_dims(is_off, tuple(range(is_off.ndim, change.ndim)))
+            return jnp.where(is_off, 0, change)
 
         # 2. One adapter for the full input.
         if self.ids.ndim == batch_ndim:
-            return multiply_adapted(
-                x, self._take_adapters(ids), ids == -1, call.dropout_key
-            )
+            return change_of(x, self._take_adapters(ids), ids == -1, call.dropout_key)
         if batch_ndim or x.shape[:1] != self.ids.shape:
             raise ValueError(
                 "`ids` must be one number, or one for each row of the first axis of "
@@ -95,17 +83,18 @@ class Selected(Adapter):
         keys = call.dropout_key
         keys = None if keys is None else jax.random.split(keys, self.ids.shape)
 
-        # 3. One adapter for each row, under a vmap. Products with the kernel fold the
-        #    mapped axis into their rows, so that the kernel is decoded once. The
-        #    backward pass takes A and B of each row again, because saving them would
-        #    keep those of all layers in memory.
+        # 3. One adapter for each row, under a vmap. The backward pass takes A and B of
+        #    each row again, because saving them would keep those of all layers in
+        #    memory.
         @functools.partial(jax.checkpoint, policy=_SAVE_PRODUCTS)
-        def adapt_rows(bank: Selected, x: Array, ids: Array, keys: PyTree) -> Array:
+        def changes_of_rows(
+            bank: Selected, x: Array, ids: Array, keys: PyTree
+        ) -> Array:
             by_row = bank._take_adapters(ids), ids == -1, keys
             by_row = jax.tree.map(lambda a: _split_as_rows(a, x), by_row)
-            return jax.vmap(multiply_adapted)(x, *by_row)
+            return jax.vmap(change_of)(x, *by_row)
 
-        return adapt_rows(self, x, ids, keys)
+        return changes_of_rows(self, x, ids, keys)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         if self.ids.ndim > len(self.batch_shape):

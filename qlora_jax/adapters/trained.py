@@ -12,7 +12,13 @@ from ..product.floats import float_product
 from ..quant.geometry import Geometry
 from ..quant.kernel import FloatKernel, Kernel
 from ..quant.views import take_rows
-from .base import Adapter, ProductCall, on_matrix, register_adapter
+from .base import (
+    Adapter,
+    ProductCall,
+    frozen_product,
+    on_matrix,
+    register_adapter,
+)
 
 
 class Replacement(Adapter):
@@ -55,7 +61,8 @@ class Trained(Replacement):
         return self.value
 
     def product(self, x: Array, kernel: Kernel, call: ProductCall) -> Array:  # noqa: D102
-        return call.multiply(x, FloatKernel(self.merged(kernel), kernel.geometry))
+        trained = FloatKernel(self.merged(kernel), kernel.geometry)
+        return frozen_product(x, trained, call)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         return self.value.astype(kernel.dtype)
@@ -121,7 +128,7 @@ class TrainedRows(Replacement):
         x_trained, x_frozen = x[..., indices], x.at[..., indices].set(0)
         rows = self.rows.astype(x.dtype)
         y = float_product(x_trained, rows, call.precision)
-        return call.multiply(x_frozen, kernel) + y.astype(x.dtype)
+        return frozen_product(x_frozen, kernel, call) + y.astype(x.dtype)
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         indices = jnp.array(self.indices)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from .._jax.arguments import unwrap_operands
 from .._jax.modes import call_in_auto_mode, varying_with
 from .._jax.specs import spec_of
-from ..adapters.product import adapted_product
+from ..adapters.product import product
 from ..product.backends.reference import accumulator_dtype, dot
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, as_kernel, is_kernel
@@ -248,16 +248,16 @@ def head_product(head: Kernel, dtype: np.dtype) -> HeadProduct:
     accumulator = accumulator_dtype(dtype)
 
     def multiply_packed(rows: Array) -> tuple[Array, Callable[[Array], Array]]:
-        logits, pull_back = jax.vjp(lambda rows: adapted_product(rows, head), rows)
+        logits, pull_back = jax.vjp(lambda rows: product(rows, head), rows)
         return logits.astype(accumulator), lambda g: pull_back(g)[0].astype(accumulator)
 
     if head.packing is not None:
         return multiply_packed
     w, is_embedding = head.value.astype(dtype), head.geometry.kinds == "nk"
-    product = functools.partial(dot, w=w, precision=None)
+    multiply = functools.partial(dot, w=w, precision=None)
 
     def multiply_float(rows: Array) -> tuple[Array, Callable[[Array], Array]]:
-        logits = product(rows, transpose=is_embedding)
-        return logits, lambda g: product(g, transpose=not is_embedding)
+        logits = multiply(rows, transpose=is_embedding)
+        return logits, lambda g: multiply(g, transpose=not is_embedding)
 
     return multiply_float

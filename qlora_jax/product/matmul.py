@@ -1,7 +1,6 @@
 """The product `x @ q` with a QTensor, and the checks of its arguments."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,8 +64,7 @@ def matmul(
     check_packed(q)
     x, backend = as_float(x), as_backends(backend)
     kernel = q if layer is None else layer_of(q, layer)
-    with explain_forward_mode_errors():
-        return multiply(x, kernel, backend=backend, precision=precision)
+    return multiply(x, kernel, backend=backend, precision=precision)
 
 
 def check_packed(q: object) -> None:
@@ -129,19 +127,3 @@ def offsets_of(
     # Inside a trace, the sum cannot be checked. Ends after the last row are clipped.
     ends = jnp.minimum(jnp.cumsum(sizes, dtype=jnp.int32), num_rows)
     return jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
-
-
-@contextlib.contextmanager
-def explain_forward_mode_errors() -> Iterator[None]:
-    """Replaces JAX's error for forward mode with one that names the alternatives."""
-    # JAX's own message remains if the caller differentiates a `jit` of the product.
-    try:
-        yield
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        raise TypeError(
-            "products with packed kernels and adapters must be differentiated in "
-            "reverse mode: jax.grad, jax.vjp or jax.jacrev. Got forward mode (jax.jvp, "
-            "jax.jacfwd or jax.hessian)."
-        ) from error

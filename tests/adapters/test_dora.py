@@ -1,6 +1,7 @@
 """DoRA against its formula in float64. tests/interop/test_peft.py has PEFT's."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
 import qlora_jax as ql
-from qlora_jax.adapters.base import misfit_reason
+from qlora_jax.adapters.base import ProductCall, misfit_reason
 from qlora_jax.adapters.dora import column_norms
 from qlora_jax.quant.views import LayerOfStack
 
@@ -156,7 +157,8 @@ def test_norms_take_no_float_kernel():
     k, n = 1024, 2100
     q = ql.quantize(normal(0, (k, n)))
     lora = ql.LoRA(jnp.ones((k, 2)), jnp.zeros((2, n)), 1.0, 0.0, q.geometry)
-    compiled = jax.jit(on_one_device(column_norms)).lower(lora, q).compile()
+    norms = functools.partial(column_norms, call=ProductCall(), dtype="float32")
+    compiled = jax.jit(on_one_device(norms)).lower(lora, q).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * 4 * k * n
     w = np.asarray(ql.dequantize(q), np.float64)
     assert_close(compiled(lora, q), np.sqrt((w**2).sum(0)), terms=64)

@@ -41,7 +41,7 @@ class VeRA(Adapter):
     can_be_in_bank = True
     dropout = 0.0
 
-    def product(self, x, kernel, call):
+    def change(self, x, kernel, call):
         def over_rows(vector, y):
             axes = range(vector.ndim - 1, y.ndim - 1)
             return jnp.expand_dims(vector.astype(y.dtype), tuple(axes))
@@ -49,7 +49,7 @@ class VeRA(Adapter):
         a, b = (w.astype(x.dtype) for w in frozen_factors(kernel.matrix_shape, self))
         h = jnp.einsum("...k,kr->...r", x, a)
         change = jnp.einsum("...r,rn->...n", h * over_rows(self.d, h), b)
-        return call.multiply(x, kernel) + change * over_rows(self.b, change)
+        return change * over_rows(self.b, change)
 
     def merged(self, kernel):
         frozen_a, frozen_b = frozen_factors(kernel.matrix_shape, self)

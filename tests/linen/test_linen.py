@@ -232,7 +232,7 @@ def test_clones_are_wrapped_and_binding_is_refused(x):
     wrapped = ql.linen.wrap(nn.Dense(4), backend="reference")
     for clone in (wrapped.clone(features=8), wrapped.copy(features=8, name="new")):
         assert isinstance(clone, ql.linen.WrappedModel)
-        assert (clone.features, clone.backend) == (8, "reference")
+        assert (clone.features, clone.backend) == (8, ("reference",))
     assert_close(clone.apply(variables, x), nn.Dense(8).apply(merged(variables), x))
     with pytest.raises(AttributeError, match="no `bind`.*Use apply"):
         wrapped.bind(variables)

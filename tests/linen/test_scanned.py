@@ -210,7 +210,7 @@ def test_names_of_no_module_and_of_no_scan_are_refused(x):
 def test_wrapping_again_takes_the_new_options():
     wrapped = ql.linen.wrap(BLOCKS)
     again = ql.linen.wrap(wrapped, scanned="layers", backend="tiled")
-    assert (again.scanned, again.backend) == (("layers",), "tiled")
+    assert (again.scanned, again.backend) == (("layers",), ("tiled",))
     assert again.module is wrapped.module
     assert ql.linen.wrap(again) is again
 
