@@ -30,7 +30,7 @@ def packed_call(form, m, fmt):
     from qlora_jax.product.spec import ProductSpec
     from qlora_jax.quant.formats import Packing
 
-    spec = ProductSpec(Packing(fmt), "bfloat16", ROWS)
+    spec = ProductSpec(fmt, Packing(fmt).block_size, "bfloat16", ROWS)
     tiling = plan(spec, m, COLS, jnp.dtype(jnp.bfloat16), Chip(form, VMEM_MIB))
 
     def call(x, codes, scales):

@@ -36,8 +36,8 @@ from .._jax.modes import (
     unmapped_explicit_axes,
 )
 from .._jax.specs import AnyMesh, Axes, axes_of, dividing_prefix, make_spec, spec_of
-from ..quant.codes import dequantize_blocks, quantize_blocks, select_values
-from ..quant.formats import Packing
+from ..quant.codes import dequantize_blocks, quantize_blocks
+from ..quant.formats import Format, Packing, get_format
 from ..quant.geometry import to_matrix
 from ..quant.kernel import Kernel, declared_mesh
 from ..quant.pack import straight_through
@@ -136,8 +136,7 @@ class MergeAware(LowRank):
             return stored_specs(mesh, spec_of(codes), encode, scales, *largest)
 
         stored: StoredScales = call_in_auto_mode(encode, specs, scales, *largest)
-        pad = codes.shape[-2] * packing.format.codes_per_byte - kernel.matrix_shape[-2]
-        settings = packing.fmt, packing.block_size, kernel.dtype.name, pad
+        settings = packing.fmt, packing.block_size, kernel.dtype.name
         return QTensor(codes, *stored, *settings, kernel.geometry, kernel.placement)
 
 
@@ -207,12 +206,12 @@ class _Tiles:
     """The sum `W + scaling * A B`, which is computed in tiles of a few rows."""
 
     weights: tuple[Array, ...]  # codes and float32 scales, or float weights
-    packing: Packing | None  # of the weights
+    fmt: Format | None  # of packed weights
     a: Float[Array, "*batch k r"]
     b: Float[Array, "*batch r n"]
     scaling: float
     dtype: np.dtype  # of the kernel
-    block_rows: int  # the number of rows of a tile is a multiple of this
+    block_rows: int  # the number of rows of a tile, and K, are multiples of this
     mesh: AnyMesh | None
     axes: list[Axes]  # the mesh axes of `[*batch, K, N]`
 
@@ -220,21 +219,20 @@ class _Tiles:
     def of(cls, kernel: Kernel, lora: MergeAware) -> "_Tiles":
         if isinstance(kernel, QTensor):
             q = kernel.with_float_scales()
-            weights, packing = (q.codes, q.scales), kernel.packing
+            weights, fmt = (q.codes, q.scales), get_format(q.fmt)
+            block_rows = max(q.block_size, lora.packing.block_size)
         else:
-            weights, packing = (to_matrix(kernel.geometry, kernel.value),), None
-        block_sizes = [p.block_size for p in (packing, lora.packing) if p]
+            weights, fmt = (to_matrix(kernel.geometry, kernel.value),), None
+            block_rows = lora.packing.block_size
         a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
         *_, k, n = kernel.matrix_shape
         mesh, axes = _matrix_axes(kernel)
         if mesh is not None:
-            # Split K only where each device gets whole blocks of both formats. With a
-            # partial block at its end, K counts as one block, which cannot be split.
-            counts = [k // size if k % size == 0 else 1 for size in block_sizes]
-            axes[-2] = dividing_prefix(axes[-2], mesh.shape, *counts)
+            # Split K only where each device gets whole blocks of both formats.
+            axes[-2] = dividing_prefix(axes[-2], mesh.shape, k // block_rows)
             axes[-1] = dividing_prefix(axes[-1], mesh.shape, n)
-        arrays = weights, packing, a, b, lora.scaling
-        return cls(*arrays, kernel.dtype, max(block_sizes), mesh, axes)
+        arrays = weights, fmt, a, b, lora.scaling
+        return cls(*arrays, kernel.dtype, block_rows, mesh, axes)
 
     def map(self, fn: Callable[..., tuple[Array, ...]], *extra: Array) -> tuple:
         """Calls `fn(rows, *extra)` for each tile, and joins the results along the rows.
@@ -278,11 +276,11 @@ class _Tiles:
         def map_matrix(operands: tuple) -> tuple[Array, ...]:
             weights, a, b, *extra = operands
 
-            def merge(arrays: list[Array], last_rows: int | None = None) -> Array:
+            def merge(arrays: list[Array]) -> Array:
                 *weights, a = arrays
                 change = jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
                 change *= self.scaling
-                w = self._decode(weights, last_rows) + change
+                w = self._decode(weights) + change
                 # Round to the dtype of the kernel, as `merge` of a LoRA does.
                 return round_to(w, self.dtype, jnp.float32)
 
@@ -295,54 +293,29 @@ class _Tiles:
                 w = lax.map(merge, halves)
                 return fn(w.reshape(tile_rows, -1), *extra)
 
-            # 1. Pack the full tiles, which end at row `end` of each array.
-            arrays, results = (*weights, a), []
-            packed_rows = num_tiles * tile_rows
-            # The number of rows of W that one row of each array describes. The arrays
-            # are float weights and A, or codes, scales and A.
-            rows_per_entry: tuple[int, ...] = 1, 1
-            if (packing := self.packing) is not None:
-                rows_per_entry = packing.format.codes_per_byte, packing.block_size, 1
-            ends = [packed_rows // count for count in rows_per_entry]
-            pairs = list(zip(arrays, ends, strict=True))
-            if num_tiles:
-                tiles = [
-                    x[:end].reshape(num_tiles, -1, x.shape[-1]) for x, end in pairs
-                ]
-                if packing is not None:
-                    # `pack_tile` splits a tile into halves. If a tile has an odd number
-                    # of blocks, this splits a block, so repeat every scale: each half
-                    # of a block then has one, as `_decode` expects.
-                    tiles[1] = jnp.repeat(tiles[1], 2, axis=1)
-                packed = lax.map(pack_tile, tiles)
-                results.append([x.reshape(-1, x.shape[-1]) for x in packed])
-            # 2. Pack the remaining rows, which are fewer than `block_rows`.
-            if packed_rows < k:
-                w = merge([x[end:] for x, end in pairs], k - packed_rows)
-                results.append(fn(w, *extra))
-            return tuple(map(jnp.concatenate, zip(*results, strict=True)))
+            tiles = [x.reshape(num_tiles, -1, x.shape[-1]) for x in (*weights, a)]
+            if self.fmt is not None:
+                # `pack_tile` splits a tile into halves. If a tile has an odd number of
+                # blocks, this splits a block, so repeat every scale: each half of a
+                # block then has one, as `_decode` expects.
+                tiles[1] = jnp.repeat(tiles[1], 2, axis=1)
+            packed = lax.map(pack_tile, tiles)
+            return tuple(x.reshape(-1, x.shape[-1]) for x in packed)
 
         map_stack = map_matrix
         for _ in batch:
             map_stack = functools.partial(lax.map, map_stack)
         return map_stack((weights, a, b, *per_matrix))
 
-    def _decode(self, weights: list[Array], last_rows: int | None = None) -> Array:
+    def _decode(self, weights: list[Array]) -> Array:
         """Returns float32 rows from their codes and scales, or from float weights.
 
-        Without `last_rows`, each row of the scales is for half a block. `last_rows` is
-        passed for the rows at the end of K, where each row of the scales is for a block
-        and the last block may be a partial one; it is the number of these rows.
+        Each row of the scales is for half a block.
         """
-        if self.packing is None:
+        if self.fmt is None:
             return weights[0].astype(jnp.float32)
         codes, scales = weights
-        if last_rows is not None:
-            w = dequantize_blocks(codes, scales, self.packing, last_rows)
-        else:
-            values = select_values(codes, self.packing.format)
-            blocks = values.reshape(scales.shape[0], -1, values.shape[-1])
-            w = (blocks * scales[:, None]).reshape(values.shape)
+        w = dequantize_blocks(codes, scales, self.fmt)
         return round_to(w, self.dtype, jnp.float32)
 
 

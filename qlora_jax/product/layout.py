@@ -118,15 +118,13 @@ def lay_out(
         batch.append(dividing_prefix(axes, sizes, length))
         used.update(batch[-1])
 
-    # 2. The stored weights. All devices store and multiply the same number of complete
-    #    blocks, so K is not split (`k_parts` is 1) if the last block is partial.
+    # 2. The stored weights. K is split between blocks.
     *_, num_blocks, n = scales_shape
-    k_parts = num_blocks if spec.k == num_blocks * spec.block_size else 1
     stored_experts: Axes = ()
     if spec.is_ragged:
         stored_experts = dividing_prefix(weight_axes[-3], sizes, scales_shape[-3])
     stored_k = dividing_prefix(
-        free_prefix(weight_axes[-2], used | {*stored_experts}), sizes, k_parts
+        free_prefix(weight_axes[-2], used | {*stored_experts}), sizes, num_blocks
     )
     stored = {*stored_experts, *stored_k}
     stored_n = dividing_prefix(free_prefix(weight_axes[-1], used | stored), sizes, n)
@@ -149,7 +147,7 @@ def lay_out(
             active = dividing_prefix(axes, sizes, length)
         return Split(active, stored_axes[len(active) :])
 
-    k_split = split(stored_k, k_parts, not spec.transpose)
+    k_split = split(stored_k, num_blocks, not spec.transpose)
     n_split = split(stored_n, n, spec.transpose)
     local_k = spec.k // num_parts(sizes, k_split.active)
     local = replace(spec, k=local_k, placement=None, mesh=None, is_local=True)

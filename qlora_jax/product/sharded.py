@@ -199,7 +199,7 @@ def _compute_on_device(layout: Layout, *arrays: Any) -> Array:
     #    (`Layout.contracted`).
     contracted = codes.shape[-1] if spec.transpose else spec.k
     assert x.shape[-1] == contracted, (spec, x.shape)
-    assert scales.shape[-2] == -(-spec.k // spec.block_size), (spec, scales.shape)
+    assert scales.shape[-2] == spec.k // spec.block_size, (spec, scales.shape)
     if offsets is not None:
         (row_axes,), expert_axes = layout.lead, layout.experts.active
         offsets = device_offsets(offsets, row_axes, expert_axes, x.shape[0])

@@ -1,8 +1,8 @@
 """The static description of a product, its operands, and the interface of back ends."""
 
 import abc
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array
 
 from .._jax.specs import AnyMesh
-from ..quant.formats import Format, Packing
+from ..quant.formats import Format, get_format
 from ..quant.kernel import Kernel, Placement
 
 
@@ -37,9 +37,8 @@ class ProductSpec:
     It is a pytree without leaves, so transformations accept it as an argument.
     """
 
-    # The format and block size of the weights. Scales are decoded before the product,
-    # so `double_quant` is False.
-    packing: Packing
+    fmt: str  # the name of the weights' format
+    block_size: int  # the number of rows of the weights that share a scale
     dtype_name: str  # the logical dtype; decoded weights are rounded to it
     k: int  # the number of rows of the weights
     batch: int = 0  # the number of batch axes, not counting experts
@@ -58,12 +57,7 @@ class ProductSpec:
     @property
     def format(self) -> Format:
         """The number format of the weights."""
-        return self.packing.format
-
-    @property
-    def block_size(self) -> int:
-        """The number of rows of the weights that share a scale."""
-        return self.packing.block_size
+        return get_format(self.fmt)
 
     @property
     def dtype(self) -> np.dtype:
@@ -78,11 +72,11 @@ class ProductSpec:
 
 def product_spec(kernel: Kernel) -> ProductSpec:
     """Returns the spec of products with a packed kernel, with default options."""
+    q: Any = getattr(kernel, "stack", kernel)
     *batch, k, _ = kernel.matrix_shape
-    assert kernel.packing is not None
-    packing = replace(kernel.packing, double_quant=False)  # scales are decoded
-    dtype, placement = kernel.dtype.name, kernel.placement
-    return ProductSpec(packing, dtype, k, len(batch), placement=placement)
+    return ProductSpec(
+        q.fmt, q.block_size, q.dtype_name, k, len(batch), placement=q.placement
+    )
 
 
 class Unsupported(NotImplementedError):

@@ -25,54 +25,21 @@ def quantize_blocks(
     packing: Packing,
     *largest: Array,
 ) -> tuple[UInt8[Array, "*batch rows n"], Float32[Array, "*batch blocks n"]]:
-    """Returns the codes and the scale of each block.
+    """Returns the codes and the scale of each block. K is a multiple of the block.
 
-    With 4-bit codes, an odd K is padded with the code of zero. `largest` is the
-    optional second argument of `ScaleScheme.encode`.
+    `largest` is the optional second argument of `ScaleScheme.encode`.
     """
-    k, block_size = w.shape[-2], packing.block_size
-    num_full = k // block_size * block_size  # rows in full blocks
-    if packing.format.bits == 4 and k % 2:
-        w = jnp.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, 1), (0, 0)])
-
-    def quantize_rows(start: int, stop: int, size: int, *, divide: bool) -> tuple:
-        rows = w[..., start:stop, :]
-        return _quantize_rows(rows, packing, size, *largest, divide=divide)
-
-    if num_full == k:
-        return quantize_rows(0, k, block_size, divide=False)
-    # In a partial last block, bitsandbytes divides by the scale. In full blocks, it
-    # multiplies by the reciprocal of the scale, which differs in the last bit. Schemes
-    # that use `largest` never get here, since their formats need full blocks.
-    num_rows = w.shape[-2]
-    parts = [quantize_rows(num_full, num_rows, num_rows - num_full, divide=True)]
-    if num_full:
-        parts.insert(0, quantize_rows(0, num_full, block_size, divide=False))
-    codes, block_scales = zip(*parts, strict=True)
-    return jnp.concatenate(codes, axis=-2), jnp.concatenate(block_scales, axis=-2)
-
-
-def _quantize_rows(
-    w: Array,
-    packing: Packing,
-    block_size: int,
-    *largest: Array,
-    divide: bool,
-) -> tuple[Array, Array]:
-    """Quantizes rows whose number is a multiple of `block_size`."""
     fmt, scheme = packing.format, packing.scheme
     *batch, k, n = w.shape
     # 1. The scale of each block: [*batch, k, n] -> [*batch, blocks, block_size, n].
-    blocks = w.reshape(*batch, k // block_size, block_size, n)
+    blocks = w.reshape(*batch, k // packing.block_size, packing.block_size, n)
     scales = _exact_scales(blocks, fmt)
     blocks = blocks.astype(jnp.float32)
     # 2. Normalize with the exact scales, or with the stored ones if the scheme says so.
     used_scales = scales
     if scheme.uses_stored_scales:
         used_scales = scheme.decode(scheme.encode(scales, *largest))
-    # `divide` is for the formats of bitsandbytes, nf4 and fp4, which have peak 1. It is
-    # ignored in int4 and int8, which bitsandbytes does not have.
-    if fmt.ties == "even" or (divide and fmt.peak == 1):
+    if fmt.ties == "even":
         # No weight is larger than 16 times its scale, so `divisor` equals the scale.
         # The maximum hides from XLA that the scale is broadcast: XLA would replace the
         # division by a product with the reciprocal.
@@ -242,33 +209,27 @@ def gather_values(
 def dequantize_blocks(
     codes: UInt8[Array, "*batch rows n"],
     scales: Float32[Array, "*batch blocks n"],
-    packing: Packing,
-    k: int,
+    fmt: Format,
     find_values: Callable[[Array, Format], Array] = select_values,
 ) -> Float32[Array, "*batch k n"]:
     """Returns `table[code] * scale` in float32, the inverse of `quantize_blocks`."""
-    blocks = split_blocks(codes, scales.shape[-2], packing)
-    values = find_values(blocks, packing.format)  # [*batch, blocks, block_size, n]
+    values = find_values(split_blocks(codes, scales.shape[-2]), fmt)
     scale_axes = *range(values.ndim - 2), values.ndim - 1
     w = values * lax.broadcast_in_dim(scales, values.shape, scale_axes)
-    return join_blocks(w, k)
+    return join_blocks(w)
 
 
 def split_blocks(
-    codes: UInt8[Array, "*batch rows n"], num_blocks: int, packing: Packing
+    codes: UInt8[Array, "*batch rows n"], num_blocks: int
 ) -> UInt8[Array, "*batch blocks block_rows n"]:
-    """Adds an axis of blocks to stored codes, and pads the last block with zeros."""
+    """Adds an axis of blocks to stored codes."""
     *batch, rows, n = codes.shape
-    block_rows = packing.block_size // packing.format.codes_per_byte
-    if missing := num_blocks * block_rows - rows:
-        codes = jnp.pad(codes, [(0, 0)] * len(batch) + [(0, missing), (0, 0)])
-    return codes.reshape(*batch, num_blocks, block_rows, n)
+    return codes.reshape(*batch, num_blocks, rows // max(num_blocks, 1), n)
 
 
 def join_blocks(
-    w: Shaped[Array, "*batch blocks block_size n"], k: int
+    w: Shaped[Array, "*batch blocks block_size n"],
 ) -> Shaped[Array, "*batch k n"]:
-    """Removes the axis of blocks, and the rows beyond K."""
+    """Removes the axis of blocks."""
     *batch, num_blocks, block_size, n = w.shape
-    w = w.reshape(*batch, num_blocks * block_size, n)
-    return w if w.shape[-2] == k else w[..., :k, :]
+    return w.reshape(*batch, num_blocks * block_size, n)

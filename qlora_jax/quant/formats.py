@@ -42,8 +42,8 @@ class Format:
     # For double quantization; None if the format does not support it.
     double_scales: ScaleScheme | None = schemes.DOUBLE
     ties: str = "lower"
-    # The block sizes that files in this format have, the usual one first; K must then
-    # be a multiple of the block size. An empty tuple allows any block size and any K.
+    # The block sizes that files in this format have, the usual one first. If there are
+    # none, any size is allowed.
     block_sizes: tuple[int, ...] = ()
 
     @property
@@ -234,13 +234,14 @@ class Packing:
         object.__setattr__(self, "double_quant", double)
 
     def check_rows(self, k: int) -> None:
-        """Raises ValueError if the format needs full blocks and K has a partial one."""
-        if self.format.block_sizes and k % self.block_size:
-            sizes = [str(size) for size in self.format.block_sizes if k % size == 0]
-            hint = f" Use block_size={' or '.join(sizes)}." if sizes else ""
+        """Raises ValueError unless K is a multiple of the block size."""
+        if k % self.block_size:
+            allowed = sorted(self.format.block_sizes) or (16, 32, 64, 128)
+            sizes = [str(size) for size in allowed if k % size == 0]
+            hint = f"Use block_size={' or '.join(sizes)}" if sizes else "Exclude it"
             raise ValueError(
-                f"the contracted size must be a multiple of {self.block_size}, the "
-                f"block size, for {self.fmt!r}, which needs full blocks. Got {k}.{hint}"
+                f"the contracted size must be a multiple of `block_size`, which is "
+                f"{self.block_size} here. Got {k}. {hint}."
             )
 
     @property

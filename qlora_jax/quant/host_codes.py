@@ -3,7 +3,7 @@
 On TPUs, arrays are tiled by 32 x 128 bytes on the device, but by 8 x 128 in host memory
 if a program slices them there. With codes `[L, rows, N]`, a loop over layers would
 convert the stack on the device in every step. An axis of 8 rows, in front of the last
-axis, avoids this conversion.
+axis, avoids this conversion. A block has at least 16 weights, so 8 divides the rows.
 """
 
 import functools
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
@@ -36,13 +35,11 @@ class HostCodes:
     Indexing returns the codes of one kernel, on the device.
     """
 
-    array: Array  # uint8 `[*batch, ceil(rows / 8), 8, N]`, padded with zeros
-    rows: int  # without the padding
+    array: Array  # uint8 `[*batch, rows / 8, 8, N]`
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102
-        *batch, _, _, n = self.array.shape
-        return (*batch, self.rows, n)
+        return _without_tiles(self.array.shape)
 
     @property
     def dtype(self) -> np.dtype:  # noqa: D102
@@ -52,17 +49,21 @@ class HostCodes:
         return _codes_at(self, index)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None):
-        *batch, tiles, tile_rows, n = self.array.shape
-        codes = np.asarray(self.array).reshape(*batch, tiles * tile_rows, n)
-        return codes[..., : self.rows, :].astype(dtype or codes.dtype, copy=False)
+        codes = np.asarray(self.array).reshape(self.shape)
+        return codes.astype(dtype or codes.dtype, copy=False)
 
 
-register(HostCodes, ("array",), ("rows",), "qlora_jax.HostCodes")
+register(HostCodes, ("array",), (), "qlora_jax.HostCodes")
+
+
+def _without_tiles(shape: Sequence[int]) -> tuple[int, ...]:
+    *batch, tiles, tile_rows, n = shape
+    return (*batch, tiles * tile_rows, n)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _codes_at(codes: HostCodes, index: tuple[int, ...]) -> Array:
-    return on_device(HostCodes(codes.array[index], codes.rows))
+    return on_device(HostCodes(codes.array[index]))
 
 
 def placed_codes(
@@ -74,7 +75,7 @@ def placed_codes(
     if not isinstance(codes, HostCodes):
         codes = to_host_shape(codes)
     *batch, rows, n = axes
-    return HostCodes(put(codes.array, (*batch, rows, (), n), HOST_KIND), codes.rows)
+    return HostCodes(put(codes.array, (*batch, rows, (), n), HOST_KIND))
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,8 @@ class HostShaped:
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         *batch, tiles, _, columns = index
-        num_rows = self.codes.shape[-2]
-        start, stop, _ = tiles.indices(-(-num_rows // TILE_ROWS))
-        rows = slice(start * TILE_ROWS, min(stop * TILE_ROWS, num_rows))
+        start, stop, _ = tiles.indices(self.codes.shape[-2] // TILE_ROWS)
+        rows = slice(start * TILE_ROWS, stop * TILE_ROWS)
         codes = np.asarray(self.codes[(*batch, rows, columns)])
         return np.asarray(to_host_shape(codes).array)
 
@@ -100,13 +100,7 @@ def to_host_shape(codes: PyTree) -> HostCodes:
     if isinstance(codes, jax.ShapeDtypeStruct):
         return jax.eval_shape(to_host_shape, codes)
     *batch, rows, n = codes.shape
-    missing = -rows % TILE_ROWS
-    if missing:
-        pad = np.pad if isinstance(codes, np.ndarray) else jnp.pad
-        codes = pad(codes, [*[(0, 0)] * len(batch), (0, missing), (0, 0)])
-    return HostCodes(
-        codes.reshape(*batch, (rows + missing) // TILE_ROWS, TILE_ROWS, n), rows
-    )
+    return HostCodes(codes.reshape(*batch, rows // TILE_ROWS, TILE_ROWS, n))
 
 
 def on_device(codes: PyTree) -> Any:
@@ -122,9 +116,7 @@ def on_device(codes: PyTree) -> Any:
             sharding = NamedSharding(host_sharding.mesh, spec)
         return jax.ShapeDtypeStruct(codes.shape, codes.dtype, sharding=sharding)
     array = jax.device_put(codes.array, jax.memory.Space.Device)
-    *batch, tiles, tile_rows, n = array.shape
-    array = array.reshape(*batch, tiles * tile_rows, n)
-    return lax.slice_in_dim(array, 0, codes.rows, axis=len(batch))
+    return array.reshape(codes.shape)
 
 
 def to_host(codes: Array, like: HostCodes) -> HostCodes:
@@ -132,7 +124,7 @@ def to_host(codes: Array, like: HostCodes) -> HostCodes:
     # Move one kernel at a time. A move of all would need the stack on the device twice.
     array = like.array
     buffer = jax.device_put(np.zeros(array.shape, array.dtype), array.sharding)
-    return HostCodes(_fill_on_host(array.sharding)(buffer, codes), like.rows)
+    return HostCodes(_fill_on_host(array.sharding)(buffer, codes))
 
 
 @functools.cache

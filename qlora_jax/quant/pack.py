@@ -120,9 +120,8 @@ def _quantize(
 
     stored: StoredScales
     codes, stored = call_in_auto_mode(pack, specs, w, *largest)
-    name, k = jnp.dtype(w.dtype).name, geometry.matrix_shape(w.shape)[-2]
-    pad = codes.shape[-2] * packing.format.codes_per_byte - k
-    return QTensor(codes, *stored, packing.fmt, packing.block_size, name, pad, geometry)
+    name = jnp.dtype(w.dtype).name
+    return QTensor(codes, *stored, packing.fmt, packing.block_size, name, geometry)
 
 
 @dataclass(frozen=True, eq=False)

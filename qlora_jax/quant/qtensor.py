@@ -45,21 +45,20 @@ class QTensor(Kernel):
     compare identities, as for most Python objects.
 
     Attributes:
-        codes: The uint8 codes: `[*batch, ceil(K / 2), N]` for 4-bit formats, with even
-            rows in the high nibbles; `[*batch, K, N]` for int8. In host memory
+        codes: The uint8 codes: `[*batch, K / 2, N]` for 4-bit formats, with even rows
+            in the high nibbles; `[*batch, K, N]` for int8. In host memory
             (`memory="host"` of `qlora_jax.sharding.place`), an object of that shape.
-        scales: Block scales `[*batch, ceil(K / B), N]`: uint8 if double-quantized, else
+        scales: Block scales `[*batch, K / B, N]`: uint8 if double-quantized, else
             float32 in nf4, fp4, int4 and int8, float16 in int4_f16 and q4_0, uint8
             (exponents) in mxfp4, and float8_e4m3fn in nvfp4.
         scale_scales: If double-quantized, float32 scales of 256 scales each, `[*batch,
-            ceil(N * ceil(K / B) / 256)]`. In nvfp4, a float32 factor and divisor of all
+            ceil(N * K / B / 256)]`. In nvfp4, a float32 factor and divisor of all
             scales, `[*batch, 2]`. Else None.
         scale_offset: If double-quantized, the mean that was subtracted from the scales,
             float32 `[*batch]`. Else None.
         fmt: Name of the number format, as in `quantize`.
         block_size: Number of weights along the contracted axes that share a scale.
         dtype_name: The logical dtype, such as "bfloat16".
-        pad: Number of rows of codes beyond K (1 for 4-bit codes and an odd K, else 0).
         geometry: How the kernel's axes map to `[*batch, K, N]`; `geometry.kinds` has a
             letter for each trailing axis: b (batch), k (contracted) or n (output).
         placement: The sharding over Auto mesh axes, if `qlora_jax.sharding.place` put
@@ -83,7 +82,6 @@ class QTensor(Kernel):
     fmt: str
     block_size: int
     dtype_name: str
-    pad: int
     geometry: Geometry
     placement: Placement | None = None
     is_packed = True
@@ -158,14 +156,13 @@ class QTensor(Kernel):
         name = check_dtype("dtype", dtype)
         parts = {"codes": codes, **stored._asdict()}
         _check_parts(parts, packing, shape, matrix_shape)
-        pad = codes.shape[-2] * packing.format.codes_per_byte - matrix_shape[-2]
-        return cls(codes, *stored, fmt, packing.block_size, name, pad, geometry)
+        return cls(codes, *stored, fmt, packing.block_size, name, geometry)
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """Shape of the matrix form, `(*batch, K, N)`."""
         *batch, rows, n = self.codes.shape
-        return (*batch, rows * get_format(self.fmt).codes_per_byte - self.pad, n)
+        return (*batch, rows * get_format(self.fmt).codes_per_byte, n)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -247,8 +244,8 @@ class QTensor(Kernel):
         return _dequantize(self, checked_result_dtype(dtype))
 
     def dequantize_matrix(self, dtype: DTypeLike | None = None) -> Array:  # noqa: D102
-        k, codes = self.matrix_shape[-2], on_device(self.codes)
-        w = dequantize_blocks(codes, float_scales(self), self.packing, k)
+        fmt = get_format(self.fmt)
+        w = dequantize_blocks(on_device(self.codes), float_scales(self), fmt)
         return round_to(w, self.dtype, self.dtype if dtype is None else dtype)
 
     def __repr__(self):
@@ -267,7 +264,7 @@ class QTensor(Kernel):
 register(
     QTensor,
     ("codes", "scales", "scale_scales", "scale_offset"),
-    ("fmt", "block_size", "dtype_name", "pad", "geometry", "placement"),
+    ("fmt", "block_size", "dtype_name", "geometry", "placement"),
     "qlora_jax.QTensor",
 )
 
@@ -278,10 +275,9 @@ def _check_parts(
     """Raises an error that lists every array with a wrong type, shape or value."""
     *batch, k, n = matrix_shape
     packing.check_rows(k)
-    rows = math.ceil(k / packing.format.codes_per_byte)
-    blocks = math.ceil(k / packing.block_size)
+    rows = k // packing.format.codes_per_byte
     codes = jax.ShapeDtypeStruct((*batch, rows, n), np.uint8)
-    scales = packing.scheme.arrays((*batch, blocks, n))._asdict()
+    scales = packing.scheme.arrays((*batch, k // packing.block_size, n))._asdict()
     types: list[str] = []  # messages about wrong types
     values: list[str] = []  # messages about wrong values
     for name, expected in {"codes": codes, **scales}.items():
@@ -320,7 +316,7 @@ def _check_parts(
 
 
 def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
-    """The scales as float32 `[*batch, ceil(K / B), N]`, without a gradient."""
+    """The scales as float32 `[*batch, K / B, N]`, without a gradient."""
     if q.scales.dtype == np.float32:  # every scheme stores float32 scales as they are
         return lax.stop_gradient(q.scales)
     return lax.stop_gradient(_decode_scales(q.packing.scheme, q.stored_scales))

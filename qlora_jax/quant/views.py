@@ -13,6 +13,7 @@ from .._jax.modes import call_in_auto_mode
 from .._jax.pytree import register, take_layer
 from .._jax.specs import SpecEntry, spec_of
 from .codes import dequantize_blocks, select_values
+from .formats import get_format
 from .host_codes import on_device
 from .kernel import Kernel
 from .qtensor import QTensor, float_scales, round_to, with_scales
@@ -111,11 +112,11 @@ def _take_columns(q: QTensor, ids: Int[Array, " t"]) -> Float[Array, "t d"]:
     # Codes [D / 2, t] (or [D, t] in 8 bits) and scales [blocks, t], decoded to [D, t].
     codes = jnp.take(q.codes, ids, axis=1, mode="clip")
     scales = jnp.take(float_scales(q), ids, axis=1, mode="clip")
-    return dequantize_blocks(codes, scales, q.packing, q.matrix_shape[0]).T
+    return dequantize_blocks(codes, scales, get_format(q.fmt)).T
 
 
 def _take_matrix_rows(q: QTensor, ids: Int[Array, " t"]) -> Float[Array, "t d"]:
-    fmt = q.packing.format
+    fmt = get_format(q.fmt)
     # A byte holds the codes of two rows in 4-bit formats: [t, 1, D] -> [t, 2, D].
     codes = jnp.take(q.codes, ids // fmt.codes_per_byte, axis=0, mode="clip")
     scales = jnp.take(float_scales(q), ids // q.block_size, axis=0, mode="clip")

@@ -287,11 +287,6 @@ class _Plan:
                     )
         # A block has a single scale, so no block may be cut.
         k, k_axes = leaf.matrix_shape[-2], self._matrix_axes(leaf)[-2]
-        if k_axes and k % leaf.block_size:
-            raise ValueError(
-                f"K = {k} is not a multiple of the block size {leaf.block_size}, so it "
-                f"cannot be split. Got {k_axes}. Split the outputs."
-            )
         blocks = leaf.scales.shape[-2]  # of [*batch, blocks, N]
         self._check_divides(
             f"the {blocks} blocks of {leaf.block_size} along K = {k}", k_axes, blocks

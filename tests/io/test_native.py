@@ -30,7 +30,7 @@ CONFIG = ql.QLoRAConfig(
 
 
 def make(config=CONFIG):
-    """Returns packed stacks, an odd K, a list of layers, bfloat16, and adapters."""
+    """Returns packed stacks, an odd N, a list of layers, bfloat16, and adapters."""
     rng = np.random.default_rng(0)
 
     def draw_normal(*shape):
@@ -39,7 +39,7 @@ def make(config=CONFIG):
     params = {
         "stack": {"kernel": draw_normal(2, 128, 24), "bias": draw_normal(2, 24)},
         "odd": [
-            {"kernel": draw_normal(5, 67).astype(jnp.bfloat16)},
+            {"kernel": draw_normal(5, 64).astype(jnp.bfloat16)},
             {"scale": draw_normal(3)},
         ],
         "norm": draw_normal(24).astype(jnp.float16),

@@ -244,7 +244,7 @@ def test_a_tree_that_is_packed_in_part_can_be_packed_further(x):
     _, base, _ = setup(model, x, ql.QLoRAConfig(rank=4, targets="up/kernel"))
     packed = base["up"]["kernel"]
 
-    config = ql.QLoRAConfig(fmt="int4", targets="(up|down)/kernel")
+    config = ql.QLoRAConfig(fmt="int4", block_size=32, targets="(up|down)/kernel")
     both, lora = ql.linen.init(KEY, model, base, config, x)
     assert both["up"]["kernel"] is packed and both["down"]["kernel"].fmt == "int4"
     assert set(lora) == {"up", "down"}
@@ -377,7 +377,8 @@ def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(x):
     assert set(reasons) == set(expected)
     for path, reason in expected.items():
         assert re.search(reason, reasons[path]), reasons[path]
-    params["mapped"] = ql.quantize(params["mapped"], CONFIG)
+    packed = ql.quantize(params["mapped"]["kernel"], contract=-3)
+    params["mapped"] = params["mapped"] | {"kernel": packed}
     with pytest.raises(ValueError, match="mapped/kernel: .*Got axis 1"):
         ql.linen.wrap(Refused()).apply({"params": params}, x)
 

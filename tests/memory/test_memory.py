@@ -271,7 +271,7 @@ def test_linen_tiles_create_the_parameters_of_one():
 
 
 def test_nnx_modules_in_tiles():
-    config = ql.QLoRAConfig(rank=2, targets="kernel")
+    config = ql.QLoRAConfig(rank=2, block_size=32, targets="kernel")
     model = ql.nnx.wrap(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
     adapters = nnx.state(model, nnx.LoRAParam)
     nnx.update(model, jax.tree.map(lambda x: x + 0.1, adapters))

@@ -97,8 +97,8 @@ def loss_by_hand(x, q, split, remat):
     return jnp.sum(jnp.square(jax.lax.scan(layer, x, xs)[0]))
 
 
-# Rows of codes that fill up tiles of 8, and rows that do not.
-@pytest.mark.parametrize("rows", fast_and_slow([43], [64, 72]))
+# Of 48 and 80 rows of 4-bit codes, which are 24 and 40, the tiles of 8 are full.
+@pytest.mark.parametrize("rows", fast_and_slow([48], [64, 80]))
 @pytest.mark.parametrize("split", [by_index, by_slices])
 def test_by_hand_value_and_gradient_are_those_of_the_resident_base(rows, split):
     q, host, x = by_hand(rows)
@@ -221,7 +221,7 @@ def test_what_place_refuses():
 
 def test_what_reads_the_weights_reads_the_same(tmp_path):
     params = {
-        "up": {"kernel": normal(0, (LAYERS, 43, 24))},
+        "up": {"kernel": normal(0, (LAYERS, 48, 24))},
         "down": {"kernel": normal(1, (LAYERS, 64, 24))},
     }
     base, lora = trees_of(params, rank=2, block_size=16)
@@ -229,8 +229,7 @@ def test_what_reads_the_weights_reads_the_same(tmp_path):
     assert_same(ql.dequantize(host), ql.dequantize(base))
     assert_same(ql.merge(host, host_lora), ql.merge(base, lora))
     assert host["up"]["kernel"].shape == base["up"]["kernel"].shape
-    filled = LAYERS * (24 - 22) * 24  # 22 rows of codes in three tiles
-    assert host["up"]["kernel"].nbytes == base["up"]["kernel"].nbytes + filled
+    assert host["up"]["kernel"].nbytes == base["up"]["kernel"].nbytes
 
     def down(*trees):
         return str(ql.summary(*({"down": tree["down"]} for tree in trees)))

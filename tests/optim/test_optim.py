@@ -16,8 +16,8 @@ STEPS = 10
 
 def setup(**settings):
     params = {
-        "up": {"kernel": normal(0, (64, 96), scale=1 / 8), "bias": jnp.zeros(96)},
-        "down": {"kernel": normal(1, (96, 64), scale=1 / 8)},
+        "up": {"kernel": normal(0, (64, 128), scale=1 / 8), "bias": jnp.zeros(128)},
+        "down": {"kernel": normal(1, (128, 64), scale=1 / 8)},
     }
     config = ql.QLoRAConfig(rank=4, **settings)
     base, lora = ql.init(jax.random.key(0), params, config)

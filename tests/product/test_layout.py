@@ -12,7 +12,6 @@ from helpers import SEED
 
 from qlora_jax.product.layout import lay_out
 from qlora_jax.product.spec import ProductSpec
-from qlora_jax.quant.formats import Packing
 
 MESHES = [(8,), (2, 4), (4, 2), (2, 2, 2), (3, 2), (2, 3, 2)]
 ROWS = [(8,), (4, 6), (6, 2, 2)]
@@ -41,18 +40,18 @@ def peers(device, axes, sizes):
         yield device | dict(zip(axes, indices, strict=True))
 
 
-def decode(codes, scales, k, fmt):
+def decode(codes, scales, fmt):
     """Decodes weights `[..., K, N]` from integer codes, two to a byte in 4 bits."""
     if fmt == "int4":
         pairs = np.stack([codes >> 4, codes & 15], axis=-2)
         codes = pairs.reshape(*codes.shape[:-2], -1, codes.shape[-1])
-    rows = np.repeat(scales, BLOCK_SIZE, axis=-2)[..., :k, :]
-    assert k <= codes.shape[-2] < k + 2
-    return (codes[..., :k, :] - (8.0 if fmt == "int4" else 128.0)) * rows
+    rows = np.repeat(scales, BLOCK_SIZE, axis=-2)
+    return (codes - (8.0 if fmt == "int4" else 128.0)) * rows
 
 
 def multiply(spec, x, codes, scales):
-    w = decode(codes, scales, spec.k, spec.packing.fmt)
+    w = decode(codes, scales, spec.fmt)
+    assert w.shape[-2] == spec.k
     w = np.swapaxes(w, -1, -2) if spec.transpose else w
     lead = x.shape[:-1]
     y = x.reshape(*lead[: spec.batch], -1, x.shape[-1]) @ w
@@ -108,14 +107,12 @@ def draw(rng):
     fmt = str(rng.choice(["int4", "int8"]))
     batch = (4,) * int(rng.integers(2))
     rows = ROWS[rng.integers(len(ROWS))]
-    # Whole blocks, or a short last block.
-    k, n = int(rng.choice([33, 40, 64, 96, 128])), int(rng.choice([4, 6, 8, 24]))
+    k, n = int(rng.choice([32, 64, 96, 128])), int(rng.choice([4, 6, 8, 24]))
     transpose = bool(rng.integers(2))
-    packing = Packing(fmt, BLOCK_SIZE)
-    spec = ProductSpec(packing, "float32", k, len(batch), transpose)
-    code_rows = k if fmt == "int8" else -(-k // 2)
+    spec = ProductSpec(fmt, BLOCK_SIZE, "float32", k, len(batch), transpose)
+    code_rows = k if fmt == "int8" else k // 2
     codes = rng.integers(0, 256, (*batch, code_rows, n), np.uint8)
-    scales = 2.0 ** rng.integers(-2, 3, (*batch, -(-k // BLOCK_SIZE), n))
+    scales = 2.0 ** rng.integers(-2, 3, (*batch, k // BLOCK_SIZE, n))
     x = rng.integers(-4, 5, (*batch, *rows, n if transpose else k)).astype(float)
     axes = draw_axes(rng, sizes, x.ndim), draw_axes(rng, sizes, codes.ndim)
     return spec, sizes, axes, (x, codes, scales)

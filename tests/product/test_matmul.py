@@ -123,9 +123,9 @@ def test_empty_kernels(shape, backend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "fmt"), [("reference", "int8"), ("tiled", "nf4")])
-def test_odd_k_with_batch_axes(backend, fmt):
+def test_batch_axes(backend, fmt):
     q, x = (
-        f(CASES["odd K"]._replace(shape=(2, 3, 67, 5), fmt=fmt)) for f in (pack, inputs)
+        f(CASES["odd N"]._replace(shape=(2, 3, 96, 5), fmt=fmt)) for f in (pack, inputs)
     )
     y, dx = product_and_gradient(x, q, None, backend)
     w = dequantize(q)
@@ -200,8 +200,8 @@ def test_sums_are_float32_for_bfloat16_inputs(backend, rows):
     long = ql.quantize(np.full((4096, 2), 1 / 16, np.float32))
     y = product(jnp.ones((rows, 4096), jnp.bfloat16), long)
     np.testing.assert_array_equal(np.asarray(y, np.float32), 256)
-    wide = ql.quantize(np.full((2, 4096), 1 / 16, np.float32))
-    x = jnp.ones((rows, 2), jnp.bfloat16)
+    wide = ql.quantize(np.full((64, 4096), 1 / 16, np.float32))
+    x = jnp.ones((rows, 64), jnp.bfloat16)
     (dx,) = jax.vjp(lambda x: product(x, wide), x)[1](jnp.ones((rows, 4096), x.dtype))
     np.testing.assert_array_equal(np.asarray(dx, np.float32), 256)
 
@@ -209,7 +209,7 @@ def test_sums_are_float32_for_bfloat16_inputs(backend, rows):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_by_finite_differences(backend):
-    q, x = pack(CASES["short last block"]), inputs(CASES["short last block"], 2)
+    q, x = pack(CASES["odd N"]), inputs(CASES["odd N"], 2)
 
     def run(x):
         return ql.matmul(x, q, backend=backend)
@@ -526,7 +526,7 @@ def test_rounding_as_it_multiplies_rounds_once(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["double", "odd K"])
+@pytest.mark.parametrize("name", ["double", "odd N"])
 def test_export_for_every_platform(name):
     """One exported program, which chooses a backend on the platform that runs it."""
     q, x = pack(CASES[name]), inputs(CASES[name])
@@ -537,7 +537,7 @@ def test_export_for_every_platform(name):
 
     gradient = jax.grad(lambda *args: jnp.sum(product(*args)))
     run, want = product, expected(x, q)
-    if name == "odd K":
+    if name == "odd N":
         run, want = gradient, np.broadcast_to(dequantize(q).sum(-1), x.shape)
     platforms = "cpu", "cuda", "tpu"
     exported = jax.export.export(jax.jit(run), platforms=platforms)(x, *leaves)

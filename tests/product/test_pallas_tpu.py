@@ -20,7 +20,6 @@ from qlora_jax.product.backends.pallas_tpu import decode, fused
 from qlora_jax.product.backends.pallas_tpu import visits as ragged_kernel
 from qlora_jax.product.backends.pallas_tpu.tiling import Chip, Tiling, plan, vmem_bytes
 from qlora_jax.product.spec import ProductSpec, Unsupported
-from qlora_jax.quant.formats import Packing
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +50,7 @@ def expected(x, weight, transpose):
 
 
 def product_spec(fmt, block_size, rows, transpose=False):
-    return ProductSpec(Packing(fmt, block_size), "float32", rows, transpose=transpose)
+    return ProductSpec(fmt, block_size, "float32", rows, transpose=transpose)
 
 
 def check(actual, x, weight, transpose):

@@ -75,7 +75,7 @@ KERNELS = {
     "columns over both": ((256, 64), "int8", 64, P(None, ("a", "b"))),
     "rows and columns of layers": ((3, 256, 64), "nf4", 64, P(None, "a", "b")),
     "experts over both": ((8, 128, 8), "nf4", 64, P(("a", "b"))),
-    "odd K, columns": ((4, 67, 6), "nf4", 32, P("a", None, "b")),
+    "a stack, columns": ((4, 96, 6), "nf4", 32, P("a", None, "b")),
 }
 
 

@@ -114,30 +114,13 @@ def check_properties(case, q):
 @pytest.mark.parametrize("block_size", slow_but_every(3, [16 * 2**i for i in range(9)]))
 @pytest.mark.parametrize("fmt", ANY_BLOCK)
 def test_codes_and_scales_are_the_oracles(fmt, block_size):
-    more_shapes = [(1, 7), (2, 128, 3)] if block_size == 64 else []
-    for shape in [(67, 5), (3 * block_size // 2, 3), *more_shapes]:
+    for shape in [(block_size, 5), (2, 3 * block_size, 3)]:
         w = weights(Case(shape), seed=block_size)
         codes, scales = helpers.quantize(w, fmt, block_size)
         q = ql.quantize(w, fmt, block_size=block_size, double_quant=False)
         got = helpers.unpack(np.asarray(q.codes), fmt, shape[-2])
         np.testing.assert_array_equal(got, codes)
         np.testing.assert_array_equal(q.scales, scales)
-
-
-@pytest.mark.parametrize("fmt", ["nf4", "fp4"])
-def test_a_short_last_block_is_divided_by_its_scale(fmt):
-    """As in bitsandbytes. The reciprocal would move some midpoints one code up."""
-    rng = np.random.default_rng(0)
-    table = np.sort(TABLES[fmt])
-    midpoints = rng.choice((table[1:] + table[:-1]) / np.float32(2), 4096)
-    scales = rng.uniform(0.1, 10, 4096).astype(np.float32)
-    w = np.stack([scales, midpoints * scales])
-    codes, _ = helpers.quantize(w, fmt, 64)
-    by_reciprocal, _ = helpers.quantize(w, fmt, 2)  # a full block
-    assert (codes != by_reciprocal).any()
-    q = ql.quantize(w, fmt, double_quant=False)
-    unpacked = helpers.unpack(np.asarray(q.codes), fmt, 2)
-    np.testing.assert_array_equal(unpacked, codes)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 85), (5, 103), (2, 4, 200)])
@@ -168,13 +151,6 @@ def test_every_code_is_decoded(fmt):
     for backend in ("reference", "tiled"):
         got = ql.matmul(jnp.eye(rows), q, backend=backend)
         np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.parametrize(("fmt", "zero"), [("nf4", 7), ("fp4", 0), ("int4", 8)])
-@pytest.mark.parametrize("k", [1, 67])
-def test_an_odd_k_is_filled_up_with_the_code_of_zero(fmt, zero, k):
-    q = ql.quantize(weights(Case((k, 5))), fmt)
-    assert (np.asarray(q.codes)[-1] & 15 == zero).all()
 
 
 @pytest.mark.parametrize("fmt", ANY_BLOCK)
@@ -239,9 +215,9 @@ def test_zero_blocks_stay_zero(fmt, double_quant):
     np.testing.assert_array_equal(ql.dequantize(q), w)
 
 
-EMPTY = [(0, 4), (4, 0), (0, 0), (2, 0, 4), (0, 64, 4)]
-EMPTY_HEADS = [((64, 4, 0), -3), ((64, 0, 4), -3), ((4, 0, 8), (-3, -2))]
-EMPTY_HEADS += [((0, 4, 8), (-3, -2))]
+EMPTY = [(0, 4), (64, 0), (0, 0), (2, 0, 4), (0, 64, 4)]
+EMPTY_HEADS = [((64, 4, 0), -3), ((64, 0, 4), -3), ((64, 0, 8), (-3, -2))]
+EMPTY_HEADS += [((0, 64, 8), (-3, -2))]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ import qlora_jax as ql
 from qlora_jax.product.backends.pallas_tpu import fused
 from qlora_jax.product.backends.pallas_tpu.tiling import Chip
 from qlora_jax.product.spec import ProductSpec
-from qlora_jax.quant.formats import Packing
 
 pytestmark = pytest.mark.newest
 
@@ -70,9 +69,8 @@ def compile_cases(chip):
         codes_rows = rows if fmt == "int8" else rows // 2
         chip_spec = Chip(form or FORMS[chip], 48)
         for transpose in directions(chip, number):
-            packing = Packing(fmt, block_size)
             lowered = jax.jit(functools.partial(fused.product, chip=chip_spec)).lower(
-                ProductSpec(packing, dtype, rows, transpose=transpose),
+                ProductSpec(fmt, block_size, dtype, rows, transpose=transpose),
                 shape_struct(*batch, m, cols if transpose else rows, dtype=dtype),
                 shape_struct(*lead, codes_rows, cols, dtype=jnp.uint8),
                 shape_struct(*batch, rows // block_size, cols, dtype=jnp.float32),

@@ -70,7 +70,7 @@ class TestOtherLibraries:
             "mlp/~/linear_0": {"w": normal(0, (64, 32)), "b": normal(1, 32)},
             "mlp/~/linear_1": {"w": normal(2, (32, 8)), "b": normal(3, 8)},
         }
-        base, lora = trees_of(params, rank=2, targets=r"mlp/~/.*/w")
+        base, lora = trees_of(params, rank=2, block_size=32, targets=r"mlp/~/.*/w")
         assert list(lora) == list(base) == list(params)
         x = normal(4, (5, 64))
         merged = ql.merge(base, lora)

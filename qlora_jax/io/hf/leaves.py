@@ -165,7 +165,6 @@ def pack_float_leaf(
     """Returns the arrays of a QTensor, packed from float tensors."""
     packing = q.packing
     codes_per_byte = packing.format.codes_per_byte
-    k_size = q.matrix_shape[-2]
     problem = (
         f"must be finite, and small enough for {packing.fmt} to decode it in "
         f"{q.dtype_name}. Got NaN, infinity or larger weights."
@@ -180,9 +179,9 @@ def pack_float_leaf(
         codes = new_buffer(device, parts[0], jnp.uint8)
         buffers = codes, new_buffer(device, parts[1], jnp.float32)
         *batch, code_rows, columns = parts[0]
-        # A row of 4-bit codes holds two inputs. An odd K ends inside a row.
+        # A row of 4-bit codes holds two inputs.
         first_input = code_rows.start * codes_per_byte
-        inputs = slice(first_input, min(code_rows.stop * codes_per_byte, k_size))
+        inputs = slice(first_input, code_rows.stop * codes_per_byte)
         num_inputs = inputs.stop - inputs.start
         for name, local_index, check in checked_tensors(
             leaf.tensor_names, tuple(batch), problem
@@ -238,7 +237,7 @@ def _pack_piece(
         # kernel may not: `_store_scales` checks them when it encodes the kernel.
         stored = packing.scheme.encode(new_scales, *largest)
         decoded_scales = packing.scheme.decode(stored)
-        w = dequantize_blocks(new_codes, decoded_scales, packing, x.shape[1])
+        w = dequantize_blocks(new_codes, decoded_scales, packing.format)
         is_finite = jnp.isfinite(round_to(w, x.dtype, x.dtype)).all()
         has_finite_scales = jnp.isfinite(decoded_scales).all()
         return jnp.isfinite(x).all() & (is_finite | ~has_finite_scales)

@@ -154,10 +154,7 @@ def _divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
     shape = list(leaf.shape)
     if ql.is_packed(leaf):
         contracted = leaf.geometry.axes("k", len(shape))[0]
-        # Count blocks instead of rows along the contracted axis. If the last block is
-        # partial, the count is 1, because the axis then cannot be split.
-        blocks, remainder = divmod(shape[contracted], leaf.block_size)
-        shape[contracted] = 1 if remainder else blocks
+        shape[contracted] //= leaf.block_size  # count blocks instead of rows
     for entry, size in zip(spec, shape, strict=False):
         axes = entry if isinstance(entry, tuple) else (entry,)
         if size % math.prod(sizes[axis] for axis in axes if axis):

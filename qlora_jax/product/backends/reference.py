@@ -60,13 +60,11 @@ def decode(
     codes: UInt8[Array, "*batch rows n"],
     scales: Float32[Array, "*batch blocks n"],
     dtype: np.dtype,
-    k: int | None = None,
     find_values: Callable = select_values,
     round_weights: Callable = round_to,
 ) -> Float[Array, "*batch k n"]:
-    """Returns all weights, or `k` rows, in `dtype`, rounded to `spec.dtype` first."""
-    k = spec.k if k is None else k
-    w = dequantize_blocks(codes, scales, spec.packing, k, find_values)
+    """Returns the weights in `dtype`, rounded to `spec.dtype` first."""
+    w = dequantize_blocks(codes, scales, spec.format, find_values)
     return round_weights(w, spec.dtype, dtype)
 
 

@@ -140,9 +140,9 @@ def _cut_tile(
     cut = lax.dynamic_slice_in_dim
     if spec.transpose:
         per_byte = spec.format.codes_per_byte
-        part = cut(codes, start // per_byte, -(-tile // per_byte), -2)
-        num_blocks = -(-tile // spec.block_size)
-        return part, cut(scales, start // spec.block_size, num_blocks, -2)
+        part = cut(codes, start // per_byte, tile // per_byte, -2)
+        block_size = spec.block_size
+        return part, cut(scales, start // block_size, tile // block_size, -2)
     # The rows of a tile's codes are short and far apart in memory. Decoding them in
     # place would wait for memory at each row; the barrier makes XLA copy them first.
     part = lax.optimization_barrier(cut(codes, start, tile, -1))
@@ -190,12 +190,10 @@ def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> A
     # XLA does not fuse decoding into a dot. A single loop therefore decodes weights,
     # multiplies them by x, and adds the two rows of each byte. A dot with ones then
     # adds up these sums, of which there are half as many as weights.
-    blocks = split_blocks(codes, scales.shape[-2], spec.packing)
+    blocks = split_blocks(codes, scales.shape[-2])
     high, low = _pair_values(blocks, spec.format)
     *batch, num_blocks, block_rows, n = high.shape
-    missing = 2 * num_blocks * block_rows - spec.k
-    x32 = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-    pairs = x32.reshape(*batch, num_blocks, block_rows, 2)
+    pairs = x.astype(jnp.float32).reshape(*batch, num_blocks, block_rows, 2)
     scale = scales[..., None, :]  # [*batch, blocks, 1, n]
     first, second = pairs[..., :1], pairs[..., 1:]  # [*batch, blocks, block_rows, 1]
     if spec.dtype == x.dtype == jnp.float32:
@@ -243,9 +241,8 @@ def _decode_tile(
         and tile <= WIDEST_SCALED
     ):
         return _decode_scaled(spec, codes, scales, dtype)
-    k = tile if spec.transpose else spec.k
     find_values = functools.partial(select_values, unpack=unpack_by_selects)
-    return decode(spec, codes, scales, dtype, k, find_values, _round_to)
+    return decode(spec, codes, scales, dtype, find_values, _round_to)
 
 
 def _decode_scaled(
@@ -256,13 +253,13 @@ def _decode_scaled(
     tables = _scaled_tables(scales, fmt, spec.dtype, dtype)  # [*batch, blocks, 16, n]
     # Without the barrier, XLA would compute the tables again for every weight.
     tables = lax.optimization_barrier(tables)
-    blocks = unpack_by_selects(split_blocks(codes, scales.shape[-2], spec.packing))
+    blocks = unpack_by_selects(split_blocks(codes, scales.shape[-2]))
     entries = [
         jnp.broadcast_to(tables[..., code, None, :], blocks.shape)
         for code in range(len(fmt.table))
     ]
     w = choose(bits_of(blocks, fmt), entries)
-    return lax.bitcast_convert_type(join_blocks(w, spec.k), dtype)
+    return lax.bitcast_convert_type(join_blocks(w), dtype)
 
 
 # Jitted for the same reason as `gather_values` in quant/codes.py.

@@ -173,11 +173,6 @@ def _check(spec: ProductSpec, cols: int, dtype: DTypeLike) -> None:
         reason = f"x must be bfloat16 or float32. Got {jnp.dtype(dtype).name}."
     elif spec.block_size < 16 * spec.format.bits // 4:
         reason = f"`block_size` must be at least 32 in 8 bits. Got {spec.block_size}."
-    elif spec.k % spec.block_size:
-        reason = (
-            "`block_size` must divide the rows of the weight. Got "
-            f"block_size={spec.block_size} and {spec.k} rows."
-        )
     elif spec.format.bits == 8 and spec.format.values != INT8.values:
         reason = f"It supports only int8 among 8-bit formats. Got {spec.format.name!r}."
     elif spec.k == 0 or cols == 0:
