@@ -30,8 +30,9 @@ def packed_call(form, m, fmt):
     from qlora_jax.product.spec import ProductSpec
     from qlora_jax.quant.formats import Packing
 
-    spec = ProductSpec(fmt, Packing(fmt).block_size, "bfloat16", ROWS)
-    tiling = plan(spec, m, COLS, jnp.dtype(jnp.bfloat16), Chip(form, VMEM_MIB))
+    dtype = jnp.dtype(jnp.bfloat16)
+    spec = ProductSpec(fmt, Packing(fmt).block_size, dtype, ROWS, 0, dtype)
+    tiling = plan(spec, m, COLS, dtype, Chip(form, VMEM_MIB))
 
     def call(x, codes, scales):
         layer = jnp.zeros(1, jnp.int32)

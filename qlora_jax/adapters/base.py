@@ -32,6 +32,7 @@ from .._jax.pytree import TreeLeaf, register
 from .._jax.specs import Axes, SpecEntry
 from ..product.floats import float_product, ragged_float_product
 from ..product.multiply import check_shape, multiply
+from ..product.spec import PackedKernel
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, as_kernel, declared_mesh
 
@@ -51,7 +52,7 @@ def frozen_product(
 ) -> Float[Array, "..."]:
     """Returns the product of x `[*batch, ..., K]` with a kernel, without an adapter."""
     _, backend, precision, offsets, result_dtype = call
-    if kernel.is_packed:
+    if isinstance(kernel, PackedKernel):
         return multiply(
             x,
             kernel,

@@ -8,22 +8,22 @@ devices.
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding, reshard
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from ..quant.kernel import Kernel
+from .._jax import modes
+from ..quant.kernel import declared_mesh
 from ..quant.views import product_arrays
-from .sharded import compute, fit_to_mesh
-from .spec import Operands, ProductSpec, product_spec
+from .sharded import compute
+from .spec import Operands, PackedKernel, ProductSpec, product_spec
 
 
 def multiply(
     x: Float[Array, "..."],
-    kernel: Kernel,
+    kernel: PackedKernel,
     offsets: Int32[Array, " experts_and_1"] | None = None,
     *,
     backend: tuple[str, ...] | None = None,
@@ -39,15 +39,21 @@ def multiply(
     *batch, k, _ = kernel.matrix_shape
     batch = batch[: len(batch) - is_ragged]  # without the axis of experts
     check_shape(x.shape, batch, k)
-    spec = replace(
-        product_spec(kernel),
+    # The mesh is read from the types of the operands, or from the placement.
+    x = modes.varying_with(x, kernel, offsets)
+    mesh = modes.explicit_mesh(x, kernel, offsets)
+    if mesh is not None:
+        x, kernel, offsets = modes.without_mapped_axes(mesh, x, kernel, offsets)
+    spec = product_spec(
+        kernel,
+        result_dtype or x.dtype,
         batch=len(batch),
         backend=backend,
         precision=precision,
+        mesh=mesh or declared_mesh(kernel.placement),
         is_ragged=is_ragged,
-        result_dtype=None if result_dtype is None else jnp.dtype(result_dtype).name,
     )
-    return _product(*fit_to_mesh(spec, x, kernel, offsets))
+    return _product(spec, x, kernel, offsets)
 
 
 def check_shape(shape: tuple[int, ...], batch: list[int], contracted: int) -> None:
@@ -65,7 +71,7 @@ def check_shape(shape: tuple[int, ...], batch: list[int], contracted: int) -> No
 # (QLoRA, Dettmers et al. 2023, section 3).
 @jax.custom_vjp
 def _packed_product(
-    spec: ProductSpec, x: Array, kernel: Kernel, offsets: Array | None
+    spec: ProductSpec, x: Array, kernel: PackedKernel, offsets: Array | None
 ) -> Array:
     # `product_arrays` moves codes from host memory. It is called here, so that the
     # backward pass moves them again instead of keeping them.
@@ -89,7 +95,7 @@ class _ArrayType:
 
 
 def _product_fwd(
-    spec: ProductSpec, x: Array, kernel: Kernel, offsets: Array | None
+    spec: ProductSpec, x: Array, kernel: PackedKernel, offsets: Array | None
 ) -> tuple[Array, tuple]:
     sharding = jax.typeof(x).sharding
     has_sharding = spec.is_explicit and not sharding.mesh.empty
@@ -99,7 +105,7 @@ def _product_fwd(
 
 def _product_bwd(residuals: tuple, g: Array) -> tuple:
     spec, x_type, kernel, offsets = residuals
-    spec = replace(spec, transpose=not spec.transpose, result_dtype=None)
+    spec = replace(spec, transpose=not spec.transpose, result_dtype=x_type.dtype)
     dx = _product(spec, g.astype(x_type.dtype), kernel, offsets)
     dx = dx if x_type.sharding is None else reshard(dx, x_type.sharding)
     return None, dx, None, None

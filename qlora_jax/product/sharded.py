@@ -26,7 +26,7 @@ from .._jax.modes import (
 )
 from .._jax.pytree import take_layer
 from .._jax.specs import Axes, make_spec, mesh_axes
-from ..quant.kernel import Kernel, declared_mesh
+from ..quant.kernel import declared_mesh
 from ..quant.qtensor import QTensor, float_scales, with_scales
 from ..quant.schemes import StoredScales
 from . import choose
@@ -35,18 +35,6 @@ from .backends.reference import accumulator_dtype
 from .collectives import device_offsets, gather, sum_over
 from .layout import Layout, lay_out
 from .spec import Operands, ProductSpec, product_spec
-
-
-def fit_to_mesh(
-    spec: ProductSpec, x: Array, kernel: Kernel, offsets: Array | None
-) -> tuple[ProductSpec, Array, Kernel, Array | None]:
-    """Returns the spec with the mesh of its operands, and operands that fit it."""
-    x = modes.varying_with(x, kernel, offsets)
-    if (mesh := explicit_mesh(x, kernel, offsets)) is None:
-        mesh = declared_mesh(spec.placement)
-        return replace(spec, mesh=mesh), x, kernel, offsets
-    operands = modes.without_mapped_axes(mesh, x, kernel, offsets)
-    return replace(spec, mesh=mesh), *operands
 
 
 def in_auto_mode(
@@ -205,9 +193,9 @@ def _compute_on_device(layout: Layout, *arrays: Any) -> Array:
         offsets = device_offsets(offsets, row_axes, expert_axes, x.shape[0])
 
     # 3. Multiply, and sum float32 parts over the mesh axes in `Layout.summed`.
-    result_dtype = jnp.dtype(spec.result_dtype or x.dtype)
+    result_dtype = spec.result_dtype
     if layout.summed:
-        spec = replace(spec, result_dtype=accumulator_dtype(result_dtype).name)
+        spec = replace(spec, result_dtype=accumulator_dtype(result_dtype))
     operands = Operands(x, codes, scales, layer, offsets)
     y = choose.run(spec, operands)
     return sum_over(y, layout.summed, result_dtype)
@@ -230,7 +218,7 @@ def find_gather(q: Any, x: Array) -> Layout | None:
     """
     if not q.is_packed:
         return None
-    spec, scales_shape = product_spec(q), q.scales.shape
+    spec, scales_shape = product_spec(q, x.dtype), q.scales.shape
     mesh = explicit_mesh(x, q)
     if mesh is not None and {*mesh.axis_types} != {AxisType.Explicit}:
         return None  # types show only Explicit axes

@@ -9,11 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import PrecisionLike
 from jax.sharding import AxisType
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from .._jax.specs import AnyMesh
 from ..quant.formats import Format, get_format
-from ..quant.kernel import Kernel, Placement
+from ..quant.kernel import Placement
+from ..quant.qtensor import QTensor
+from ..quant.views import LayerOfStack
+
+PackedKernel = QTensor | LayerOfStack
 
 
 class Operands(NamedTuple):
@@ -39,9 +44,10 @@ class ProductSpec:
 
     fmt: str  # the name of the weights' format
     block_size: int  # the number of rows of the weights that share a scale
-    dtype_name: str  # the logical dtype; decoded weights are rounded to it
+    dtype: np.dtype  # the logical dtype; decoded weights are rounded to it
     k: int  # the number of rows of the weights
-    batch: int = 0  # the number of batch axes, not counting experts
+    batch: int  # the number of batch axes, not counting experts
+    result_dtype: np.dtype
     # Whether x, which is then the gradient of y = x W, is multiplied by W^T.
     transpose: bool = False
     backend: tuple[str, ...] | None = None  # None selects by platform
@@ -52,7 +58,6 @@ class ProductSpec:
     mesh: AnyMesh | None = None
     is_local: bool = False  # whether the arrays are known to be on one device
     is_ragged: bool = False  # whether rows are multiplied by experts `[E, K, N]`
-    result_dtype: str | None = None  # by name; None for the dtype of x
 
     @property
     def format(self) -> Format:
@@ -60,23 +65,27 @@ class ProductSpec:
         return get_format(self.fmt)
 
     @property
-    def dtype(self) -> np.dtype:
-        """The logical dtype."""
-        return jnp.dtype(self.dtype_name)
-
-    @property
     def is_explicit(self) -> bool:
         """Whether the mesh and how it splits the operands are read from their types."""
         return self.mesh is not None and AxisType.Explicit in self.mesh.axis_types
 
 
-def product_spec(kernel: Kernel) -> ProductSpec:
-    """Returns the spec of products with a packed kernel, with default options."""
-    q: Any = getattr(kernel, "stack", kernel)
+def product_spec(
+    kernel: PackedKernel, result_dtype: DTypeLike, **options: Any
+) -> ProductSpec:
+    """Returns the spec of products with a packed kernel; `options` are its fields."""
     *batch, k, _ = kernel.matrix_shape
-    return ProductSpec(
-        q.fmt, q.block_size, q.dtype_name, k, len(batch), placement=q.placement
-    )
+    q = kernel.stack if isinstance(kernel, LayerOfStack) else kernel
+    fields: dict[str, Any] = {
+        "fmt": q.fmt,
+        "block_size": q.block_size,
+        "dtype": q.dtype,
+        "k": k,
+        "batch": len(batch),
+        "result_dtype": jnp.dtype(result_dtype),
+        "placement": q.placement,
+    }
+    return ProductSpec(**fields | options)
 
 
 class Unsupported(NotImplementedError):
@@ -86,7 +95,7 @@ class Unsupported(NotImplementedError):
 class Backend(abc.ABC):
     """Computes the product of one device's arrays, with the same result as `Reference`.
 
-    The result has the dtype `spec.result_dtype`, or else the dtype of x.
+    The result has the dtype `spec.result_dtype`.
     """
 
     is_opaque = False  # whether XLA cannot or must not partition it

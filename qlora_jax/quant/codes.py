@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
 from .formats import Format, Packing
 from .schemes import SMALLEST_NORMAL, look_up, quotient, times_reciprocal
@@ -135,49 +135,47 @@ def pack_nibbles(codes: UInt8[Array, "*batch rows n"]) -> UInt8[Array, "*batch h
     return (pairs[..., 0, :] << 4) | pairs[..., 1, :]
 
 
-def unpack_nibbles(packed: UInt8[Array, "*b half n"]) -> UInt8[Array, "*b rows n"]:
-    """Inverts `pack_nibbles`: twice as many rows, values below 16."""
-    # Shifts by a constant per row are fused and vectorized; a concatenation is not.
-    return _unpack(packed, lambda x, is_low: (x >> (4 - 4 * is_low)) & np.uint8(15))
+def unpack_nibbles(
+    packed: UInt8[Array, "*b half n"], by_selects: bool = False
+) -> UInt8[Array, "*b rows n"]:
+    """Inverts `pack_nibbles`: twice as many rows, values below 16.
 
-
-def unpack_by_selects(packed: UInt8[Array, "*b half n"]) -> UInt8[Array, "*b rows n"]:
-    """Equals `unpack_nibbles`, without shifts by varying amounts, which CPUs lack."""
-    # On TPUs, this takes more memory: 2.94 GB instead of 2.59 in a step of an 8B model.
-    return _unpack(
-        packed, lambda x, is_low: jnp.where(is_low != 0, x & np.uint8(15), x >> 4)
-    )
-
-
-def _unpack(packed: Array, nibble: Callable[[Array, Array], Array]) -> Array:
+    Selects are faster than shifts by varying amounts on CPUs, which lack such shifts.
+    On TPUs, they take more memory: 2.94 GB instead of 2.59 in a step of an 8B model.
+    """
     # Bytes [*batch, half, 1, n] and a flag [1, 2, 1] give pairs [*batch, half, 2, n].
+    # Shifts by a constant per row are fused and vectorized; a concatenation is not.
     *batch, half, n = packed.shape
     shape = (1,) * (packed.ndim - 1) + (2, 1)
     is_low = lax.broadcasted_iota(jnp.uint8, shape, packed.ndim - 1)
-    return nibble(packed[..., None, :], is_low).reshape(*batch, 2 * half, n)
+    packed = packed[..., None, :]
+    if by_selects:
+        pairs = jnp.where(is_low != 0, packed & np.uint8(15), packed >> 4)
+    else:
+        pairs = (packed >> (4 - 4 * is_low)) & np.uint8(15)
+    return pairs.reshape(*batch, 2 * half, n)
 
 
 def select_values(
     codes: UInt8[Array, "*batch rows n"],
     fmt: Format,
-    unpack: Callable[[Array], Array] = unpack_nibbles,
+    by_selects: bool = False,
 ) -> Float32[Array, "*batch k n"]:
-    """Returns `table[code]` for stored codes, by selects on their bits."""
+    """Returns `table[code]` for stored codes, by selects on their bits.
+
+    `by_selects` is that of `unpack_nibbles`.
+    """
     # Gathers are slow on accelerators; 15 selects vectorize.
     if fmt.bits == 4:
-        codes = unpack(codes)
+        codes = unpack_nibbles(codes, by_selects)
     if fmt.is_uniform:
         return codes.astype(jnp.float32) + fmt.table[0]
     # This zero depends on the codes, until XLA folds it away. Without it, JAX would
     # compute the broadcast constants outside of a scan, and carry 16 arrays of the
     # kernel's size into the scan. Subtracting it, unlike adding it, keeps -0.0.
     zero = (codes & np.uint8(0)).astype(jnp.float32)
-    return choose(bits_of(codes, fmt), [value - zero for value in fmt.table])
-
-
-def bits_of(codes: UInt8[Array, "..."], fmt: Format) -> list[Bool[Array, "..."]]:
-    """Returns which bits of the codes are set, starting with the lowest bit."""
-    return [(codes & np.uint8(1 << bit)) != 0 for bit in range(fmt.bits)]
+    code_bits = [(codes & np.uint8(1 << bit)) != 0 for bit in range(fmt.bits)]
+    return choose(code_bits, [value - zero for value in fmt.table])
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -213,23 +211,11 @@ def dequantize_blocks(
     find_values: Callable[[Array, Format], Array] = select_values,
 ) -> Float32[Array, "*batch k n"]:
     """Returns `table[code] * scale` in float32, the inverse of `quantize_blocks`."""
-    values = find_values(split_blocks(codes, scales.shape[-2]), fmt)
+    *batch, rows, n = codes.shape
+    num_blocks = scales.shape[-2]
+    # Add an axis of blocks: [*batch, blocks, rows / blocks, n].
+    blocks = codes.reshape(*batch, num_blocks, rows // max(num_blocks, 1), n)
+    values = find_values(blocks, fmt)  # [*batch, blocks, block_size, n]
     scale_axes = *range(values.ndim - 2), values.ndim - 1
     w = values * lax.broadcast_in_dim(scales, values.shape, scale_axes)
-    return join_blocks(w)
-
-
-def split_blocks(
-    codes: UInt8[Array, "*batch rows n"], num_blocks: int
-) -> UInt8[Array, "*batch blocks block_rows n"]:
-    """Adds an axis of blocks to stored codes."""
-    *batch, rows, n = codes.shape
-    return codes.reshape(*batch, num_blocks, rows // max(num_blocks, 1), n)
-
-
-def join_blocks(
-    w: Shaped[Array, "*batch blocks block_size n"],
-) -> Shaped[Array, "*batch k n"]:
-    """Removes the axis of blocks."""
-    *batch, num_blocks, block_size, n = w.shape
-    return w.reshape(*batch, num_blocks * block_size, n)
+    return w.reshape(*batch, num_blocks * values.shape[-2], n)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from . import schemes
-from .schemes import ScaleScheme, StoredScales
+from .schemes import ScaleScheme
 
 # Dtypes of weights and adapters, by name. Products do not support float8.
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -50,12 +50,6 @@ class Format:
     def codes_per_byte(self) -> int:
         """Number of codes in a byte."""
         return 8 // self.bits
-
-    def is_double(self, stored: StoredScales) -> bool:
-        """Whether stored scales are double-quantized, by the arrays that they have."""
-        # Only double-quantized scales have arrays that the scheme `self.scales` lacks.
-        names = {name for name, x in stored._asdict().items() if x is not None}
-        return not names <= {*self.scales.array_names}
 
     @cached_property
     def table(self) -> np.ndarray:

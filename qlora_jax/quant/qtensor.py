@@ -3,7 +3,7 @@
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ from .formats import Packing, check_dtype, checked_result_dtype, get_format
 from .geometry import Contract, Geometry
 from .host_codes import HostCodes, Put, on_device, placed_codes
 from .kernel import Kernel, Placement
-from .schemes import ScaleScheme, StoredScales
+from .schemes import StoredScales
 
 Entry = TypeVar("Entry")
 
@@ -132,19 +132,16 @@ class QTensor(Kernel):
             QTensor(nf4, bfloat16[128,4], block_size=64, 4.5 bits)
         """
         stored = StoredScales(scales, scale_scales, scale_offset)
+        names = {name for name, x in stored._asdict().items() if x is not None}
         number_format = get_format(fmt)
-        is_double = number_format.is_double(stored)
-        if is_double and number_format.double_scales is None:
-            unexpected = [
-                name
-                for name, array in stored._asdict().items()
-                if array is not None and name not in number_format.scales.array_names
-            ]
+        # Only double-quantized scales have arrays that other schemes lack.
+        unexpected = names.difference(number_format.scales.array_names)
+        if unexpected and number_format.double_scales is None:
             raise ValueError(
-                f"`{unexpected[0]}` must be None for {fmt!r}, whose scales are "
+                f"`{unexpected.pop()}` must be None for {fmt!r}, whose scales are "
                 f"{number_format.scales.name}. Got an array."
             )
-        packing = Packing(fmt, block_size, is_double)
+        packing = Packing(fmt, block_size, bool(unexpected))
         try:
             shape = tuple(map(operator.index, shape))
         except TypeError:
@@ -154,15 +151,15 @@ class QTensor(Kernel):
         geometry = Geometry.contracting(contract, shape)
         matrix_shape = geometry.matrix_shape(shape)
         name = check_dtype("dtype", dtype)
-        parts = {"codes": codes, **stored._asdict()}
-        _check_parts(parts, packing, shape, matrix_shape)
-        return cls(codes, *stored, fmt, packing.block_size, name, geometry)
+        q = cls(codes, *stored, fmt, packing.block_size, name, geometry)
+        _check_parts(q, packing, shape, matrix_shape)
+        return q
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """Shape of the matrix form, `(*batch, K, N)`."""
         *batch, rows, n = self.codes.shape
-        return (*batch, rows * get_format(self.fmt).codes_per_byte, n)
+        return (*batch, rows * (8 // get_format(self.fmt).bits), n)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -182,7 +179,7 @@ class QTensor(Kernel):
     @property
     def double_quant(self) -> bool:
         """Whether the scales are themselves quantized."""
-        return get_format(self.fmt).is_double(self.stored_scales)
+        return self.scale_offset is not None
 
     @property
     def stored_scales(self) -> StoredScales:
@@ -270,7 +267,7 @@ register(
 
 
 def _check_parts(
-    parts: Mapping[str, PyTree], packing: Packing, shape: tuple, matrix_shape: tuple
+    q: QTensor, packing: Packing, shape: tuple, matrix_shape: tuple
 ) -> None:
     """Raises an error that lists every array with a wrong type, shape or value."""
     *batch, k, n = matrix_shape
@@ -281,7 +278,7 @@ def _check_parts(
     types: list[str] = []  # messages about wrong types
     values: list[str] = []  # messages about wrong values
     for name, expected in {"codes": codes, **scales}.items():
-        part = parts[name]
+        part = getattr(q, name)
         if expected is None:
             continue
         if packing.double_quant and name.startswith("scale_") and part is None:
@@ -296,19 +293,16 @@ def _check_parts(
         elif expected.dtype != np.uint8 and is_concrete(part):
             if not all_below(part, math.inf):
                 values.append(f"`{name}` must be finite. Got NaN or infinite values.")
-    if not types and not values and parts["scales"].dtype != np.float32:
-        # Even finite arrays can decode to NaN or infinite scales: in mxfp4, a scale
-        # stored as 255 is NaN, and in nvfp4, the divisor may be 0.
-        stored = StoredScales(*[parts[name] for name in StoredScales._fields])
-        if all(map(is_concrete, jax.tree.leaves(stored))):
-            with jax.ensure_compile_time_eval():
-                arrays = jax.tree.map(jnp.asarray, stored)
-                decoded = _decode_scales(packing.scheme, arrays)
-            if not all_below(decoded, math.inf):
-                values.append(
-                    "the scales must decode to finite numbers. Got NaN or infinite "
-                    "values."
-                )
+    # Even finite arrays can decode to NaN or infinite scales: in mxfp4, a scale stored
+    # as 255 is NaN, and in nvfp4, the divisor may be 0.
+    stored = jax.tree.leaves(q.stored_scales)
+    if not types and not values and all(map(is_concrete, stored)):
+        with jax.ensure_compile_time_eval():
+            decoded = float_scales(jax.tree.map(jnp.asarray, q))
+        if not all_below(decoded, math.inf):
+            values.append(
+                "the scales must decode to finite numbers. Got NaN or infinite values."
+            )
     if types or values:
         listing = "\n  ".join(types + values)
         title = f"these are not the parts of a kernel of shape {shape}, {packing}"
@@ -319,16 +313,14 @@ def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
     """The scales as float32 `[*batch, K / B, N]`, without a gradient."""
     if q.scales.dtype == np.float32:  # every scheme stores float32 scales as they are
         return lax.stop_gradient(q.scales)
-    return lax.stop_gradient(_decode_scales(q.packing.scheme, q.stored_scales))
-
-
-def _decode_scales(scheme: ScaleScheme, stored: StoredScales) -> Array:
-    scales = stored.scales
-    return call_in_auto_mode(
-        scheme.decode,
-        lambda mesh: fitting_spec(mesh, spec_of(scales), scales.shape),
+    fmt, stored = get_format(q.fmt), q.stored_scales
+    scheme = fmt.double_scales if stored.scale_offset is not None else None
+    decoded = call_in_auto_mode(
+        (scheme or fmt.scales).decode,
+        lambda mesh: fitting_spec(mesh, spec_of(q.scales), q.scales.shape),
         stored,
     )
+    return lax.stop_gradient(decoded)
 
 
 def with_scales(q: QTensor, stored: StoredScales) -> QTensor:

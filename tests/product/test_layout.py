@@ -109,7 +109,9 @@ def draw(rng):
     rows = ROWS[rng.integers(len(ROWS))]
     k, n = int(rng.choice([32, 64, 96, 128])), int(rng.choice([4, 6, 8, 24]))
     transpose = bool(rng.integers(2))
-    spec = ProductSpec(fmt, BLOCK_SIZE, "float32", k, len(batch), transpose)
+    dtype = np.dtype("float32")
+    settings = fmt, BLOCK_SIZE, dtype, k, len(batch), dtype
+    spec = ProductSpec(*settings, transpose=transpose)
     code_rows = k if fmt == "int8" else k // 2
     codes = rng.integers(0, 256, (*batch, code_rows, n), np.uint8)
     scales = 2.0 ** rng.integers(-2, 3, (*batch, k // BLOCK_SIZE, n))

@@ -49,8 +49,10 @@ def expected(x, weight, transpose):
     return x.astype(np.float64) @ weight
 
 
-def product_spec(fmt, block_size, rows, transpose=False):
-    return ProductSpec(fmt, block_size, "float32", rows, transpose=transpose)
+def product_spec(fmt, block_size, rows, dtype, transpose=False):
+    """Returns the spec of a product of x in `dtype` with float32 weights."""
+    settings = fmt, block_size, jnp.dtype("float32"), rows, 0, jnp.dtype(dtype)
+    return ProductSpec(*settings, transpose=transpose)
 
 
 def check(actual, x, weight, transpose):
@@ -73,7 +75,8 @@ class Product(NamedTuple):
 
     @property
     def spec(self):
-        return product_spec(self.fmt, self.block_size, self.rows, self.transpose)
+        settings = self.fmt, self.block_size, self.rows, self.dtype, self.transpose
+        return product_spec(*settings)
 
     @property
     def plan(self):
@@ -210,7 +213,7 @@ def test_no_axis_is_a_multiple_of_its_tile(case):
 )
 def test_bytes_of_a_plan_are_those_of_the_compiler(k, n, transpose, dtype, block, mib):
     """`used_scoped_memory_configs` of programs for v5e (JAX 0.12.0.1), in MiB."""
-    spec = product_spec("nf4", 64, k, transpose)
+    spec = product_spec("nf4", 64, k, dtype, transpose)
     tiling = plan(spec, 2048, n, jnp.dtype(dtype), Chip("sublane", 10**4))
     assert isinstance(tiling, Tiling)
     tiling = dataclasses.replace(tiling, tile_m=block[0], tile=block[1])
@@ -229,7 +232,7 @@ def test_plans_fit_the_memory_of_the_chip(transpose, dtype):
         (16, 64, 128, 512, 2048, 8192),
     ):
         k, n = (8192, contracted) if transpose else (contracted, 8192)
-        spec = product_spec("nf4", 64, k, transpose)
+        spec = product_spec("nf4", 64, k, dtype, transpose)
         try:
             tiling = plan(spec, m, n, jnp.dtype(dtype), chip)
         except Unsupported:
@@ -315,14 +318,14 @@ def test_weights_are_rounded_once(fmt, block_size, dtype, form):
     codes, scales, weight = make_weight(fmt, 128, 128, block_size)
     operands, options = (jnp.eye(128, dtype=dtype), codes, scales), {"interpret": True}
     for transpose in (False, True):
-        spec = product_spec(fmt, block_size, 128, transpose)
+        spec = product_spec(fmt, block_size, 128, dtype, transpose)
         got = fused.product(spec, *operands, chip=Chip(form, 48), **options)
         want = weight.astype(dtype)
         np.testing.assert_array_equal(got, want.T if transpose else want)
 
 
 def stack_product(*operands, transpose=False):
-    spec = product_spec("nf4", 64, 128, transpose)
+    spec = product_spec("nf4", 64, 128, operands[0].dtype, transpose)
     return fused.product(spec, *operands, chip=Chip("shuffle", 48), interpret=True)
 
 
@@ -344,7 +347,6 @@ def test_no_rows():
     ("rows", "dtype", "fmt", "block_size", "reason"),
     [
         (96, "bfloat16", "int8", 16, "`block_size` must be at least 32"),
-        (96, "bfloat16", "nf4", 64, "`block_size` must divide the rows"),
         (64, "float16", "nf4", 64, "x must be bfloat16 or float32. Got float"),
         (2**24, "bfloat16", "nf4", 64, "VMEM is too small"),
     ],
@@ -357,7 +359,7 @@ def test_what_it_refuses(rows, dtype, fmt, block_size, reason):
 
 def test_refusal_is_not_implemented():
     codes, scales, _ = make_weight("int8", 96, 128, 16)
-    operands = product_spec("int8", 16, 96), jnp.zeros((1, 96)), codes, scales
+    operands = product_spec("int8", 16, 96, F32), jnp.zeros((1, 96)), codes, scales
     with pytest.raises(NotImplementedError, match="must be at least 32 in 8 bits"):
         fused.product(*operands, chip=Chip("select", 48))
 
@@ -378,7 +380,7 @@ def ragged(
     if layer is not None:
         scales, weight = scales[layer], weight[layer]
     x = make_left((m, cols if transpose else rows), dtype)
-    spec = product_spec(fmt, block_size, rows, transpose)
+    spec = product_spec(fmt, block_size, rows, dtype, transpose)
     layer = None if layer is None else jnp.int32(layer)
     y = ragged_kernel.product(
         *(spec, x, codes, scales, jnp.array(offsets), layer),

@@ -65,12 +65,15 @@ def compile_cases(chip):
 
     for number, (name, case) in enumerate(CASES.items()):
         m, rows, cols, fmt, block_size, dtype, form, lead, pick = case
+        dtype = jnp.dtype(dtype)
         batch = lead[1:] if pick else lead
         codes_rows = rows if fmt == "int8" else rows // 2
         chip_spec = Chip(form or FORMS[chip], 48)
         for transpose in directions(chip, number):
             lowered = jax.jit(functools.partial(fused.product, chip=chip_spec)).lower(
-                ProductSpec(fmt, block_size, dtype, rows, transpose=transpose),
+                ProductSpec(
+                    fmt, block_size, dtype, rows, len(batch), dtype, transpose=transpose
+                ),
                 shape_struct(*batch, m, cols if transpose else rows, dtype=dtype),
                 shape_struct(*lead, codes_rows, cols, dtype=jnp.uint8),
                 shape_struct(*batch, rows // block_size, cols, dtype=jnp.float32),

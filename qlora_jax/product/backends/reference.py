@@ -84,26 +84,17 @@ class Reference(Backend):
         self, spec: ProductSpec, x: Array, codes: Array, scales: Array
     ) -> Array:
         w = decode(spec, codes, scales, x.dtype)
-        return self._dot(spec, x, w).astype(spec.result_dtype or x.dtype)
+        return self._dot(spec, x, w).astype(spec.result_dtype)
 
     def _dot(self, spec: ProductSpec, x: Array, w: Array) -> Array:
-        dtype = spec.result_dtype or accumulator_dtype(x.dtype)
-        num_rows, outputs = (
-            math.prod(x.shape[:-1]),
-            w.shape[-2 if spec.transpose else -1],
-        )
-        is_large = not export.is_symbolic_dim(num_rows) and (
-            num_rows * outputs >= SMALLEST_ROUNDED
-        )
+        dtype = accumulator_dtype(x.dtype)
+        rows, outputs = math.prod(x.shape[:-1]), w.shape[-2 if spec.transpose else -1]
+        is_known = not export.is_symbolic_dim(rows)
+        is_large = is_known and rows * outputs >= SMALLEST_ROUNDED
         if spec.is_local and is_large and x.dtype == jnp.bfloat16:
-            dtype = spec.result_dtype or x.dtype
-        return dot(
-            x,
-            w,
-            transpose=spec.transpose,
-            precision=spec.precision,
-            result_dtype=dtype,
-        )
+            dtype = spec.result_dtype
+        transpose, precision = spec.transpose, spec.precision
+        return dot(x, w, transpose=transpose, precision=precision, result_dtype=dtype)
 
     def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:  # noqa: D102
         x, codes, scales, layer, offsets = operands
@@ -133,5 +124,5 @@ class Reference(Backend):
             lambda expert: decode(spec, *take_expert(expert), x.dtype),
             lambda rows, w: self._dot(spec, rows, w),
             spec.k if spec.transpose else n,
-            spec.result_dtype or x.dtype,
+            spec.result_dtype,
         )

@@ -15,15 +15,7 @@ from jax import export, lax
 from jaxtyping import Array, Float32, UInt8, UInt16
 
 from ..._jax.pytree import take_layer
-from ...quant.codes import (
-    bits_of,
-    choose,
-    gather_values,
-    join_blocks,
-    select_values,
-    split_blocks,
-    unpack_by_selects,
-)
+from ...quant.codes import choose, gather_values, select_values, unpack_nibbles
 from ...quant.formats import Format
 from ...quant.qtensor import round_to
 from ...quant.schemes import look_up
@@ -64,12 +56,11 @@ class Tiled(Reference):
         # two rows. Its routine for a float32 row is fast, and the cast is exact.
         is_16_bit_row = _is_row(x) and x.dtype.itemsize == 2
         left = x.astype(jnp.float32) if is_16_bit_row else x
-        result_dtype = jnp.dtype(spec.result_dtype or x.dtype)
 
         def multiply(w: Array) -> Array:
             w = w.astype(left.dtype)
             y = dot(left, w, transpose=spec.transpose, precision=spec.precision)
-            return y.astype(result_dtype)
+            return y.astype(spec.result_dtype)
 
         uses_row_product = _uses_row_product(spec, x)
         if tile == outputs and uses_row_product:
@@ -85,7 +76,7 @@ class Tiled(Reference):
                 return _multiply_row(spec, x, *part)
             return multiply(_decode_tile(spec, *part, x.dtype, length))
 
-        return _join_tiles(x.shape[:-1], result_dtype, outputs, tile, compute_tile)
+        return _join_tiles(x.shape[:-1], spec.result_dtype, outputs, tile, compute_tile)
 
     def _multiply_experts(
         self,
@@ -95,7 +86,7 @@ class Tiled(Reference):
         offsets: Array,
         n: int,
     ) -> Array:
-        dtype = jnp.dtype(spec.result_dtype or x.dtype)
+        dtype = spec.result_dtype
         outputs, tile = _tile_outputs(spec, n, 1)
 
         def multiply(rows: Array, w: Array) -> Array:
@@ -190,9 +181,10 @@ def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> A
     # XLA does not fuse decoding into a dot. A single loop therefore decodes weights,
     # multiplies them by x, and adds the two rows of each byte. A dot with ones then
     # adds up these sums, of which there are half as many as weights.
-    blocks = split_blocks(codes, scales.shape[-2])
+    *batch, num_blocks, n = scales.shape
+    block_rows = spec.block_size // 2
+    blocks = codes.reshape(*batch, num_blocks, block_rows, n)
     high, low = _pair_values(blocks, spec.format)
-    *batch, num_blocks, block_rows, n = high.shape
     pairs = x.astype(jnp.float32).reshape(*batch, num_blocks, block_rows, 2)
     scale = scales[..., None, :]  # [*batch, blocks, 1, n]
     first, second = pairs[..., :1], pairs[..., 1:]  # [*batch, blocks, block_rows, 1]
@@ -207,7 +199,7 @@ def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> A
     sums = sums.reshape(*batch, num_blocks * block_rows, n)
     ones = jnp.ones((*batch, 1, sums.shape[-2]), jnp.float32)
     y = dot(ones, sums, transpose=False, precision=spec.precision)
-    return y.astype(spec.result_dtype or x.dtype)
+    return y.astype(spec.result_dtype)
 
 
 # Jitted for the same reason as `gather_values` in quant/codes.py.
@@ -241,7 +233,7 @@ def _decode_tile(
         and tile <= WIDEST_SCALED
     ):
         return _decode_scaled(spec, codes, scales, dtype)
-    find_values = functools.partial(select_values, unpack=unpack_by_selects)
+    find_values = functools.partial(select_values, by_selects=True)
     return decode(spec, codes, scales, dtype, find_values, _round_to)
 
 
@@ -253,13 +245,16 @@ def _decode_scaled(
     tables = _scaled_tables(scales, fmt, spec.dtype, dtype)  # [*batch, blocks, 16, n]
     # Without the barrier, XLA would compute the tables again for every weight.
     tables = lax.optimization_barrier(tables)
-    blocks = unpack_by_selects(split_blocks(codes, scales.shape[-2]))
+    *batch, num_blocks, n = scales.shape
+    blocks = codes.reshape(*batch, num_blocks, spec.block_size // 2, n)
+    blocks = unpack_nibbles(blocks, by_selects=True)
     entries = [
         jnp.broadcast_to(tables[..., code, None, :], blocks.shape)
         for code in range(len(fmt.table))
     ]
-    w = choose(bits_of(blocks, fmt), entries)
-    return lax.bitcast_convert_type(join_blocks(w), dtype)
+    code_bits = [(blocks & np.uint8(1 << bit)) != 0 for bit in range(4)]
+    w = choose(code_bits, entries).reshape(*batch, num_blocks * spec.block_size, n)
+    return lax.bitcast_convert_type(w, dtype)
 
 
 # Jitted for the same reason as `gather_values` in quant/codes.py.

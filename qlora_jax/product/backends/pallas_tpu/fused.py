@@ -40,7 +40,7 @@ def product(
 ) -> Array:
     """Returns `x @ W` or `x @ W.T`, summed in float32.
 
-    The dtype of the result is `spec.result_dtype`, or else that of `x`.
+    The dtype of the result is `spec.result_dtype`.
 
     x is `[M, .]`, codes uint8 `[K/2, N]` (int8: `[K, N]`), scales float32 `[K/B, N]`. A
     batch of weights, such as experts, adds an axis `E` in front of each. With a
@@ -61,7 +61,7 @@ def product(
         )
     outputs = rows if spec.transpose else cols
     if x.size == 0:
-        out = jnp.zeros((*x.shape[:2], outputs), spec.result_dtype or x.dtype)
+        out = jnp.zeros((*x.shape[:2], outputs), spec.result_dtype)
     else:
         x, scales = pad(tiling, x, scales)
         layer = jnp.asarray(layer, jnp.int32).reshape(1)
@@ -96,10 +96,10 @@ def call(
     """Runs the kernel on padded arrays, for layer `layer` (int32 `[1]`) of the codes.
 
     Left is `[E, M, .]`, codes uint8 `[L, E, ., N]`, scales float32 `[E, ., N]` of this
-    layer. Returns `[E, M, .]` in `spec.result_dtype`, or else in the dtype of `left`.
+    layer. Returns `[E, M, .]` in `spec.result_dtype`.
     """
     spec = tiling.spec
-    result_dtype = jnp.dtype(spec.result_dtype or left.dtype)
+    result_dtype = spec.result_dtype
     tiling = dataclasses.replace(tiling, emulate=interpret is not False)
     batch, out_cols = left.shape[0], tiling.rows if spec.transpose else tiling.cols
     # Grid indices: expert e, stripe j and block of rows i.
@@ -230,7 +230,7 @@ def _multiply_chunks(
     total = _for_each_chunk(tiling, add_chunk, total)
     if tiling.mixed and tiling.spec.transpose:
         # Outputs are in the mixed order, because they are rows of the weight.
-        dtype = tiling.spec.result_dtype or left.dtype
+        dtype = tiling.spec.result_dtype
         total = decode.mix(total.astype(dtype), undo=True)
     return total
 

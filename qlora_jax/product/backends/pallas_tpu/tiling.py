@@ -214,7 +214,6 @@ def _block_bytes(tiling: Tiling, itemsize: int) -> int:
     scale_rows = tiling.rows if has_all_rows else tiling.tile
     scale_cols = tiling.cols if is_transposed else tiling.tile
     scales = 4 * max(8, scale_rows // tiling.spec.block_size) * scale_cols
-    out_itemsize = jnp.dtype(result_dtype).itemsize if result_dtype else itemsize
-    out = tiling.tile_m * tiling.tile * out_itemsize
+    out = tiling.tile_m * tiling.tile * result_dtype.itemsize
     stripe = tiling.tile * tiling.contracted * itemsize if tiling.keep else 0
     return 2 * (left + codes + scales + out) + stripe

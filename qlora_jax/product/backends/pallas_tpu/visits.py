@@ -67,7 +67,7 @@ def product(
         max_rows = num_rows
     tiling = plan(spec, num_rows, cols, x.dtype, chip, max_rows)
     outputs = rows if spec.transpose else cols
-    dtype = jnp.dtype(spec.result_dtype or x.dtype)
+    dtype = spec.result_dtype
     if x.size == 0 or num_experts == 0:
         return jnp.zeros((num_rows, outputs), dtype)
     x, scales = fused.pad(tiling, x, scales)
