@@ -1,7 +1,7 @@
 """Checks of the arguments of public functions: arrays, integers and PRNG keys."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int32, PyTree
 
-A = TypeVar("A")
 
-
-def as_array(name: str, x: object) -> Array:
+def as_array(name: str, x: object, convert: Callable[[Any], Any] = jnp.asarray) -> Any:
     """Returns the argument `name` as an array, or raises an error that names it."""
-    return _convert(jnp.asarray, name, x)
-
-
-def _convert(convert: Callable[[Any], A], name: str, x: object) -> A:
     # The messages of JAX and NumPy do not say which argument is wrong.
     try:
         return convert(x)
@@ -51,7 +45,7 @@ def known_values(name: str, x: PyTree) -> np.ndarray | None:
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)):
         return None
     is_addressable = not isinstance(x, jax.Array) or x.is_fully_addressable
-    return _convert(np.asarray, name, x) if is_addressable else None
+    return as_array(name, x, np.asarray) if is_addressable else None
 
 
 def checked_integers(

@@ -53,7 +53,7 @@ class Note(str):
 
 def is_box(leaf: object) -> bool:
     """Whether a leaf is a box around an array, such as Flax's `nn.Partitioned`."""
-    return hasattr(leaf, "unbox") and hasattr(leaf, "replace_boxed")
+    return not isinstance(leaf, TreeLeaf) and hasattr(leaf, "replace_boxed")
 
 
 def unbox(leaf: PyTree) -> PyTree:

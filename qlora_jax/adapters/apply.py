@@ -10,12 +10,12 @@ from jaxtyping import Array, Int, PyTree
 
 from .._jax.arguments import check_key
 from .._jax.modes import split_as
-from .._jax.pytree import is_tree_leaf, unbox
+from .._jax.pytree import TreeLeaf, unbox
 from ..product.choose import as_backends
 from ..product.matmul import as_float
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
-from ..quant.kernel import FloatKernel, Kernel, as_kernel
-from .base import AdaptedKernel, Adapter, check_adapter, misfit_reason
+from ..quant.kernel import Kernel, as_kernel
+from .base import AdaptedKernel, Adapter, check_adapter
 from .call import Lookup
 from .product import check_real, product
 
@@ -76,18 +76,21 @@ def apply(
     x, backends = as_float(x), as_backends(backend)
     if dropout_key is not None:
         check_key("dropout_key", dropout_key)
-    # 1. Find the kernel, the bias and their adapters. Arrays that are trained in full
-    #    (`Trained`) replace the frozen ones.
-    name, w, bias = _layer_parts(base)
-    kernel_lora, bias_lora = _adapter_parts(lora, name)
-    if kernel_lora is not None and kernel_lora.replacement is not None:
-        w = _trained_value("kernel", w, kernel_lora)
-        kernel_lora = None
-    if bias_lora is not None and bias_lora.replacement is not None:
-        bias = _trained_value("bias", bias, bias_lora)
-    elif bias_lora is not None:
-        raise ValueError(f"the adapter of a bias must be a Trained. Got {bias_lora!r}.")
-    kernel = _checked_kernel(name, w, kernel_lora, contract)
+    # 1. Find the kernel, the bias and their adapters.
+    layer = _parts("base", base, "kernel")
+    name = next((name for name in BIAS_NAMES if name in layer), "kernel")
+    adapters = _parts("lora", lora, name)
+    _check_parts(layer, adapters, name)
+    bias, bias_lora = (parts.get(BIAS_NAMES[name]) for parts in (layer, adapters))
+    if bias_lora is not None:
+        check_adapter(bias_lora, bias, "bias")
+        if bias_lora.replacement is None:
+            raise ValueError(
+                f"the adapter of a bias must be a Trained. Got {bias_lora!r}."
+            )
+        bias = bias_lora.merged(as_kernel(bias))
+    kernel_lora = adapters.get(name)
+    kernel = _checked_kernel(name, layer[name], kernel_lora, contract)
     # 2. Fold the contracted axes: x [..., *contracted] -> [..., K].
     geometry, shape = kernel.geometry, kernel.shape
     batch_ndim = len(kernel.matrix_shape) - 2
@@ -157,10 +160,13 @@ def lookup(table: PyTree, lora: Adapter | None, ids: Int[Array, "..."]) -> jax.A
     return Lookup("embedding", ids, lambda rows: rows).compute(table, lora)
 
 
-def _named_parts(argument: str, node: PyTree) -> dict[str, PyTree] | None:
-    """Returns the parts of a layer by name, or None for a kernel, adapter or array."""
-    if node is None or is_tree_leaf(node) or hasattr(node, "shape"):
-        return None
+def _parts(argument: str, node: PyTree, leaf_name: str) -> dict[str, PyTree]:
+    """Returns the parts of a layer by name. A leaf is the part called `leaf_name`."""
+    node = unbox(node)
+    if node is None:
+        return {}
+    if isinstance(node, TreeLeaf) or hasattr(node, "shape"):
+        return {leaf_name: node}
     if isinstance(node, Mapping):
         return {name: unbox(part) for name, part in node.items()}
     # Flatten one level: every node below `node` is a leaf. The keys of the paths are
@@ -180,62 +186,30 @@ def _named_parts(argument: str, node: PyTree) -> dict[str, PyTree] | None:
     return {str(name): part for name, part in parts if part is not None}
 
 
-def _layer_parts(base: PyTree) -> tuple[str | None, PyTree, PyTree]:
-    """Returns the name of a layer's kernel, the kernel, and the bias or None."""
-    if isinstance(base, Kernel):  # saves the time of the checks below
-        return None, base, None
-    base = unbox(base)
-    parts = _named_parts("base", base)
-    if parts is None:
-        return None, base, None
-    if {"codes", "scales"} <= set(parts):
+def _check_parts(
+    layer: dict[str, PyTree], adapters: dict[str, PyTree], name: str
+) -> None:
+    """Raises ValueError unless a layer and its adapters are a kernel and a bias."""
+    allowed = {name, BIAS_NAMES[name]}
+    if {"codes", "scales"} <= set(layer):
         raise ValueError(
             "a layer must have a kernel. Got the arrays of a QTensor, from a tree that "
             "was restored without its structure. Use ql.QTensor.from_parts."
         )
-    for name, bias in BIAS_NAMES.items():
-        if name in parts and set(parts) <= {name, bias}:
-            return name, parts[name], parts.get(bias)
-    raise ValueError(
-        "a layer must have a 'kernel' (or 'weight', 'w') and at most a 'bias' (or 'b')."
-        f" Got {sorted(parts)}."
-    )
-
-
-def _adapter_parts(lora: PyTree, name: str | None) -> list[Adapter | None]:
-    """Returns the adapters of the kernel called `name` and of its bias, or None."""
-    name = name or "kernel"
-    bias_name = BIAS_NAMES[name]
-    parts = _named_parts("lora", lora)
-    if parts is None:  # an adapter of the kernel, or None
-        parts = {name: lora}
-    if not set(parts) <= {name, bias_name}:
+    if name not in layer or not set(layer) <= allowed:
         raise ValueError(
-            f"`lora` must be one layer's adapters: at most a {name!r} and a "
-            f"{bias_name!r}. Got {sorted(parts)}."
+            "a layer must have a 'kernel' (or 'weight', 'w') and at most a 'bias' (or "
+            f"'b'). Got {sorted(layer)}."
         )
-    adapters = [parts.get(name), parts.get(bias_name)]
-    for adapter in adapters:
-        if adapter is not None and not isinstance(adapter, Adapter):
-            raise TypeError(
-                "`lora` must be a LoRA, or a layer that holds one. Got "
-                f"{type(adapter).__name__}."
-            )
-    return adapters
-
-
-def _trained_value(part_name: str, leaf: PyTree, lora: Adapter) -> PyTree:
-    """Returns the trained kernel or bias that replaces the frozen one of a layer."""
-    reason = "there is none" if leaf is None else misfit_reason(lora, leaf)
-    if reason is not None:
-        raise ValueError(f"`lora` must be the adapter of the {part_name}: {reason}")
-    value = lora.merged(as_kernel(leaf))
-    is_kernel = isinstance(leaf, Kernel)
-    return FloatKernel(value, leaf.geometry) if is_kernel else value
+    if not set(adapters) <= allowed:
+        raise ValueError(
+            f"`lora` must be one layer's adapters: at most those of {sorted(allowed)}. "
+            f"Got {sorted(adapters)}."
+        )
 
 
 def _checked_kernel(
-    name: str | None, w: PyTree, lora: Adapter | None, contract: Contract | None
+    name: str, w: PyTree, lora: Adapter | None, contract: Contract | None
 ) -> Kernel:
     """Returns a layer's kernel, after checking that its axes are known."""
     if isinstance(w, Mapping) or not hasattr(w, "shape"):
@@ -253,7 +227,9 @@ def _checked_kernel(
     check_real("the kernel of `base`", w)
     check_adapter(lora, w, "kernel")
     # Packed kernels and adapters store their axes, which `contract` may only repeat.
-    geometry = w.geometry if isinstance(w, Kernel) else lora and lora.geometry
+    geometry = w.geometry if isinstance(w, Kernel) else None
+    if geometry is None and lora is not None and lora.replacement is None:
+        geometry = lora.geometry
     if contract is not None:
         contracting = Geometry.contracting(contract, w.shape)
         if geometry is not None and geometry.roles(w.ndim) != contracting.roles(w.ndim):

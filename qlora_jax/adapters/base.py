@@ -31,7 +31,7 @@ from .._jax.modes import (
 from .._jax.pytree import TreeLeaf, register
 from .._jax.specs import Axes, SpecEntry
 from ..product.floats import float_product, ragged_float_product
-from ..product.multiply import check_shape, multiply
+from ..product.matmul import check_shape, multiply
 from ..product.spec import PackedKernel
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, as_kernel, declared_mesh

@@ -21,7 +21,6 @@ from .base import (
     constrained,
     on_matrix,
     register_adapter,
-    replace_arrays,
 )
 
 SETTINGS = ("scaling", "dropout", "geometry")  # of every low-rank adapter
@@ -131,8 +130,8 @@ def lora_product(
         h = checkpoint_name(multiply(x, a, shared="k"), CHECKPOINT_NAME)  # [M, r]
         return multiply(h, b, shared="n")
     # Cast first, so that a mesh moves arrays in the dtype of x.
-    lora = replace_arrays(lora, lambda _, w: cast(w, x.dtype))
-    lora = constrained(lora, kernel, x)
+    a, b = cast(lora.a, x.dtype), cast(lora.b, x.dtype)
+    lora = constrained(dataclasses.replace(lora, a=a, b=b), kernel, x)
     h = float_product(x, lora.a, precision).astype(x.dtype)
     h = checkpoint_name(h, CHECKPOINT_NAME)  # [*batch, ..., r]
     return scaled(float_product(h, lora.b, precision), lora)

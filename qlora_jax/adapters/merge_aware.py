@@ -37,7 +37,7 @@ from .._jax.modes import (
 )
 from .._jax.specs import AnyMesh, Axes, axes_of, dividing_prefix, make_spec, spec_of
 from ..quant.codes import dequantize_blocks, quantize_blocks
-from ..quant.formats import Format, Packing, get_format
+from ..quant.formats import FORMATS, Format, Packing
 from ..quant.geometry import to_matrix
 from ..quant.kernel import Kernel, declared_mesh
 from ..quant.pack import straight_through
@@ -219,7 +219,7 @@ class _Tiles:
     def of(cls, kernel: Kernel, lora: MergeAware) -> "_Tiles":
         if isinstance(kernel, QTensor):
             q = kernel.with_float_scales()
-            weights, fmt = (q.codes, q.scales), get_format(q.fmt)
+            weights, fmt = (q.codes, q.scales), FORMATS[q.fmt]
             block_rows = max(q.block_size, lora.packing.block_size)
         else:
             weights, fmt = (to_matrix(kernel.geometry, kernel.value),), None

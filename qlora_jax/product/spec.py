@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from .._jax.specs import AnyMesh
-from ..quant.formats import Format, get_format
+from ..quant.formats import FORMATS, Format
 from ..quant.kernel import Placement
 from ..quant.qtensor import QTensor
 from ..quant.views import LayerOfStack
@@ -62,7 +62,7 @@ class ProductSpec:
     @property
     def format(self) -> Format:
         """The number format of the weights."""
-        return get_format(self.fmt)
+        return FORMATS[self.fmt]
 
     @property
     def is_explicit(self) -> bool:

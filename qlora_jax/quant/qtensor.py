@@ -19,7 +19,7 @@ from .._jax.modes import call_in_auto_mode
 from .._jax.pytree import register
 from .._jax.specs import AnyMesh, SpecEntry, fitting_spec, spec_of
 from .codes import dequantize_blocks
-from .formats import Packing, check_dtype, checked_result_dtype, get_format
+from .formats import FORMATS, Packing, check_dtype, checked_result_dtype, get_format
 from .geometry import Contract, Geometry
 from .host_codes import HostCodes, Put, on_device, placed_codes
 from .kernel import Kernel, Placement
@@ -159,7 +159,7 @@ class QTensor(Kernel):
     def matrix_shape(self) -> tuple[int, ...]:
         """Shape of the matrix form, `(*batch, K, N)`."""
         *batch, rows, n = self.codes.shape
-        return (*batch, rows * (8 // get_format(self.fmt).bits), n)
+        return (*batch, rows * (8 // FORMATS[self.fmt].bits), n)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -241,7 +241,7 @@ class QTensor(Kernel):
         return _dequantize(self, checked_result_dtype(dtype))
 
     def dequantize_matrix(self, dtype: DTypeLike | None = None) -> Array:  # noqa: D102
-        fmt = get_format(self.fmt)
+        fmt = FORMATS[self.fmt]
         w = dequantize_blocks(on_device(self.codes), float_scales(self), fmt)
         return round_to(w, self.dtype, self.dtype if dtype is None else dtype)
 
@@ -313,7 +313,7 @@ def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
     """The scales as float32 `[*batch, K / B, N]`, without a gradient."""
     if q.scales.dtype == np.float32:  # every scheme stores float32 scales as they are
         return lax.stop_gradient(q.scales)
-    fmt, stored = get_format(q.fmt), q.stored_scales
+    fmt, stored = FORMATS[q.fmt], q.stored_scales
     scheme = fmt.double_scales if stored.scale_offset is not None else None
     decoded = call_in_auto_mode(
         (scheme or fmt.scales).decode,

@@ -116,7 +116,7 @@ def quotient(
     # division by a product with the reciprocal, which rounds twice. A select instead of
     # the maximum would not do: if it were between constants, JAX would move it out of a
     # scan, which would then fail in Hessian-vector products (see `_product` in
-    # product/multiply.py).
+    # product/matmul.py).
     return x / jnp.maximum(divisor, jnp.minimum(x, 0))
 
 

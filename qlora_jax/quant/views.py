@@ -7,16 +7,15 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
 from .._jax.modes import call_in_auto_mode
 from .._jax.pytree import register, take_layer
 from .._jax.specs import SpecEntry, spec_of
 from .codes import dequantize_blocks, select_values
-from .formats import get_format
-from .host_codes import on_device
+from .formats import FORMATS
 from .kernel import Kernel
-from .qtensor import QTensor, float_scales, round_to, with_scales
+from .qtensor import QTensor, float_scales, round_to
 
 
 def _of_stack(name: str) -> Any:
@@ -71,20 +70,6 @@ class LayerOfStack(Kernel):
 register(LayerOfStack, ("stack", "index"), ())
 
 
-def product_arrays(
-    kernel: Kernel,
-) -> tuple[Array, Float32[Array, "*batch blocks n"], Array | None]:
-    """Returns device codes, float32 scales, and the layer if the codes are a stack."""
-    if not isinstance(kernel, LayerOfStack) or kernel.memory == "host":
-        # Slice before the copy, so that only one layer is moved to the device.
-        q: Any = kernel.take()
-        return on_device(q.codes), float_scales(q), None
-    q, layer = kernel.stack, kernel.index
-    # There are few scales, so those of the layer are copied, and then decoded.
-    scales = float_scales(with_scales(q, take_layer(q.stored_scales, layer)))
-    return q.codes, scales, layer
-
-
 def take_rows(kernel: Kernel, ids: Int[Array, "..."]) -> Float[Array, "... d"]:
     """Returns rows of a table `[V, D]` by int32 ids from 0 to V - 1, or NaN for id V.
 
@@ -112,11 +97,11 @@ def _take_columns(q: QTensor, ids: Int[Array, " t"]) -> Float[Array, "t d"]:
     # Codes [D / 2, t] (or [D, t] in 8 bits) and scales [blocks, t], decoded to [D, t].
     codes = jnp.take(q.codes, ids, axis=1, mode="clip")
     scales = jnp.take(float_scales(q), ids, axis=1, mode="clip")
-    return dequantize_blocks(codes, scales, get_format(q.fmt)).T
+    return dequantize_blocks(codes, scales, FORMATS[q.fmt]).T
 
 
 def _take_matrix_rows(q: QTensor, ids: Int[Array, " t"]) -> Float[Array, "t d"]:
-    fmt = get_format(q.fmt)
+    fmt = FORMATS[q.fmt]
     # A byte holds the codes of two rows in 4-bit formats: [t, 1, D] -> [t, 2, D].
     codes = jnp.take(q.codes, ids // fmt.codes_per_byte, axis=0, mode="clip")
     scales = jnp.take(float_scales(q), ids // q.block_size, axis=0, mode="clip")

@@ -119,7 +119,7 @@ class TestOtherLibraries:
             ql.apply(base, None, jnp.ones((2, 64)))
 
     def test_an_array_is_no_adapter(self):
-        match = "`lora` must be a LoRA, or a layer that holds one"
+        match = "`lora` must be an adapter"
         with pytest.raises(TypeError, match=match):
             ql.apply(jnp.ones((64, 8)), jnp.ones((64, 2)), jnp.ones((2, 64)))
 

@@ -1,5 +1,6 @@
 """The reference product: dequantize, then dot. Other back ends give its results."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -68,6 +69,17 @@ def decode(
     return round_weights(w, spec.dtype, dtype)
 
 
+def _dot(spec: ProductSpec, x: Array, w: Array) -> Array:
+    dtype = accumulator_dtype(x.dtype)
+    rows, outputs = math.prod(x.shape[:-1]), w.shape[-2 if spec.transpose else -1]
+    is_known = not export.is_symbolic_dim(rows)
+    is_large = is_known and rows * outputs >= SMALLEST_ROUNDED
+    if spec.is_local and is_large and x.dtype == jnp.bfloat16:
+        dtype = spec.result_dtype
+    transpose, precision = spec.transpose, spec.precision
+    return dot(x, w, transpose=transpose, precision=precision, result_dtype=dtype)
+
+
 class Reference(Backend):
     """Decodes all weights, and then multiplies."""
 
@@ -78,27 +90,12 @@ class Reference(Backend):
         # Without the barrier, XLA decodes every layer of a Python loop before the first
         # product.
         x, codes, scales = lax.optimization_barrier((x, codes, scales))
-        return self._multiply(spec, x, codes, scales)
-
-    def _multiply(
-        self, spec: ProductSpec, x: Array, codes: Array, scales: Array
-    ) -> Array:
         w = decode(spec, codes, scales, x.dtype)
-        return self._dot(spec, x, w).astype(spec.result_dtype)
-
-    def _dot(self, spec: ProductSpec, x: Array, w: Array) -> Array:
-        dtype = accumulator_dtype(x.dtype)
-        rows, outputs = math.prod(x.shape[:-1]), w.shape[-2 if spec.transpose else -1]
-        is_known = not export.is_symbolic_dim(rows)
-        is_large = is_known and rows * outputs >= SMALLEST_ROUNDED
-        if spec.is_local and is_large and x.dtype == jnp.bfloat16:
-            dtype = spec.result_dtype
-        transpose, precision = spec.transpose, spec.precision
-        return dot(x, w, transpose=transpose, precision=precision, result_dtype=dtype)
+        return _dot(spec, x, w).astype(spec.result_dtype)
 
     def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:  # noqa: D102
         x, codes, scales, layer, offsets = operands
-        assert scales is not None and offsets is not None
+        assert offsets is not None
         num_experts, first_expert = scales.shape[0], 0
         if layer is not None:
             # Experts are sliced from `[L * E, ., N]`, so that no whole layer is copied.
@@ -122,7 +119,7 @@ class Reference(Backend):
             x,
             offsets,
             lambda expert: decode(spec, *take_expert(expert), x.dtype),
-            lambda rows, w: self._dot(spec, rows, w),
+            functools.partial(_dot, spec),
             spec.k if spec.transpose else n,
             spec.result_dtype,
         )

@@ -39,22 +39,23 @@ class Tiled(Reference):
 
     def product(self, spec: ProductSpec, operands: Operands) -> Array:  # noqa: D102
         x, codes, scales, layer, _ = operands
-        if not _uses_row_product(spec, x):
-            return super().product(spec, operands)
-        # `_multiply_row` decodes and multiplies together, so XLA cannot decode early.
-        # The codes then need no barrier, which would copy them.
-        x, scales = lax.optimization_barrier((x, scales))
-        codes = codes if layer is None else take_layer(codes, layer)
-        return self._multiply(spec, x, codes, scales)
-
-    def _multiply(
-        self, spec: ProductSpec, x: Array, codes: Array, scales: Array
-    ) -> Array:
+        if layer is not None:
+            codes = take_layer(codes, layer)
+        is_row = not export.is_symbolic_dim(x.shape[-2]) and x.shape[-2] == 1
+        is_4_bit_row = is_row and spec.format.bits == 4
+        uses_row_product = is_4_bit_row and not spec.transpose and x.dtype.itemsize <= 4
+        # Without the barrier, XLA decodes every layer of a Python loop before the first
+        # product. `_multiply_row` decodes and multiplies together, so the codes then
+        # need no barrier, which would copy them.
+        if uses_row_product:
+            x, scales = lax.optimization_barrier((x, scales))
+        else:
+            x, codes, scales = lax.optimization_barrier((x, codes, scales))
         num_matrices = math.prod(codes.shape[:-2])
         outputs, tile = _tile_outputs(spec, codes.shape[-1], num_matrices)
         # XLA's routine for a single 16-bit row is several times slower than the one for
         # two rows. Its routine for a float32 row is fast, and the cast is exact.
-        is_16_bit_row = _is_row(x) and x.dtype.itemsize == 2
+        is_16_bit_row = is_row and x.dtype.itemsize == 2
         left = x.astype(jnp.float32) if is_16_bit_row else x
 
         def multiply(w: Array) -> Array:
@@ -62,7 +63,6 @@ class Tiled(Reference):
             y = dot(left, w, transpose=spec.transpose, precision=spec.precision)
             return y.astype(spec.result_dtype)
 
-        uses_row_product = _uses_row_product(spec, x)
         if tile == outputs and uses_row_product:
             return _multiply_row(spec, x, codes, scales)
         if tile == outputs:
@@ -163,17 +163,6 @@ def _join_tiles(
     if num_left:
         y = jnp.concatenate([y, compute_tile(outputs - num_left, num_left)], axis=-1)
     return y
-
-
-def _is_row(x: Array) -> bool:
-    return not export.is_symbolic_dim(x.shape[-2]) and x.shape[-2] == 1
-
-
-def _uses_row_product(spec: ProductSpec, x: Array) -> bool:
-    """Whether `_multiply_row` computes the product."""
-    is_at_most_float32 = x.dtype.itemsize <= 4
-    is_4_bit = spec.format.bits == 4
-    return _is_row(x) and is_4_bit and not spec.transpose and is_at_most_float32
 
 
 def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
