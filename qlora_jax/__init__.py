@@ -26,8 +26,7 @@ from .trees import sharding
 from .trees.adapters import combine, lora_labels, lora_mask, split, value_and_grad
 from .trees.bank import Bank, bank, select
 from .trees.init import init
-from .trees.merge import merge, merge_adapters, with_float_kernels
-from .trees.paths import leaves_by_path
+from .trees.merge import merge, merge_adapters
 from .trees.quantize import dequantize, quantize
 from .trees.summary import summary
 
@@ -55,7 +54,6 @@ __all__ = [
     "init",
     "io",
     "is_packed",
-    "leaves_by_path",
     "linen",
     "lookup",
     "lora_labels",
@@ -74,7 +72,6 @@ __all__ = [
     "split",
     "summary",
     "value_and_grad",
-    "with_float_kernels",
 ]
 
 

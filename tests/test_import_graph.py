@@ -17,8 +17,11 @@ import qlora_jax as ql
 PACKAGE = pathlib.Path(ql.__file__).parent
 LAYERS = [["_jax"], ["quant"], ["product"], ["adapters"], ["trees", "losses", "memory"]]
 LAYERS += [["linen", "optim", "io"], ["nnx"], ["__init__"], ["llm", "torch"]]
-# What the application and `torch` import from the library: public names, like any user.
+# What the application and `torch` import from the library: public names, like any user,
+# and how the library reads files and names leaves.
 AS_USERS = {"qlora_jax"} | {f"qlora_jax.{x}" for x in ("io", "linen", "nnx", "optim")}
+AS_USERS |= {f"qlora_jax.io.{x}" for x in ("files", "model_folder", "tensors")}
+AS_USERS |= {"qlora_jax.trees.paths"}
 LLM_LAYERS = [
     ["lazy", "reading", "printable"],
     ["models", "gguf"],

@@ -136,7 +136,6 @@ CALLS = {
     "einsum": lambda i: ql.einsum("bd,dn->bn", i.x, i.base["kernel"]),
     "init": lambda i: ql.init(i.key, i.params, CONFIG),
     "is_packed": lambda i: ql.is_packed(i.base["kernel"]),
-    "leaves_by_path": lambda i: ql.leaves_by_path(i.base),
     "lookup": lambda i: ql.lookup(*table(i), i.ids),
     "lora_labels": lambda i: jax.tree.map(
         lambda leaf, label: leaf if label == "lora" else 0,
@@ -153,7 +152,6 @@ CALLS = {
     "split": lambda i: ql.split(tree(i)),
     "summary": lambda i: ql.summary(i.base, i.lora).trainable_params,
     "value_and_grad": lambda i: ql.value_and_grad(trained_sum)(tree(i), i.x),
-    "with_float_kernels": lambda i: ql.with_float_kernels(dense)(i.base, i.lora, i.x),
     "linen.init": linen_layer,
     "linen.tiled": lambda i: nn.apply(
         lambda model: ql.linen.tiled(model, 2)(i.x[None]), nn.Dense(8)

@@ -136,10 +136,6 @@ def dense(params, x):
     return x @ params["kernel"] + params["bias"][None]
 
 
-def float_layer(x, base, lora):
-    return ql.with_float_kernels(dense)(base, lora, x)
-
-
 def lookup(lora, q, ids):
     return [ql.lookup(q, lora[name], ids) for name in lora]
 
@@ -210,9 +206,6 @@ FUNCTIONS = {
         with_gradient(token_losses), lambda: (inputs(8, 64), packed(), targets() % 8)
     ),
     "merge": Entry(ql.merge, trees),
-    "with_float_kernels": Entry(
-        with_gradient(float_layer), lambda: (inputs(8, 64), *trees())
-    ),
     "combine and partition": Entry(on_one_tree, trees),
     "value_and_grad": Entry(
         ql.value_and_grad(loss), lambda: (ql.combine(*trees()), inputs(8, 64))

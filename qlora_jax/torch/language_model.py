@@ -17,6 +17,7 @@ import torch
 
 import qlora_jax as ql
 
+from ..io.model_folder import read_config_json
 from .arrays import named_tensors, to_jax
 from .attention import ATTENTION_NAME, register_attention
 from .init import is_conv1d, names
@@ -422,7 +423,7 @@ def open_language_model(
     register_attention()
     # For a type that it does not have, transformers would offer to run code of the
     # folder, or guess the type from the folder's name.
-    model_type = ql.io.read_config_json(folder).get("model_type")
+    model_type = read_config_json(folder).get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise ValueError(
             "`model_type` in config.json must be one that transformers has, because "

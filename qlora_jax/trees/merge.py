@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Sequence
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float32
 
 from .._jax.arguments import known_values
 from .._jax.memory import all_below, is_concrete
-from .._jax.pytree import on_arrays
 from ..adapters.base import Adapter
 from ..adapters.lora import LoRA
 from ..adapters.merge_aware import MergeAware, is_merge_aware
@@ -202,46 +201,6 @@ def _relative_changes(
     rounding = norm(dequantize(packed) - merged)
     change = norm(merged - dequantize(before))
     return rounding / merged_norm, change / merged_norm
-
-
-def with_float_kernels(
-    fn: Callable[..., Any], *, policy: Callable[..., bool] | None = None
-) -> Callable[..., Any]:
-    """Returns `fn(merge(base, lora), ...)` as a function of a base and a lora tree.
-
-    Use it for layers that need float weights, such as convolutions. The merged float
-    weights exist only during the call. The backward pass computes them and `fn` again
-    (`jax.checkpoint`), so wrap a layer instead of a model. `lora` may be None.
-
-    Args:
-        fn: A function of a tree of float parameters, and of other arguments.
-        policy: The policy of `jax.checkpoint`: which values of `fn` are saved, by
-            default none. It does not see the products `A B` of adapters, which are
-            inside a custom gradient and are never saved.
-
-    Raises:
-        TypeError: When the returned function is called, as in `merge`.
-        ValueError: When the returned function is called, as in `merge`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, qlora_jax as ql
-        >>> layer = lambda params, x: jnp.tanh(x @ params["kernel"])
-        >>> params = {"kernel": jnp.ones((64, 8))}
-        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=2))
-        >>> ql.with_float_kernels(layer)(base, lora, jnp.ones((2, 64))).shape
-        (2, 8)
-    """
-
-    @functools.wraps(fn)
-    def call(base: Tree, lora: Tree, *args: object, **kwargs: object) -> Tree:
-        def run(inputs: tuple) -> Tree:
-            base, lora, args, kwargs = inputs
-            return fn(merge(base, lora), *args, **kwargs)
-
-        checkpoint = functools.partial(jax.checkpoint, policy=policy)
-        return on_arrays(checkpoint, run, (base, lora, args, kwargs))
-
-    return call
 
 
 def merge_adapters(

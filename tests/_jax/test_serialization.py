@@ -18,6 +18,7 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax._jax.pytree import Note, static_from_json, static_to_json
+from qlora_jax.trees.paths import leaves_by_path
 
 CONFIGS = {
     "nf4": ql.QLoRAConfig(rank=2),
@@ -206,7 +207,7 @@ def test_exported_programs_take_any_number_of_rows():
 
 
 def test_static_fields_go_through_json():
-    nodes = ql.leaves_by_path(kinds_of_nodes()).values()
+    nodes = leaves_by_path(kinds_of_nodes()).values()
     nodes = [node for node in nodes if hasattr(node, "tree_fields")]
     assert {type(node).__name__ for node in nodes} >= {"QTensor", "LoRA", "TrainedRows"}
     for node in nodes:

@@ -82,8 +82,7 @@ def test_merge_returns_the_packed_weights_and_a_loras_gradient():
     )(float_base)
     np.testing.assert_array_equal(gradient["kernel"], g)
     x = normal(3, (5, K))
-    layer = ql.with_float_kernels(lambda params, x: x @ params["kernel"])
-    assert_close(layer(base, lora, x), ql.apply(base, lora, x))
+    assert_close(x @ ql.merge(base, lora)["kernel"], ql.apply(base, lora, x))
 
 
 def test_nnx_models_are_trained():

@@ -25,6 +25,7 @@ from integration_pairs import PAIRS, SEQUENCE, Pair
 from tolerances import assert_close
 
 import qlora_jax as ql
+from qlora_jax.trees.paths import leaves_by_path
 
 pytestmark = pytest.mark.parametrize(
     "flax", INTEGRATIONS.values(), ids=list(INTEGRATIONS)
@@ -105,7 +106,7 @@ def test_a_base_that_is_trained_gets_the_gradient_of_its_quantized_values(flax, 
     assert_close(got, want)
     paths = [
         *PAIRS[name].matrices,
-        *(path for path in ql.leaves_by_path(grad_w) if path.endswith("bias")),
+        *(path for path in leaves_by_path(grad_w) if path.endswith("bias")),
     ]
     assert_close(leaves_at(grads, paths), leaves_at(grad_w, paths))
     # Packed again, the trained base has the values that the model computed with.
@@ -291,4 +292,4 @@ def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(flax, name):
     with pytest.raises(ValueError, match="cannot be targets") as error:
         config = dataclasses.replace(CONFIG, targets=".*")
         flax.wrap(flax.make(PAIRS[name]), config, x)
-    assert refused(error) == set(ql.leaves_by_path(base)) - set(PAIRS[name].matrices)
+    assert refused(error) == set(leaves_by_path(base)) - set(PAIRS[name].matrices)

@@ -22,6 +22,7 @@ from integration_pairs import PAIRS
 from tolerances import assert_close
 
 import qlora_jax as ql
+from qlora_jax.trees.paths import leaves_by_path
 
 pytestmark = pytest.mark.parametrize(
     "flax", INTEGRATIONS.values(), ids=list(INTEGRATIONS)
@@ -65,9 +66,9 @@ def test_merged_kernels_are_the_sum_in_numpy(flax, name):
     """NumPy decodes the stored format and computes `W + scaling * A B`."""
     wrapped, lora, _ = build(flax, name)
     base, adapters = wrapped.trees(lora, wrapped.base)
-    merged = ql.leaves_by_path(wrapped.merge(lora, wrapped.base))
-    adapters = ql.leaves_by_path(adapters)
-    for path, q in ql.leaves_by_path(base).items():
+    merged = leaves_by_path(wrapped.merge(lora, wrapped.base))
+    adapters = leaves_by_path(adapters)
+    for path, q in leaves_by_path(base).items():
         if path not in PAIRS[name].matrices:
             np.testing.assert_array_equal(merged[path], q)
             continue
@@ -84,9 +85,9 @@ def test_leaves_that_are_trained_in_full_replace_those_of_the_base(flax, name):
     wrapped, _, x = build(flax, name, config)
     lora = randomized(wrapped.lora, seed=50)
     wrapped.check(lora, x)
-    base, adapters = map(ql.leaves_by_path, wrapped.trees(lora, wrapped.base))
-    start = ql.leaves_by_path(wrapped.trees(wrapped.lora, wrapped.base)[1])
-    plain = ql.leaves_by_path(wrapped.merge(lora, wrapped.base))
+    base, adapters = map(leaves_by_path, wrapped.trees(lora, wrapped.base))
+    start = leaves_by_path(wrapped.trees(wrapped.lora, wrapped.base)[1])
+    plain = leaves_by_path(wrapped.merge(lora, wrapped.base))
     trained = {path for path, x in adapters.items() if isinstance(x, ql.Trained)}
     assert trained == {path for path in base if config.is_trained(path)}
     for path in trained:
@@ -102,9 +103,9 @@ def test_rows_of_a_table_are_trained_alone(flax):
     wrapped, _, x = build(flax, "embedding", config)
     lora = randomized(wrapped.lora, seed=50)
     wrapped.check(lora, x)
-    base, adapters = map(ql.leaves_by_path, wrapped.trees(lora, wrapped.base))
-    start = ql.leaves_by_path(wrapped.trees(wrapped.lora, wrapped.base)[1])
-    merged = np.asarray(ql.leaves_by_path(wrapped.merge(lora, wrapped.base))[path])
+    base, adapters = map(leaves_by_path, wrapped.trees(lora, wrapped.base))
+    start = leaves_by_path(wrapped.trees(wrapped.lora, wrapped.base)[1])
+    merged = np.asarray(leaves_by_path(wrapped.merge(lora, wrapped.base))[path])
     np.testing.assert_array_equal(start[path].rows, base[path][jnp.array([0, 3, 47])])
     want = np.array(base[path])
     want[[0, 3, 47]] = adapters[path].rows
@@ -127,8 +128,8 @@ def test_targets_are_packed_along_what_is_contracted_and_keep_their_shape(flax, 
     """qwix 0.1.8 gives the 2,048 weights of an out-projection one scale."""
     pair = PAIRS[name]
     wrapped, _, _ = build(flax, name)
-    base, lora = map(ql.leaves_by_path, wrapped.trees(wrapped.lora, wrapped.base))
-    plain = ql.leaves_by_path(wrapped.merge(wrapped.lora, wrapped.base))
+    base, lora = map(leaves_by_path, wrapped.trees(wrapped.lora, wrapped.base))
+    plain = leaves_by_path(wrapped.merge(wrapped.lora, wrapped.base))
     packed = {path: q for path, q in base.items() if isinstance(q, ql.QTensor)}
     assert set(packed) == set(lora) == set(pair.matrices)
     for path, (*batch, k, n) in pair.matrices.items():

@@ -18,6 +18,7 @@ import qlora_jax as ql
 from qlora_jax import io
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder_names import decoder_names
+from qlora_jax.trees.paths import leaves_by_path
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_in(saved, fmt, nested):
     config, base = load(folder, progress=False)
     stored = load_file(folder / "model.safetensors")
     for path in llama.LINEAR:
-        q = ql.leaves_by_path(base)[f"layers/{path}/kernel"]
+        q = leaves_by_path(base)[f"layers/{path}/kernel"]
         assert (q.fmt, q.block_size, q.double_quant) == (fmt, 64, nested)
         for layer, w in enumerate(np.asarray(ql.dequantize(q))):
             name = f"model.layers.{layer}.{path.replace('/', '.')}.weight"

@@ -21,6 +21,7 @@ from stored import export
 from tolerances import assert_close
 
 import qlora_jax as ql
+from qlora_jax.io.model_folder import read_config_json
 from qlora_jax.llm.app.servers import SERVERS
 from qlora_jax.llm.models import tiny
 from qlora_jax.llm.models.checkpoint import load
@@ -84,7 +85,7 @@ def run_llama_cpp(base, adapter):
 
 def run_transformers(base, adapter):
     packed = {}
-    if "format" in ql.io.read_config_json(base).get("quantization_config", {}):
+    if "format" in read_config_json(base).get("quantization_config", {}):
         # PEFT adds nothing to modules that stay packed.
         plain = transformers.CompressedTensorsConfig(run_compressed=False)
         packed = {"quantization_config": plain}

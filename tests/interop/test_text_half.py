@@ -22,6 +22,7 @@ from qlora_jax.llm.gguf.save import save_gguf
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.families import config_from_hf
+from qlora_jax.trees.paths import leaves_by_path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -103,9 +104,7 @@ def test_the_text_half_equals_transformers(model, tmp_path):
         for x in gguf.GGUFReader(path).tensors
         if x.name == "blk.1.ffn_down.weight"
     )
-    layers = {
-        path: x for path, x in ql.leaves_by_path(params).items() if "down" in path
-    }
+    layers = {path: x for path, x in leaves_by_path(params).items() if "down" in path}
     [kernel] = layers.values()
     assert_close(np.float32(down), np.asarray(kernel)[1].T, dtype=np.float16)
 

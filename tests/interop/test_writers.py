@@ -21,10 +21,12 @@ from helpers import SEED, relative_error, trees_of
 from stored import export
 
 import qlora_jax as ql
+from qlora_jax.io.model_folder import read_config_json
 from qlora_jax.llm.app.configs import AdapterFormat, PackedFormat
 from qlora_jax.llm.models import tiny
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.decoder import Decoder
+from qlora_jax.trees.paths import leaves_by_path
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT and transformers
 
@@ -52,7 +54,7 @@ class Model(NamedTuple):
     @property
     def kernels(self):
         """The paths of the kernels that may be adapted."""
-        paths = (path for path, _ in sorted(ql.leaves_by_path(self.params).items()))
+        paths = (path for path, _ in sorted(leaves_by_path(self.params).items()))
         return [x for x in paths if re.fullmatch(r"layers/.*/kernel", x)]
 
 
@@ -86,7 +88,7 @@ def with_transformers(model, out):
 
 
 def config_of(folder):
-    return ql.io.read_config_json(folder).get("quantization_config", {})
+    return read_config_json(folder).get("quantization_config", {})
 
 
 def with_llama_cpp(*files):

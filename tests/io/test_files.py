@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-import qlora_jax as ql
+from qlora_jax.io.files import new_path
 
 
 def test_the_old_folder_stays_if_the_new_one_cannot_be_moved(tmp_path, monkeypatch):
@@ -21,7 +21,7 @@ def test_the_old_folder_stays_if_the_new_one_cannot_be_moved(tmp_path, monkeypat
 
     monkeypatch.setattr(os, "replace", fail_for_the_new_folder)
     with pytest.raises(OSError, match="the file system is gone"):
-        with ql.io.new_path(path) as new:
+        with new_path(path) as new:
             new.mkdir()
             (new / "new").touch()
     assert os.listdir(path) == ["old"] and os.listdir(tmp_path) == ["folder"]

@@ -13,6 +13,7 @@ from helpers import assert_same_bits
 import qlora_jax as ql
 from qlora_jax.io import CheckpointError, open_safetensors, write_safetensors
 from qlora_jax.io.formats.layouts import swap_nibbles
+from qlora_jax.io.model_folder import older_config_keys, read_config_json
 from qlora_jax.io.tensors import transposed
 
 RNG = np.random.default_rng(0)
@@ -277,7 +278,7 @@ def test_nothing_is_left_half_written(tmp_path):
 def test_config_json_is_strict(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ql.io.CheckpointError, match=message):
-        ql.io.read_config_json(tmp_path)
+        read_config_json(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -292,11 +293,11 @@ def test_config_json_is_strict(tmp_path, text, message):
     ],
 )
 def test_older_keys_of_rotary_embeddings(rope, expected):
-    assert ql.io.older_config_keys({"rope_parameters": rope}) == expected
+    assert older_config_keys({"rope_parameters": rope}) == expected
 
 
 def test_sections_of_rotary_embeddings_must_be_objects():
     for rope, key in [(["x"], "rope_parameters"), ({"full_attention": 1}, "full_att")]:
         config = {"model_type": "gemma3_text", "rope_parameters": rope}
         with pytest.raises(CheckpointError, match=f"`{key}.* must be a JSON object"):
-            ql.io.older_config_keys(config)
+            older_config_keys(config)

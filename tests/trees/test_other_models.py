@@ -58,8 +58,8 @@ class TestOtherLibraries:
             return ql.apply(base[1], lora["1"], x)
 
         assert_close(run(base, lora, x), want)
-        float_run = ql.with_float_kernels(lambda model, x: model[1](model[0](x)))
-        assert_close(float_run(base, lora, x), want, terms=64)
+        merged = ql.merge(base, lora)
+        assert_close(merged[1](merged[0](x)), want, terms=64)
         tree = ql.combine(base, lora)
         assert isinstance(tree[0].weight, ql.AdaptedKernel)
         again = ql.split(tree)
@@ -124,7 +124,7 @@ class TestOtherLibraries:
             ql.apply(jnp.ones((64, 8)), jnp.ones((64, 2)), jnp.ones((2, 64)))
 
 
-class TestFloatKernels:
+class TestMergedLayers:
     @pytest.mark.slow
     def test_weights_are_made_again_for_the_backward_pass(self):
         """A layer that decodes its weights does not keep them for the backward pass."""
@@ -134,8 +134,6 @@ class TestFloatKernels:
 
         def layer(params, x):
             return jnp.tanh(x @ params["kernel"])
-
-        run = ql.with_float_kernels(layer)
 
         def loss(call, lora, x):
             def step(x, both):
@@ -147,7 +145,7 @@ class TestFloatKernels:
             return layer(ql.merge(base, lora), x)
 
         grads, temporaries = [], []
-        for call in (run, run_merged):
+        for call in (jax.checkpoint(run_merged), run_merged):
             grad = jax.jit(jax.grad(functools.partial(loss, call), argnums=(0, 1)))
             memory = grad.lower(lora, x).compile().memory_analysis()
             temporaries.append(memory.temp_size_in_bytes)
@@ -155,16 +153,3 @@ class TestFloatKernels:
         assert_close(*grads)
         weights = layers * size * size * 4
         assert temporaries[0] < weights / 2 < weights < temporaries[1]
-
-    def test_flags_stay_python_values(self):
-        base = ql.quantize({"kernel": normal(0, (64, 8))}, ql.QLoRAConfig())
-
-        @ql.with_float_kernels
-        def run(params, x, scale, *, transpose):
-            assert transpose is False and isinstance(scale, float)
-            return {"y": x @ params["kernel"] * scale, "name": "run"}
-
-        got = jax.jit(lambda x: run(base, None, x, 2.0, transpose=False)["y"])
-        x = normal(1, (3, 64))
-        assert_close(got(x), 2 * x @ ql.dequantize(base)["kernel"], terms=64)
-        assert run(base, None, x, 2.0, transpose=False)["name"] == "run"

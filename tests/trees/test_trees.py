@@ -19,6 +19,7 @@ import qlora_jax as ql
 from qlora_jax.adapters.base import misfit_reason
 from qlora_jax.quant import pack as kernel_module
 from qlora_jax.trees import quantize as quantize_module
+from qlora_jax.trees.paths import leaves_by_path
 
 KEY = jax.random.key(0)
 KERNELS = ["layers/0/q_proj/kernel", "layers/1/q_proj/kernel", "stack/kernel"]
@@ -57,7 +58,7 @@ class TestInit:
     def test_packs_and_adapts_the_targets_and_nothing_else(self):
         tree = params()
         base, lora = init(tree, rank=4)
-        leaves, adapters = map(ql.leaves_by_path, (base, lora))
+        leaves, adapters = map(leaves_by_path, (base, lora))
         packed = [path for path, x in leaves.items() if isinstance(x, ql.QTensor)]
         assert packed == KERNELS and sorted(adapters) == KERNELS
         assert base["norm"]["scale"] is tree["norm"]["scale"]
@@ -123,7 +124,7 @@ class TestInit:
         tree = params(jnp.bfloat16)
         kernel = "layers/1/q_proj/kernel"
         base, lora = init(tree, trainable=[kernel, "norm/.*"])
-        leaves, trained = map(ql.leaves_by_path, (base, lora))
+        leaves, trained = map(leaves_by_path, (base, lora))
         assert sorted(trained) == sorted([*KERNELS, "norm/scale"])
         for path in (kernel, "norm/scale"):
             x = trained[path].value
@@ -667,9 +668,7 @@ class TestRefused:
         with pytest.raises(error, match=words):
             call(*both_trees)
 
-    @pytest.mark.parametrize(
-        "function", [ql.with_float_kernels(lambda params: params), ql.merge, ql.combine]
-    )
+    @pytest.mark.parametrize("function", [ql.merge, ql.combine])
     def test_adapters_that_do_not_fit(self, function, both_trees):
         base, lora = both_trees
         lora = {**lora, "stack": lora["layers"]["0"]["q_proj"]}

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 import qlora_jax as ql
+from qlora_jax.trees.paths import leaves_by_path
 
 from ..models.jax_engine import LAYERS
 from ..train.target_modules import ALL_LINEAR, find_target_paths
@@ -60,7 +61,7 @@ def lora_config_for(
         )
         unadapted = [
             path
-            for path in ql.leaves_by_path(model.base)
+            for path in leaves_by_path(model.base)
             if re.fullmatch(LAYERS, path)
             and (path not in targets or _is_trained_in_full(config, path))
         ]
@@ -93,7 +94,7 @@ def _find_small_kernels(
     patterns are in `rank_pattern`, `ql.init` rejects such adapters, because wrong axes
     are the usual cause. Here, the axes are known, and PEFT has these adapters too.
     """
-    leaves = ql.leaves_by_path(model.base)
+    leaves = leaves_by_path(model.base)
     ranks: dict[str | re.Pattern, int] = {}
     for path in targets:
         k, n = leaves[path].shape[-2:]
@@ -120,8 +121,8 @@ def read_initial_lora(
         )
     # NumPy arrays can be put on any mesh.
     initial_lora = jax.tree.map(np.asarray, source.read_adapter().lora)
-    old = ql.leaves_by_path(initial_lora)
-    new = ql.leaves_by_path(init_shapes(model.base, lora_config)[1])
+    old = leaves_by_path(initial_lora)
+    new = leaves_by_path(init_shapes(model.base, lora_config)[1])
     # Leaves that are trained in full start from their values in the base, so the source
     # does not need them.
     new = {k: x for k, x in new.items() if x.replacement is None}

@@ -9,6 +9,7 @@ import jax
 from jax.typing import DTypeLike
 
 import qlora_jax as ql
+from qlora_jax.io.files import check_links
 
 from ..data.readers import describe_path
 from ..reading import reading
@@ -85,7 +86,7 @@ def open_run(
             f"`run` must be the folder of a run of train, with {CONFIG} and a folder "
             f"{STATE}. Got {describe_path(folder)}."
         )
-    ql.io.check_links(folder)
+    check_links(folder)
     config = read_run_config(folder / CONFIG)
     model = open_model(base_model or config.model, engine=engine or config.engine)
     packing_config = None

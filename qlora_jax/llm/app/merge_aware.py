@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 import qlora_jax as ql
+from qlora_jax.trees.paths import leaves_by_path
 
 from .configs import AdapterFormat, ExportConfig, TargetFmt
 from .processes import log
@@ -78,7 +79,7 @@ def _find_target_packing(
 
 def target_packing_of(lora: PyTree) -> Any:
     """Returns the `Packing` that merge-aware adapters were trained for, or None."""
-    adapters = ql.leaves_by_path(lora).values()
+    adapters = leaves_by_path(lora).values()
     packings = {x.packing for x in adapters if isinstance(x, ql.MergeAware)}
     if len(packings) > 1:
         described = " and ".join(sorted(map(describe_packing, packings)))
@@ -181,7 +182,7 @@ def _check_format(config: ExportConfig, packing: Any) -> None:
 
 def check_dtype_holds(dtype: str, packed: PyTree) -> None:
     """Raises ValueError if decoded weights would be rounded to `dtype`."""
-    leaves = filter(ql.is_packed, ql.leaves_by_path(packed).values())
+    leaves = filter(ql.is_packed, leaves_by_path(packed).values())
     dtypes = sorted({leaf.dtype.name for leaf in leaves})
     if any(jnp.promote_types(dtype, x) != dtype for x in dtypes):
         raise ValueError(

@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 import qlora_jax as ql
+from qlora_jax.io.files import check_links
+from qlora_jax.io.model_folder import read_config_json
 
 from ..models.config import DecoderConfig
 from ..models.families import is_known
@@ -268,7 +270,7 @@ def _open_engine(path: pathlib.Path, name: EngineName) -> Engine:
     if name == "jax":
         return JaxEngine(path, files.config)
     with reading(path / "config.json"):
-        has_decoder = is_known(ql.io.read_config_json(path))
+        has_decoder = is_known(read_config_json(path))
     if name == "auto" and has_decoder:
         return JaxEngine(path, files.config)
     engine = open_torch_engine(path)
@@ -288,7 +290,7 @@ def fetch_adapter(adapter: str) -> pathlib.Path:
     except FileNotFoundError as error:  # its message is about the option `model`
         message = str(error).replace("`model`", "`adapter`")
         raise FileNotFoundError(message) from error
-    ql.io.check_links(path)
+    check_links(path)
     return path
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import qlora_jax as ql
+from qlora_jax.io.model_folder import older_config_keys
 
 from ..models.config import DecoderConfig
 from ..printable import printable
@@ -204,7 +205,7 @@ def _find_mlx_difference(
     family, is_gemma3 = raw["model_type"], raw["model_type"] == "gemma3_text"
     if family not in _TESTED_WITH_MLX:
         return f"mlx-lm was not tested with {family}"
-    rope = (raw | ql.io.older_config_keys(raw)).get("rope_scaling") or {}
+    rope = (raw | older_config_keys(raw)).get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     rope_types = ("default",)
     if family not in _DEFAULT_ROPE:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-import qlora_jax as ql
+from qlora_jax.io.files import parse_json
 
 from ..reading import ModelError
 
@@ -142,7 +142,7 @@ def _read_jsonl(path: pathlib.Path) -> RawRows:
             if not line.strip():
                 continue
             try:
-                row = ql.io.parse_json(line.rstrip(), "the row")
+                row = parse_json(line.rstrip(), "the row")
             except ValueError as error:
                 # The number of the line is always that of the first one.
                 row = ValueError(re.sub(r"line 1 (?=column)", "", str(error)))
@@ -151,7 +151,7 @@ def _read_jsonl(path: pathlib.Path) -> RawRows:
 
 def _read_json(path: pathlib.Path) -> RawRows:
     with _open(path) as file:
-        rows = ql.io.parse_json(file.read().removeprefix(_BOM), "The file")
+        rows = parse_json(file.read().removeprefix(_BOM), "The file")
         if not isinstance(rows, list):
             keys = f"an object with {[*rows]}" if isinstance(rows, dict) else repr(rows)
             raise ValueError(

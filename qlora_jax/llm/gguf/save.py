@@ -14,6 +14,8 @@ from jaxtyping import PyTree, UInt8
 from tqdm import tqdm
 
 import qlora_jax as ql
+from qlora_jax.io.files import new_path
+from qlora_jax.trees.paths import leaves_by_path
 
 from ..models.checkpoint import abstract_params
 from ..models.config import DecoderConfig
@@ -92,7 +94,7 @@ def save_gguf(
         raise ValueError(f"`fmt` must be one of {FORMATS}. Got {fmt!r}.")
     model = ModelFolder(pathlib.Path(source))
     config, architecture = check_gguf_source(model, tokenizer=tokenizer)
-    leaves, adapters = ql.leaves_by_path(base), ql.leaves_by_path(lora or {})
+    leaves, adapters = leaves_by_path(base), leaves_by_path(lora or {})
     _check_leaves(config, leaves, adapters)
     if fmt == "Q4_0":
         _check_value_blocks(config)
@@ -141,8 +143,8 @@ def save_gguf(
 def _open_writer(
     path: str | pathlib.Path, architecture: str
 ) -> Iterator[gguf.GGUFWriter]:
-    with ql.io.new_path(path) as new_path:
-        writer = gguf.GGUFWriter(str(new_path), architecture)
+    with new_path(path) as temporary:
+        writer = gguf.GGUFWriter(str(temporary), architecture)
         with contextlib.closing(writer):
             yield writer
 
@@ -180,7 +182,7 @@ def _check_value_blocks(config: DecoderConfig) -> None:
 
 
 def _check_leaves(config: DecoderConfig, leaves: Leaves, adapters: Leaves) -> None:
-    params = ql.leaves_by_path(abstract_params(config))
+    params = leaves_by_path(abstract_params(config))
     expected = {path: x.shape for path, x in params.items()}
     actual = {path: tuple(x.shape) for path, x in leaves.items()}
     if wrong := sorted({path for path, _ in expected.items() ^ actual.items()}):

@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 
 import qlora_jax as ql
+from qlora_jax.io.files import check_links
+from qlora_jax.io.model_folder import read_config_json
+from qlora_jax.io.tensors import Tensors
 
 from ..reading import reading
 from .config import DecoderConfig
@@ -40,12 +43,12 @@ class ModelFolder:
 
     def __post_init__(self):
         # For all of its files here, because some of them are read by other libraries.
-        ql.io.check_links(self.path)
+        check_links(self.path)
 
     @cached_property
     def config(self) -> DecoderConfig:
         """The config of the decoder; raises if `Decoder` does not support the model."""
-        raw = ql.io.read_config_json(self.path)
+        raw = read_config_json(self.path)
         ql.io.read_quantization(self.path)  # raises if the format is not supported
         with reading(self.path / "config.json"):
             return config_from_hf(raw)
@@ -53,7 +56,7 @@ class ModelFolder:
     @property
     def context_length(self) -> int:
         """The context length in tokens."""
-        raw, key = text_only_config(ql.io.read_config_json(self.path)), _CONTEXT_KEY
+        raw, key = text_only_config(read_config_json(self.path)), _CONTEXT_KEY
         if type(length := raw.get(key)) is not int or length < 1:
             raise ValueError(
                 f"{self.path} must have a context length, `{key}`, which is a positive "
@@ -67,11 +70,11 @@ class ModelFolder:
         return ql.io.read_quantization(self.path)
 
     @property
-    def stored_tensors(self) -> ql.io.Tensors:
+    def stored_tensors(self) -> Tensors:
         """The tensors under the names in the files, with those of a vision part."""
         return ql.io.open_safetensors(self.path)
 
-    def open_tensors(self) -> ql.io.Tensors:
+    def open_tensors(self) -> Tensors:
         """Returns the decoder's tensors by Hugging Face name, after some checks."""
         tensors = self.stored_tensors
         if has_vision(self.config):
@@ -82,7 +85,7 @@ class ModelFolder:
             check_tied(tensors, "lm_head.weight", embedding)
         return tensors
 
-    def _select_text(self, tensors: ql.io.Tensors) -> ql.io.Tensors:
+    def _select_text(self, tensors: Tensors) -> Tensors:
         """Renames the tensors of the text half; warns that the others are ignored."""
         names = decoder_names(self.config)
         ignored = [name for name in tensors if names.is_ignored(name)]
@@ -108,7 +111,7 @@ class ModelFolder:
         if not has_vision(self.config):
             yield self.path
             return
-        config = text_only_config(ql.io.read_config_json(self.path))
+        config = text_only_config(read_config_json(self.path))
         with tempfile.TemporaryDirectory() as temporary:
             folder = pathlib.Path(temporary)
             for file in self.path.iterdir():
@@ -125,7 +128,7 @@ class ModelFolder:
             yield folder
 
 
-def check_tied(tensors: ql.io.Tensors, name: str, other_name: str) -> None:
+def check_tied(tensors: Tensors, name: str, other_name: str) -> None:
     """Raises if a file has two tensors that are tied in the model, and differ."""
     if not {name, other_name} <= tensors.keys():
         return

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 import qlora_jax as ql
+from qlora_jax.trees.paths import leaves_by_path
 
 from .config import DecoderConfig
 from .constraints import MESH_AXES, ROW_AXES, select_axes
@@ -75,7 +76,7 @@ def place_arguments(
             f"{', '.join(divisors)}. Got {tensor}."
         )
     rules = {}
-    for path, leaf in ql.leaves_by_path(base).items():
+    for path, leaf in leaves_by_path(base).items():
         specs = [PartitionSpec(*spec) for spec in _candidate_specs(config, path, sizes)]
         fitting = (spec for spec in specs if _divides(leaf, spec, sizes))
         if specs:  # if none fits, `place` raises an error about the first one
@@ -96,7 +97,7 @@ def place_torch_arguments(
     """
     sizes = _axis_sizes(mesh)
     rules = {}
-    for path, leaf in ql.leaves_by_path(base).items():
+    for path, leaf in leaves_by_path(base).items():
         roles = contract.get(re.escape(path))
         if roles is None:
             continue

@@ -3,7 +3,7 @@
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-import qlora_jax as ql
+from qlora_jax.io.files import check_links, parse_json
 
 from ..reading import ModelError, reading
 from .hf_config import import_transformers
@@ -17,7 +17,7 @@ def open_folder_tokenizer(folder: pathlib.Path) -> "PreTrainedTokenizerFast":
 
     Its `backend_tokenizer` neither truncates nor pads.
     """
-    ql.io.check_links(folder)
+    check_links(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(
             f"{folder} must have a tokenizer.json. To make one from other files, such "
@@ -80,7 +80,7 @@ def read_end_ids(folder: pathlib.Path) -> tuple[int, ...]:
 
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
-    value = ql.io.parse_json(path.read_bytes(), str(path)) if path.exists() else {}
+    value = parse_json(path.read_bytes(), str(path)) if path.exists() else {}
     if not isinstance(value, dict):
         raise ValueError(f"{path} must contain a JSON object.")
     return value

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 import qlora_jax as ql
+from qlora_jax.io.tensors import Tensors
 
 from .folder import ModelFolder, check_tied
 from .sharding import Contract, place_torch_arguments
@@ -208,7 +209,7 @@ class TorchFolder(ModelFolder):
 
     engine: TorchEngine
 
-    def open_tensors(self) -> ql.io.Tensors:
+    def open_tensors(self) -> Tensors:
         """Returns the tensors by their names in the module.
 
         Raises ValueError if a tied weight has different values under its names. Linear

@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 import qlora_jax as ql
+from qlora_jax.io.files import new_path
+from qlora_jax.trees.paths import leaves_by_path
 
 from ..printable import printable
 from ..reading import reading
@@ -31,7 +33,7 @@ class Metrics(Callback):
         rows = []
         if after is not None and self.path.is_file():
             rows = [row for row in read_metrics(self.path) if row["step"] <= after]
-        with ql.io.new_path(self.path) as new_file:
+        with new_path(self.path) as new_file:
             new_file.write_text("".join(map(_to_line, rows)), "utf-8")
         # Unbuffered, so that a killed run loses no line and `write` sees all errors.
         self._file = self.path.open("ab", buffering=0)
@@ -143,7 +145,7 @@ def plot_loss(
     axes.grid(True, which="both", alpha=0.25)
     if axes.lines:
         axes.legend(frameon=False)
-    with ql.io.new_path(path) as new_file:
+    with new_path(path) as new_file:
         canvas.print_figure(new_file, dpi=120, format="png")
 
 
@@ -191,9 +193,9 @@ def save_adapter(
     adapter to a base without packing the sum, so it is written as `qlora_jax.io.save`
     does, to `adapter.safetensors`.
     """
-    adapters = ql.leaves_by_path(lora).values()
+    adapters = leaves_by_path(lora).values()
     # The folder appears with all of its files, or not at all.
-    with ql.io.new_path(folder) as new_folder:
+    with new_path(folder) as new_folder:
         if any(isinstance(adapter, ql.MergeAware) for adapter in adapters):
             new_folder.mkdir()
             ql.io.save(new_folder / NATIVE_ADAPTER, lora)

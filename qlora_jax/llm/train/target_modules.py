@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from jaxtyping import PyTree
 
 import qlora_jax as ql
+from qlora_jax.trees.paths import leaves_by_path
 
 from ..models.suggestions import did_you_mean
 
@@ -45,7 +46,7 @@ def find_target_paths(
         # each parameter, `names.parameters` has a dict whose keys are paths of kernels.
         batch_shapes = {
             path: leaf.shape[: names.num_batch_axes(path)]
-            for path, leaf in ql.leaves_by_path(params).items()
+            for path, leaf in leaves_by_path(params).items()
         }
         parameters = names.parameters(batch_shapes).values()
         excluded = {path for kernels in parameters for path in kernels}
@@ -109,7 +110,7 @@ def _modules_by_path(params: PyTree, names: ql.io.Names) -> dict[str, list[str]]
         return parameter if is_expert else name.removesuffix(".weight")
 
     modules = {}
-    for path, leaf in ql.leaves_by_path(params).items():
+    for path, leaf in leaves_by_path(params).items():
         # Keep only matrices, whose axes besides batch axes are an input and an output.
         if names.roles(path) in ("kn", "nk"):
             batch_shape = leaf.shape[: names.num_batch_axes(path)]

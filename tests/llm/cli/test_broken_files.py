@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizer_helpers import write_rows
 
 import qlora_jax as ql
+from qlora_jax.io.files import new_path
 from qlora_jax.llm import app
 
 
@@ -207,7 +208,7 @@ def test_a_huge_weight_is_no_matter_of_the_learning_rate(folder, tmp_path, capsy
 
 def test_unfinished_files_of_killed_processes_are_deleted(tmp_path):
     path = tmp_path / "notes"
-    with ql.io.new_path(path) as new:
+    with new_path(path) as new:
         temporary = new.parent
         prefix = temporary.name[:-8]  # the rest is random
         new.write_text("new")
@@ -219,23 +220,23 @@ def test_unfinished_files_of_killed_processes_are_deleted(tmp_path):
     (mine / "thesis").write_text("whole")  # not from this library
     descriptor = os.open(used, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)  # as a process that is writing
-    with ql.io.new_path(path) as new:
+    with new_path(path) as new:
         new.write_text("newer")
     os.close(descriptor)
     assert {x.name for x in tmp_path.iterdir()} == {"notes", used.name, mine.name}
     # If the process ended between the two renames of a folder, the old one is back.
     (stale / "old").mkdir(parents=True)
     (stale / "new").mkdir()
-    with pytest.raises(RuntimeError), ql.io.new_path(tmp_path / "notes"):
+    with pytest.raises(RuntimeError), new_path(tmp_path / "notes"):
         raise RuntimeError
     path.unlink()
-    with pytest.raises(RuntimeError), ql.io.new_path(path):
+    with pytest.raises(RuntimeError), new_path(path):
         raise RuntimeError
 
 
 KILLED = """
 import os, pathlib, signal, sys, qlora_jax as ql
-with ql.io.new_path(sys.argv[1]) as new:
+with new_path(sys.argv[1]) as new:
     new.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -245,7 +246,7 @@ with ql.io.new_path(sys.argv[1]) as new:
 def test_a_killed_process_leaves_nothing_after_the_next_one(tmp_path):
     done = run_python("-c", KILLED, tmp_path / "notes")
     assert done.returncode == -signal.SIGKILL and len([*tmp_path.iterdir()]) == 1
-    with ql.io.new_path(tmp_path / "notes") as new:
+    with new_path(tmp_path / "notes") as new:
         new.write_text("whole")
     assert [x.name for x in tmp_path.iterdir()] == ["notes"]
 

@@ -45,7 +45,7 @@ import os, signal, qlora_jax as ql
 save = ql.io.save_merged
 
 def save_and_end(out, *arguments, **options):
-    with ql.io.new_path(out) as folder:
+    with new_path(out) as folder:
         save(folder, *arguments, **options)
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -18,6 +18,7 @@ from qlora_jax.llm.app.configs import TargetFmt
 from qlora_jax.llm.app.exporting.pairing import MERGED, open_pair
 from qlora_jax.llm.app.servers import FMTS_BY_FORMAT
 from qlora_jax.llm.models.tiny import save_tiny
+from qlora_jax.trees.paths import leaves_by_path
 
 # The loss of a run is compared with the loss of `score`, which renders the rows.
 OPTIONS = dict(chat=True, max_length=64, eval_examples=0, target_modules="all-linear")
@@ -120,7 +121,7 @@ def test_other_programs_cannot_take_it_for_a_lora(aware):
     card = (aware / "adapter" / "README.md").read_text()
     assert "library_name: qlora-jax" in card and "loads with PEFT" not in card
     tree = ql.io.restore(aware / "adapter" / "adapter.safetensors").tree
-    packings = {x.packing for x in ql.leaves_by_path(tree).values()}
+    packings = {x.packing for x in leaves_by_path(tree).values()}
     assert packings == {ql.QLoRAConfig(fmt="nf4").packing}
 
 

@@ -17,6 +17,7 @@ from qlora_jax.llm import app
 from qlora_jax.llm.app.exporting.pairing import open_pair
 from qlora_jax.llm.models.checkpoint import load
 from qlora_jax.llm.models.tiny import save_tiny
+from qlora_jax.trees.paths import leaves_by_path
 
 LAYERS = r"layers/.*/kernel"
 MODULES = {f"model.layers.{i}.mlp.down_proj": (64, 128) for i in range(2)}
@@ -130,7 +131,7 @@ def test_stored_bases_are_served_as_they_are(model, adapter, tmp_path):
 def kernels(tree):
     return {
         path: [np.asarray(x.codes), np.asarray(x.scales)]
-        for path, x in ql.leaves_by_path(tree).items()
+        for path, x in leaves_by_path(tree).items()
         if isinstance(x, ql.QTensor)
     }
 

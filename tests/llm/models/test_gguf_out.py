@@ -39,6 +39,7 @@ from qlora_jax.llm.models.decoder import Decoder
 from qlora_jax.llm.models.decoder_names import decoder_names
 from qlora_jax.llm.models.families import config_from_hf
 from qlora_jax.llm.models.tiny import save_tiny
+from qlora_jax.trees.paths import leaves_by_path
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 320, "hidden_size": 32, "head_dim": 16}
 QWEN3 |= {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -153,7 +154,7 @@ def test_q4_0_holds_a_packed_base_to_the_bit(tmp_path, fmt):
     kernels = {}
     leaf_paths = [leaf for leaf in names.entries if leaf.endswith("_proj/kernel")]
     for leaf in leaf_paths:
-        w = np.asarray(ql.leaves_by_path(base)[leaf].dequantize(jnp.float32))
+        w = np.asarray(leaves_by_path(base)[leaf].dequantize(jnp.float32))
         named_kernels = zip(names.of(leaf, (2,)), w.swapaxes(-1, -2), strict=True)
         kernels |= dict(named_kernels)
     for name, tensor in stored.items():

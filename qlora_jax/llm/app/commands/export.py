@@ -5,7 +5,8 @@ import pathlib
 from dataclasses import dataclass
 from typing import Any, get_args
 
-import qlora_jax as ql
+from qlora_jax.io.files import new_path
+from qlora_jax.trees.paths import leaves_by_path
 
 from ...data.chat_tokenizer import open_tokenizer
 from ..as_trained import (
@@ -181,10 +182,10 @@ def _export_for_server(config: ExportConfig) -> Written:
     if out.exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     model, options, pair = open_pair(config)
-    with ql.io.new_path(out) as folder:  # renamed to `out` once it is complete
+    with new_path(out) as folder:  # renamed to `out` once it is complete
         folder.mkdir()
         paths, cost = _write_pair(config, model, options, pair, folder)
-        ranks = (x.rank for x in ql.leaves_by_path(model.lora).values())
+        ranks = (x.rank for x in leaves_by_path(model.lora).values())
         stored = model.quantization.get("quant_method")
         start = server.describe_start(
             paths["base"],

@@ -10,6 +10,7 @@ from typing import Any
 from jaxtyping import PyTree
 
 import qlora_jax as ql
+from qlora_jax.trees.paths import leaves_by_path
 
 from ...models.jax_engine import LAYERS
 from ..as_trained import (
@@ -176,7 +177,7 @@ def _check_all_packed(base: PyTree, packing: Any) -> None:
     """Raises ValueError if layers without a merge-aware adapter are not packed yet."""
     unpacked = [
         path
-        for path, leaf in ql.leaves_by_path(base).items()
+        for path, leaf in leaves_by_path(base).items()
         if re.fullmatch(LAYERS, path) and getattr(leaf, "packing", None) != packing
     ]
     if unpacked:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import qlora_jax as ql
+from qlora_jax.io.model_folder import read_config_json
+from qlora_jax.trees.paths import leaves_by_path
 
 from ..as_trained import LoadOptions, open_model_for, training_load_options
 from ..configs import ExportConfig
@@ -113,7 +115,7 @@ def _find_adapter_problem(
     server: Server, model: OpenModel, fmt: str | None
 ) -> str | None:
     """Returns why a server cannot load the adapter beside the base, or None."""
-    adapters = ql.leaves_by_path(model.lora)
+    adapters = leaves_by_path(model.lora)
     is_plain = all(type(adapter) is ql.LoRA for adapter in adapters.values())
     is_plain = is_plain and not model.replaces_weights
     if server.adapter is None:
@@ -140,7 +142,7 @@ def _loads_exactly(server: Server, model: OpenModel, fmt: str | None) -> bool:
     if model.quantization.get("quant_method", "float") not in server.reads:
         return False
     # Servers round float16 scales to the dtype of the model.
-    config_json = ql.io.read_config_json(model.path)
+    config_json = read_config_json(model.path)
     dtype = config_json.get("dtype", config_json.get("torch_dtype"))
     return fmt not in INT4_FMTS or dtype == "float16"
 
@@ -158,5 +160,5 @@ def _find_difference(
         return "it rounds scales to bfloat16, because Gemma overflows in float16"
     if server.find_difference is None:
         return None
-    config_json = ql.io.read_config_json(model.path)
+    config_json = read_config_json(model.path)
     return server.find_difference(config_json, model.decoder, fmt)

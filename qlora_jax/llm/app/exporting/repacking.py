@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float32, PyTree
 
 import qlora_jax as ql
+from qlora_jax.trees.paths import leaves_by_path
 
 from ..open_model import OpenModel
 
@@ -51,7 +52,7 @@ def repack(model: OpenModel, packing: ql.QLoRAConfig) -> tuple[PyTree, Repacked]
     """Returns the base with the adapter merged and then packed, and what this costs."""
     merged = ql.merge(model.base, model.lora)
     packed = ql.quantize(merged, packing)
-    cost = _compare(*map(ql.leaves_by_path, (model.base, merged, packed)))
+    cost = _compare(*map(leaves_by_path, (model.base, merged, packed)))
     if cost.kept < 0.5:
         message = (
             f"Packing keeps {_describe_share(cost.kept)} of what the adapter changed. "
