@@ -61,21 +61,7 @@ def refuse_names(names_by_problem: Mapping[str, Iterable[str]]) -> None:
 
 
 def parse_json(data: bytes, source: str) -> Any:
-    """Returns the value that strict JSON describes.
-
-    Args:
-        data: The JSON, in UTF-8.
-        source: The origin of the JSON, for error messages.
-
-    Raises:
-        CheckpointError: If the JSON is not valid UTF-8 JSON, or has duplicate keys,
-            NaN, infinity, or a number that is too large for a float.
-
-    Example:
-        >>> import qlora_jax as ql
-        >>> ql.io.parse_json(b'{"a": [1, 2]}', "the file")
-        {'a': [1, 2]}
-    """
+    """Returns the value that strict JSON describes."""
 
     # `json` would keep the last of several equal keys, where other readers keep the
     # first, so the same file could mean different things to different programs.
@@ -147,19 +133,6 @@ def check_links(folder: Path, names: Iterable[str] | None = None) -> None:
     Such a link could expose, overwrite or delete any file of the user. In the hub's
     cache, `models--x/snapshots/<commit>/` has links to the files in `models--x/blobs/`,
     which are allowed.
-
-    Args:
-        folder: The folder, which may itself be a link.
-        names: The names of the files to check; by default everything in the folder.
-
-    Example:
-        >>> import pathlib, tempfile, qlora_jax as ql
-        >>> folder = pathlib.Path(tempfile.mkdtemp())
-        >>> (folder / "config.json").symlink_to("/etc/passwd")
-        >>> ql.io.check_links(folder)
-        Traceback (most recent call last):
-        ...
-        qlora_jax.io.files.CheckpointError: ...config.json must be in its folder...
     """
     folder = pathlib.Path(folder)
     root = pathlib.Path(os.path.realpath(folder))
@@ -183,20 +156,6 @@ def new_path(path: Path) -> Iterator[pathlib.Path]:
 
     A file at `path` is replaced by a new file, and a folder by a new folder. If the
     block raises, `path` is unchanged, and the temporary path is deleted.
-
-    Args:
-        path: The file or the folder. Its parent is created if it does not exist.
-
-    Yields:
-        A path at which nothing exists yet, in a new temporary folder.
-
-    Example:
-        >>> import pathlib, tempfile, qlora_jax as ql
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "notes.txt"
-        >>> with ql.io.new_path(path) as new:
-        ...     _ = new.write_text("all of it")
-        >>> path.read_text()
-        'all of it'
     """
     if _URL.match(str(path)):  # pathlib would take it for a path in the current folder
         raise ValueError(

@@ -38,22 +38,7 @@ _COPIED = (
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """Returns the content of a model folder's `config.json`.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        CheckpointError: If the file does not exist, is a link out of the folder, is
-            not a JSON object, or has duplicate keys, NaN or infinity.
-
-    Example:
-        >>> import pathlib, tempfile, qlora_jax as ql
-        >>> folder = pathlib.Path(tempfile.mkdtemp())
-        >>> _ = (folder / "config.json").write_text('{"model_type": "llama"}')
-        >>> ql.io.read_config_json(folder)
-        {'model_type': 'llama'}
-    """
+    """Returns the content of a model folder's `config.json`."""
     return read_json(member(folder, "config.json"))
 
 
@@ -116,21 +101,6 @@ def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     embeddings, transformers 5 writes `rope_parameters`, for all layers or by the kind
     of layer, and reads both forms. mlx-lm reads the older keys for most families. This
     library writes both.
-
-    Args:
-        config: The content of a `config.json`.
-
-    Returns:
-        The older keys that `config` lacks, with their values.
-
-    Raises:
-        CheckpointError: If `rope_parameters` or a part of it is not a JSON object.
-
-    Example:
-        >>> import qlora_jax as ql
-        >>> rope = {"rope_type": "default", "rope_theta": 5e5}
-        >>> ql.io.older_config_keys({"rope_parameters": rope})
-        {'rope_theta': 500000.0}
     """
     parameters = _section(config, "rope_parameters")
     if "full_attention" in parameters:

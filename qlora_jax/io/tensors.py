@@ -59,22 +59,7 @@ class File:
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor:
-    """A tensor in a file. Indexing it with slices reads a part as a NumPy array.
-
-    Attributes:
-        dtype: The dtype of its values.
-        shape: Its shape.
-
-    Example:
-        >>> import tempfile, numpy as np, qlora_jax as ql
-        >>> folder = tempfile.mkdtemp()
-        >>> x = np.arange(6, dtype=np.float32).reshape(2, 3)
-        >>> ql.io.write_safetensors(folder + "/x.safetensors", {"x": x})
-        >>> tensor = ql.io.open_safetensors(folder + "/x.safetensors")["x"]
-        >>> tensor.reshape(3, 2).shape, tensor[:, 1:]
-        ((3, 2), array([[1., 2.],
-               [4., 5.]], dtype=float32))
-    """
+    """A tensor in a file. Indexing it with slices reads a part as a NumPy array."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -209,20 +194,7 @@ def equal_parts(x: SliceableTensor, count: int) -> list[LazyMatrix]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Tensors(Mapping[str, LazyTensor]):
-    """The tensors of a file or a folder by name, as `open_safetensors` returns them.
-
-    Attributes:
-        metadata: The metadata in the header of the file, or of a folder's first file.
-        folder: The folder that was opened; None for a file.
-
-    Example:
-        >>> import tempfile, numpy as np, qlora_jax as ql
-        >>> path = tempfile.mkdtemp() + "/x.safetensors"
-        >>> ql.io.write_safetensors(path, {"x": np.ones(3)}, metadata={"by": "me"})
-        >>> tensors = ql.io.open_safetensors(path)
-        >>> list(tensors), tensors.metadata
-        (['x'], {'by': 'me'})
-    """
+    """The tensors of a file or a folder by name, as `open_safetensors` returns them."""
 
     _tensors: Mapping[str, LazyTensor]
     metadata: Mapping[str, str]
@@ -238,18 +210,5 @@ class Tensors(Mapping[str, LazyTensor]):
         return len(self._tensors)
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> "Tensors":
-        """Returns other tensors, with the metadata and the folder of these.
-
-        Args:
-            tensors: The tensors by name, such as some of these under other names.
-
-        Example:
-            >>> import tempfile, numpy as np, qlora_jax as ql
-            >>> path = tempfile.mkdtemp() + "/x.safetensors"
-            >>> ql.io.write_safetensors(path, {"x": np.ones(3)}, metadata={"by": "me"})
-            >>> tensors = ql.io.open_safetensors(path)
-            >>> renamed = tensors.with_tensors({"y": tensors["x"]})
-            >>> list(renamed), renamed.metadata
-            (['y'], {'by': 'me'})
-        """
+        """Returns other tensors, with the metadata and the folder of these."""
         return dataclasses.replace(self, _tensors=tensors)

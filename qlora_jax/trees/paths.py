@@ -49,22 +49,7 @@ def leaves_by_keys(tree: Tree) -> dict[KeyPath, Leaf]:
 
 
 def leaves_by_path(tree: Tree) -> dict[str, Leaf]:
-    """Returns the leaves of a tree by path. Patterns and rules match these paths.
-
-    Args:
-        tree: A base, lora or combined tree. Its kernels and adapters are leaves. Leaves
-            in boxes, such as `nn.Partitioned`, are returned without the box.
-
-    Raises:
-        ValueError: If two paths have the same spelling, as in
-            `{"a/b": x, "a": {"b": y}}`.
-
-    Example:
-        >>> import jax.numpy as jnp, qlora_jax as ql
-        >>> base = {"up": {"kernel": ql.quantize(jnp.ones((64, 8)))}}
-        >>> list(ql.leaves_by_path(base))
-        ['up/kernel']
-    """
+    """Returns the leaves of a tree by path. Patterns and rules match these paths."""
     by_keys = leaves_by_keys(tree)
     leaves = {path_string(keys): leaf for keys, leaf in by_keys.items()}
     if len(leaves) < len(by_keys):
