@@ -180,32 +180,14 @@ def file_of(header, data=b"\0" * 8, length=None):
 
 BROKEN = {
     "no bytes": b"",
-    "7 bytes": b"1234567",
     "huge header": file_of({"a": entry()}, length=1 << 40),
-    "header beyond the file": file_of({"a": entry()}, length=1000),
-    "empty header": file_of({"a": entry()}, length=0),
     "not JSON": file_of(b"{a}"),
-    "not an object": file_of(b"[]"),
-    "not UTF-8": file_of(b'{"\xff": 1}'),
-    "deep": file_of(b'{"a":' + b"[" * 100_000),
     "twice": file_of(b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2)),
     "NaN": file_of(b'{"a":NaN}'),
-    "metadata of numbers": file_of({"__metadata__": {"a": 1}, "a": entry()}),
-    "more keys": file_of({"a": {**entry(), "x": 1}}),
-    "no offsets": file_of({"a": {"dtype": "F32", "shape": [2]}}),
     "unknown dtype": file_of({"a": entry("F4")}),
-    "dtype of a list": file_of({"a": {**entry(), "dtype": []}}),
-    "negative size": file_of({"a": entry(shape=(-2,))}),
-    "true as a size": file_of({"a": entry(shape=(True, 2))}),
-    "float as a size": file_of({"a": entry(shape=(2.0,))}),
-    "too small": file_of({"a": entry(shape=(1,))}),
-    "overflow": file_of({"a": entry(shape=(1 << 32, 1 << 32))}),
-    "empty and huge": file_of({"a": entry(shape=(0, 1 << 62), offsets=(0, 0))}, b""),
     "overlap": file_of({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12),
-    "hole": file_of({"a": entry(offsets=(4, 12))}, b"\0" * 12),
     "bytes left": file_of({"a": entry()}, b"\0" * 9),
     "truncated": file_of({"a": entry()}, b"\0" * 7),
-    "reversed": file_of({"a": entry(shape=(0,), offsets=(8, 0))}),
 }
 
 
