@@ -226,7 +226,7 @@ def test_files_must_be_there(base, tmp_path):
     file = tmp_path / "adapter_model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[:-1])
-    with pytest.raises(ql.io.CheckpointError, match="bytes"):
+    with pytest.raises(ql.io.CheckpointError, match="safetensors file"):
         ql.io.load_peft(tmp_path, base, NAMES)
     outside = tmp_path.parent / f"{tmp_path.name}.safetensors"
     outside.write_bytes(data)
