@@ -124,7 +124,7 @@ def main():
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    dim, depth, steps = (32, 2, 3) if args.tiny else (128, 2, args.steps)
+    dim, depth, steps = (64, 2, 3) if args.tiny else (128, 2, args.steps)
 
     print("training a float model to write words backwards")
     model = Decoder(dim, depth, nnx.Rngs(args.seed))

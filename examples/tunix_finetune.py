@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=pathlib.Path, default="runs/tunix/adapter")
     args = parser.parse_args(argv)
-    sizes = (32, 2, 8) if args.tiny else (128, 2, args.steps)
+    sizes = (64, 2, 8) if args.tiny else (128, 2, args.steps)
     model, before, after = train(*sizes)
     base, lora = ql.nnx.split(model)
     print(ql.summary(base, lora))

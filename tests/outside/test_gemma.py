@@ -38,7 +38,7 @@ KERNELS = {
 
 def make_model(num_kv_heads: int, transpose: bool):
     kinds = _modules.AttentionType
-    sizes = dict(num_embed=60, embed_dim=32, hidden_dim=48, num_heads=4, head_dim=16)
+    sizes = dict(num_embed=64, embed_dim=32, hidden_dim=48, num_heads=4, head_dim=16)
     sizes |= dict(num_kv_heads=num_kv_heads, sliding_window_size=4)
     options = dict(use_post_attn_norm=True, use_post_ffw_norm=True, use_qk_norm=True)
     options |= dict(attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL))
@@ -58,7 +58,9 @@ def wrap(num_kv_heads=2, transpose=True):
     model, params = make_model(num_kv_heads, transpose)
     # The module takes its equation in the call, so a trace cannot read it.
     contract = {r".*/attn_vec_einsum/w": (-3, -2)}
-    config = ql.QLoRAConfig(rank=4, alpha=8, targets=TARGETS, contract=contract)
+    config = ql.QLoRAConfig(
+        rank=4, alpha=8, targets=TARGETS, contract=contract, block_size=16
+    )
     base, lora = ql.linen.init(jax.random.key(2), model, params, config, TOKENS)
     return model, ql.linen.wrap(model), base, lora
 
@@ -131,7 +133,7 @@ def test_registered_einsum_takes_the_fast_path():
     ql.linen.register(Registered, kernel="w", einsum="eqn")
     model, x = Heads(), jnp.ones((2, 3, 32))
     params = model.init(jax.random.key(0), x)["params"]
-    config = ql.QLoRAConfig(rank=4, targets=r"heads/w")
+    config = ql.QLoRAConfig(rank=4, targets=r"heads/w", block_size=16)
     base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
     assert lora["heads"]["w"].a.shape == (32, 4)
     lora = randomized(lora)

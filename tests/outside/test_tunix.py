@@ -50,7 +50,7 @@ def make_qwen_experts():
 
 
 def make_gemma():
-    options: dict[str, Any] = dict(num_embed=60, final_logit_softcap=30.0)
+    options: dict[str, Any] = dict(num_embed=64, final_logit_softcap=30.0)
     options |= dict(use_post_attn_norm=True, use_post_ffw_norm=True)
     options |= dict(attention_types=[gemma.AttentionType.GLOBAL] * 2)
     config = gemma.ModelConfig(**options, **SIZES)
@@ -89,7 +89,7 @@ def test_wrapped_model_equals_the_model_on_its_merged_weights(name):
     model = make()
     paths = nnx.to_flat_state(nnx.state(model, nnx.Param)).paths
     names = ["/".join(map(str, path)) for path in paths]
-    config = ql.QLoRAConfig(rank=4, alpha=8, targets=targets)
+    config = ql.QLoRAConfig(rank=4, alpha=8, targets=targets, block_size=16)
     wrapped = ql.nnx.wrap(model, config, rngs=nnx.Rngs(1))
     names = [path for path in names if re.fullmatch(targets, path)]
     assert_equals_merged(wrapped, model, logits, names)
@@ -99,7 +99,7 @@ def test_wrapped_model_equals_the_model_on_its_merged_weights(name):
 
 
 def test_geometry_is_read_from_the_equation_a_module_carries():
-    config = ql.QLoRAConfig(rank=4, targets=ATTENTION_AND_MLP)
+    config = ql.QLoRAConfig(rank=4, targets=ATTENTION_AND_MLP, block_size=16)
     wrapped: Any = ql.nnx.wrap(make_llama(), config, rngs=nnx.Rngs(1))
     attention = wrapped.layers[0].attn
     assert attention.q_proj.w_lora.a.shape == (32, 4)  # BTD,DNH->BTNH
@@ -108,7 +108,9 @@ def test_geometry_is_read_from_the_equation_a_module_carries():
 
 def test_registered_einsum_takes_the_fast_path():
     ql.nnx.register(llama3.Einsum, kernel="w", einsum="einsum_str")
-    config = ql.QLoRAConfig(rank=4, targets=ATTENTION_AND_MLP, dropout=0.5)
+    config = ql.QLoRAConfig(
+        rank=4, targets=ATTENTION_AND_MLP, dropout=0.5, block_size=16
+    )
     wrapped = ql.nnx.wrap(make_llama(), config, rngs=nnx.Rngs(1))
     nnx.update(wrapped, randomized(nnx.state(wrapped, nnx.LoRAParam)))
     assert not np.array_equal(logits(wrapped), logits(wrapped))

@@ -43,8 +43,8 @@ def test_the_same_run_in_tunix(tunix):
     from tunix.sft import peft_trainer
 
     qwix_code, our_code, train_code, *_ = code_blocks("tunix", "py")
-    theirs = wrap(qwix_code, tunix.make_model(dim=32, depth=2))
-    ours = wrap(our_code, tunix.make_model(dim=32, depth=2))
+    theirs = wrap(qwix_code, tunix.make_model(dim=64, depth=2))
+    ours = wrap(our_code, tunix.make_model(dim=64, depth=2))
     # Start from the adapter of qwix, whose A and B have the axes of the kernel.
     state = nnx.to_flat_state(nnx.state(theirs, nnx.LoRAParam))
     arrays = {"/".join(map(str, path)): x.get_value() for path, x in state}
@@ -81,7 +81,7 @@ def test_the_check_of_rotary_positions(tunix):
     tokens = inputs["input_tokens"], inputs["positions"], None, inputs["attention_mask"]
 
     def logits_and_warnings(theta):
-        config = tunix.make_model(dim=32, depth=2).config
+        config = tunix.make_model(dim=64, depth=2).config
         config = dataclasses.replace(config, rope_theta=theta)
         model = tunix.llama3.Llama3(config, rngs=nnx.Rngs(0))
         with warnings.catch_warnings(record=True) as caught:

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def make_gemma3():
     sizes = {**models.SIZES, "num_kv_heads": 4}  # q, k and v in one kernel
     config = gemma3.ModelConfig(
-        num_embed=60, sliding_window_size=4, param_dtype=jnp.float32, **sizes
+        num_embed=64, sliding_window_size=4, param_dtype=jnp.float32, **sizes
     )
     return models.fill(gemma3.Gemma3(config, rngs=nnx.Rngs(0)))
 
@@ -109,7 +109,7 @@ def test_adapters_of_peft_are_those_of_the_same_weights(name, tmp_path):
 
 
 def test_tunixs_trainer_trains_the_adapters_that_are_exported(tmp_path):
-    model, before, after = example.train(dim=32, depth=2, steps=30)
+    model, before, after = example.train(dim=64, depth=2, steps=30)
     assert after < before - 0.2
     base, lora = ql.nnx.split(model)
     names = tunix_names("llama3")
@@ -117,7 +117,7 @@ def test_tunixs_trainer_trains_the_adapters_that_are_exported(tmp_path):
 
     # The untrained model with the saved adapter equals the trained model.
     config = ql.QLoRAConfig(rank=16, targets=example.TARGETS)
-    again = ql.nnx.wrap(example.make_model(32, 2), config, rngs=nnx.Rngs(1))
+    again = ql.nnx.wrap(example.make_model(64, 2), config, rngs=nnx.Rngs(1))
     fresh, _ = ql.nnx.split(again)
     chex.assert_trees_all_equal(fresh, base)
     _, read, settings = ql.io.load_peft(tmp_path / "adapter", fresh, names)
