@@ -34,7 +34,7 @@ def rank_promotion():
 
 @pytest.fixture(scope="module")
 def base():
-    return example.make_base(TASK, WORDS, 32, 2, 300)
+    return example.make_base(TASK, WORDS, 64, 2, 300)
 
 
 @pytest.fixture(scope="module")

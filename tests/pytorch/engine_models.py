@@ -10,7 +10,7 @@ from qlora_jax.llm.models.tiny import save_tiny
 
 IDS = np.random.default_rng(0).integers(3, 200, 80)
 ROWS = [{"input_ids": IDS[i : 2 * i + 5].tolist()} for i in range(8)]
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 128}
 
 

@@ -15,8 +15,8 @@ TEXT = SIZES | {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "hidden_size": 64,
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "image_size": 16,

@@ -48,7 +48,7 @@ def arguments(folder):
 def test_score_of_a_trained_adapter_equals_the_loss_in_peft(folder):
     module = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     # The packed weights of training: all linear layers but the head.
-    _, base, _ = init(module, r".*(query_key_value|dense\w*)\.weight")
+    _, base, _ = init(module, r".*(query_key_value|dense\w*)\.weight", block_size=64)
     with_decoded_weights(module, base)
     before = torch_loss(module)
     with warnings.catch_warnings():  # PEFT asks transformers for a deprecated name
@@ -66,7 +66,7 @@ def test_score_of_a_trained_adapter_equals_the_loss_in_peft(folder):
 
 def test_a_trained_adapter_generates_the_tokens_of_peft(folder, tmp_path):
     module = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-    _, base, _ = init(module, r".*(query_key_value|dense\w*)\.weight")
+    _, base, _ = init(module, r".*(query_key_value|dense\w*)\.weight", block_size=64)
     with_decoded_weights(module, base)
     with warnings.catch_warnings():  # PEFT asks transformers for a deprecated name
         warnings.simplefilter("ignore")

@@ -19,7 +19,9 @@ from qlora_jax.llm.train import decoder_loss
 
 
 def test_a_mesh_has_the_loss_and_the_gradients_of_one_device(tmp_path):
-    folder = save_model(tmp_path / "model", GPTNeoXConfig, num_hidden_layers=2)
+    folder = save_model(
+        tmp_path / "model", GPTNeoXConfig, num_hidden_layers=2, intermediate_size=96
+    )
     model = open_model(str(folder), engine="torch")
     packing = model.packing_config("nf4", 32, False)
     adapters = lora_config_for(app.TrainConfig("m", "d", "o", rank=4), model, packing)

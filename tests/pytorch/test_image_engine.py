@@ -80,7 +80,7 @@ def test_score_of_a_trained_adapter_equals_the_loss_in_peft(trained):
     folder, processor = trained
     path = folder / "model"
     module = transformers.AutoModelForImageTextToText.from_pretrained(path).eval()
-    _, base, _ = init(module, LAYERS)
+    _, base, _ = init(module, LAYERS, block_size=64)
     with_decoded_weights(module, base)
     before = torch_loss(module, processor)
     with warnings.catch_warnings():  # PEFT asks transformers for a deprecated name

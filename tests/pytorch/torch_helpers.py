@@ -18,7 +18,7 @@ import qlora_jax as ql
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 192,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -65,10 +65,11 @@ def loss_of(model, variables, ids, **kwargs):
     return -jnp.take_along_axis(log_probs, ids[:, 1:, None], -1).mean()
 
 
-def init(module, targets, **settings):
+def init(module, targets, block_size=16, **settings):
     """Returns the wrapped module, its base tree, and a lora tree whose B is not 0."""
     model = ql.torch.wrap(module)
-    config = ql.QLoRAConfig(rank=4, alpha=8, targets=targets, **settings)
+    settings |= dict(rank=4, alpha=8, targets=targets, block_size=block_size)
+    config = ql.QLoRAConfig(**settings)
     key = jax.random.key(0)
     base, lora = ql.torch.init(key, model, ql.torch.params(model), config)
     leaves, structure = jax.tree.flatten(lora)
