@@ -25,8 +25,8 @@ def dense(features, inputs=DIM, **options):
 
 
 def general(features, axis=-1, batch=()):
-    """Both general linear layers on an input `[2, 5, 4, 16]` or `[2, 5, 64]`."""
-    shape = (2, 5, DIM) if axis == -1 else (2, 5, HEADS, 16)
+    """Both general linear layers on an input `[2, 8, 4, 16]` or `[2, 5, 64]`."""
+    shape = (2, 5, DIM) if axis == -1 else (2, 8, HEADS, 16)
     axes = (axis,) if isinstance(axis, int) else axis
     sizes = tuple(shape[a] for a in sorted(axes))  # as Flax orders the kernel's axes
     options = {"axis": axis, "batch_axis": {a: shape[a] for a in batch}}
@@ -83,7 +83,7 @@ PAIRS = {
     "square": Pair(*dense(DIM, use_bias=False), SEQUENCE, {"kernel": (DIM, DIM)}),
     "general": Pair(*general((HEADS, 8)), {"kernel": (DIM, 32)}),
     "general out": Pair(*general(24, (-2, -1)), {"kernel": (DIM, 24)}),
-    "general first": Pair(*general((3, 4), (0, 1)), {"kernel": (10, 12)}),
+    "general first": Pair(*general((3, 4), (0, 1)), {"kernel": (16, 12)}),
     "general backwards": Pair(*general(24, (-1, -2)), {"kernel": (DIM, 24)}),
     "general batch": Pair(*general((3, 8), -1, (0,)), {"kernel": (2, DIM, 24)}),
     "einsum": Pair(*einsum("BTD,NDH->BTNH", (HEADS, DIM, 8), (HEADS, 8)), SEQUENCE,

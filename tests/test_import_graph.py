@@ -125,7 +125,7 @@ def test_public_jax_only(name):
         ("torch", {"torch"}),
         ("torchax", {"torch"}),
         ("transformers", {"llm", "torch"}),
-        ("safetensors", set()),
+        ("safetensors", {"io"}),
     ],
 )
 def test_who_may_import(library, folders):

@@ -51,7 +51,7 @@ def chunked_cross_entropy(
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
-        >>> hidden, head = jnp.ones((2, 3, 8)), jnp.ones((32, 8))
+        >>> hidden, head = jnp.ones((2, 3, 64)), jnp.ones((32, 64))
         >>> labels = jnp.zeros((2, 3), jnp.int32)
         >>> losses = ql.losses.chunked_cross_entropy(hidden, head, labels, chunk_size=4)
         >>> losses.shape, bool(jnp.allclose(losses, jnp.log(32)))

@@ -135,10 +135,13 @@ class QTensor(Kernel):
         names = {name for name, x in stored._asdict().items() if x is not None}
         number_format = get_format(fmt)
         # Only double-quantized scales have arrays that other schemes lack.
-        unexpected = names.difference(number_format.scales.array_names)
+        known = number_format.scales.array_names
+        unexpected = [
+            name for name in stored._fields if name in names.difference(known)
+        ]
         if unexpected and number_format.double_scales is None:
             raise ValueError(
-                f"`{unexpected.pop()}` must be None for {fmt!r}, whose scales are "
+                f"`{unexpected[0]}` must be None for {fmt!r}, whose scales are "
                 f"{number_format.scales.name}. Got an array."
             )
         packing = Packing(fmt, block_size, bool(unexpected))

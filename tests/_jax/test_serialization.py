@@ -23,7 +23,7 @@ from qlora_jax.trees.paths import leaves_by_path
 CONFIGS = {
     "nf4": ql.QLoRAConfig(rank=2),
     "int4": ql.QLoRAConfig(rank=2, fmt="int4", block_size=32, double_quant=False),
-    "fp4": ql.QLoRAConfig(rank=2, fmt="fp4", block_size=128),
+    "fp4": ql.QLoRAConfig(rank=2, fmt="fp4", block_size=32),
     "rows": ql.QLoRAConfig(trainable="norm", trainable_rows={"odd/kernel": (3, 62)}),
     "int8": ql.QLoRAConfig(rank=2, fmt="int8", double_quant=False),
 }

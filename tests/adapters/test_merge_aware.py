@@ -97,7 +97,7 @@ def test_the_product_is_that_of_the_packed_sum(fmt, target_fmt, small_tiles):
         ((K, N), {"double_quant": True}),
         ((3, K, N), {"contract": "bkn"}),
         ((N, K), {"contract": -1}),
-        ((161, 33), {"target_fmt": "int4", "alpha": 7, "dtype": "bfloat16"}),
+        ((192, 33), {"target_fmt": "int4", "alpha": 7, "dtype": "bfloat16"}),
         ((K, N), {"fmt": "int8", "target_fmt": "q4_0", "dtype": "bfloat16"}),
         ((K, 2, N // 2), {"contract": -3, "target_fmt": "nvfp4"}),
     ],

@@ -118,7 +118,7 @@ def test_mutable_params_come_back_as_they_were_given(scanned, x):
             self.sow("intermediates", "last", x)
             return x
 
-    config = ql.QLoRAConfig(rank=4, targets=".*(kernel|gate|up)")
+    config = ql.QLoRAConfig(rank=4, targets=".*(kernel|gate|up)", block_size=32)
     variables = variables_of(Model(), x, config)
     wrapped = ql.linen.wrap(Model(), scanned=scanned)
     y, got = wrapped.apply(variables, x, mutable=True)
@@ -414,7 +414,7 @@ class Projections(nnx.Module):
     def __init__(self, rngs):
         self.layers = nnx.List([nnx.Linear(64, 64, rngs=rngs) for _ in range(2)])
         self.norm = nnx.BatchNorm(64, rngs=rngs, use_running_average=True)
-        self.heads = nnx.LinearGeneral(64, (2, 16), rngs=rngs)
+        self.heads = nnx.LinearGeneral(64, (16, 2), rngs=rngs)
 
     def __call__(self, x):
         for layer in self.layers:

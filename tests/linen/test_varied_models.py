@@ -234,7 +234,7 @@ def test_register_is_advised_only_where_it_may_help(model, can_register, x):
 def test_guessed_axes_of_a_convolution_are_said():
     images = normal(0, (1, 4, 4, 32))
     params = OwnConv().init(KEY, images)["params"]
-    config = ql.QLoRAConfig(rank=4)
+    config = ql.QLoRAConfig(rank=4, block_size=32)
     match = r"'kernel': \(3, 3, 32, 16\).*contract=\"kkkn\""
     with pytest.warns(UserWarning, match=match) as caught:
         _, lora = ql.linen.init(KEY, OwnConv(), params, config, images)
@@ -242,7 +242,7 @@ def test_guessed_axes_of_a_convolution_are_said():
     assert lora["kernel"].nbytes == 4 * 4 * 9 * (32 + 16)  # one adapter for each tap
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        config = ql.QLoRAConfig(rank=4, contract="kkkn")
+        config = ql.QLoRAConfig(rank=4, contract="kkkn", block_size=32)
         base, lora = ql.linen.init(KEY, OwnConv(), params, config, images)
     assert lora["kernel"].nbytes == 4 * 4 * (9 * 32 + 16)
     variables = {"params": base, "lora": randomized(lora)}

@@ -337,7 +337,7 @@ def trees():
     model = Decoder(CONFIG)
     params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
     params = jax.tree.map(lambda x: 2 * x if x.ndim > 1 else x + 0.1, params)
-    return trees_of(params, rank=4, targets="layers/.*_proj/kernel")
+    return trees_of(params, rank=4, block_size=16, targets="layers/.*_proj/kernel")
 
 
 def value_and_gradient(model, **kwargs):

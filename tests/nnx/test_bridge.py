@@ -158,8 +158,8 @@ def test_kernels_of_linen_modules_need_a_sample_call_or_contract():
     with pytest.raises(ValueError, match="query/kernel: .*which of its 4 axes"):
         wrap(model)
     contract = {".*/(query|key|value)/kernel": -3, ".*/out/kernel": (-3, -2)}
-    wrapped = wrap(model, ql.QLoRAConfig(rank=2, contract=contract))
-    traced = wrap(model, ql.QLoRAConfig(rank=2), x)
+    wrapped = wrap(model, ql.QLoRAConfig(rank=2, contract=contract, block_size=16))
+    traced = wrap(model, ql.QLoRAConfig(rank=2, block_size=16), x)
     both = nnx.state(wrapped), nnx.state(traced)
     chex.assert_trees_all_equal_structs(*both)
     assert_close(wrapped(x), traced(x))
@@ -175,7 +175,7 @@ def test_a_bridge_that_the_sample_call_skips_is_named():
             return self.skipped(self.used(x)) if use_both else self.used(x)
 
     x = normal(1, (2, 5, 32))
-    model, config = Branches(x), ql.QLoRAConfig(rank=2)
+    model, config = Branches(x), ql.QLoRAConfig(rank=2, block_size=16)
     text = refusal(
         lambda: wrap(model, config, x), "query/kernel: only its linen module"
     )
@@ -187,7 +187,7 @@ def test_a_bridge_that_the_sample_call_skips_is_named():
 def test_a_bridge_is_copied():
     x = normal(1, (2, 5, 32))
     model = Bridged(ATTENDS, x, rngs=nnx.Rngs(0))
-    wrapped = wrap(model, ql.QLoRAConfig(rank=2), x)
+    wrapped = wrap(model, ql.QLoRAConfig(rank=2, block_size=16), x)
     for copied in (lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy, nnx.clone):
         np.testing.assert_array_equal(copied(wrapped)(x), wrapped(x))
 

@@ -134,7 +134,8 @@ def test_one_tree(kind):
 @pytest.mark.slow
 def test_an_nnx_optimizer():
     model = NNXMLP(rngs=nnx.Rngs(0))
-    model = ql.nnx.wrap(model, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(1))
+    config = ql.QLoRAConfig(rank=4, block_size=32)
+    model = ql.nnx.wrap(model, config, rngs=nnx.Rngs(1))
     optimizer = nnx.Optimizer(model, ql.optim.offload(ADAMW), wrt=nnx.LoRAParam)
 
     @nnx.jit

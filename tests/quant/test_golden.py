@@ -164,7 +164,8 @@ def peft_case(case, dtype):
     x, w, a, b = (rng.standard_normal(shape, dtype=np.float32) for shape in shapes)
     base = {"proj": {"kernel": jnp.asarray(w.T, dtype)}}
     settings = {"alpha": case["alpha"], "rank_stabilized": case["rslora"]}
-    config = ql.QLoRAConfig(rank=rank, **settings)
+    # The base stays in float.
+    config = ql.QLoRAConfig(rank=rank, fmt=None, **settings)
     leaf = ql.init(jax.random.key(0), base, config)[1]["proj"]["kernel"]
     leaf = dataclasses.replace(leaf, a=jnp.asarray(a.T), b=jnp.asarray(b.T))
     keys = ("y", "grad_x", "grad_a", "grad_b", "merged")

@@ -46,7 +46,9 @@ class TestOtherLibraries:
     def test_a_model_of_modules(self):
         first = Module(normal(0, (32, 64)), normal(1, 32), 32)
         model = [first, Module(normal(2, (8, 32)), None, 8)]
-        base, lora = trees_of(model, rank=2, targets=r"\d/weight", contract="nk")
+        base, lora = trees_of(
+            model, rank=2, targets=r"\d/weight", contract="nk", block_size=32
+        )
         assert isinstance(base[0], Module) and base[0].out_features == 32
         assert lora["1"]["weight"].a.shape == (32, 2)
         x, merged = normal(3, (5, 64)), ql.merge(base, lora)

@@ -375,12 +375,12 @@ class TestInit:
             return init(tree, donate=True)
 
         assert "stack" not in refusal(refuse, "larger than their kernels", shape)
-        heads = {"o": {"kernel": jnp.ones((8, 8, 64))}}
-        match = r"o/kernel: shape .* is \[8, 64\] in matr"
+        heads = {"o": {"kernel": jnp.ones((8, 16, 64))}}
+        match = r"o/kernel: shape .* is \[16, 64\] in matr"
         with pytest.raises(ValueError, match=match):
-            init(heads)
+            init(heads, block_size=16)
         for settings in ({"contract": (-3, -2)}, {"rank_pattern": {"o/.*": 16}}):
-            init(heads, **settings)
+            init(heads, block_size=16, **settings)
         _, lora = init(tree, rank=4, rank_pattern={"head/.*": 1})
         assert lora["head"]["kernel"].rank == 1
 

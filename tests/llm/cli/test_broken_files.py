@@ -235,7 +235,8 @@ def test_unfinished_files_of_killed_processes_are_deleted(tmp_path):
 
 
 KILLED = """
-import os, pathlib, signal, sys, qlora_jax as ql
+import os, pathlib, signal, sys
+from qlora_jax.io.files import new_path
 with new_path(sys.argv[1]) as new:
     new.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

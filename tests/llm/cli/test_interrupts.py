@@ -42,6 +42,7 @@ def data(tmp_path_factory):
 # Sends SIGTERM while a model is written.
 TERMINATED = """
 import os, signal, qlora_jax as ql
+from qlora_jax.io.files import new_path
 save = ql.io.save_merged
 
 def save_and_end(out, *arguments, **options):

@@ -31,7 +31,7 @@ OPTIONS = dict(unit_offset_norms=True, post_norms=True, qk_norms=True, fused=Tru
 OPTIONS |= dict(activation="gelu_pytorch_tanh", embedding_scale=4.0)
 OPTIONS |= dict(attention_soft_cap=5.0, logit_soft_cap=30.0)
 HEADS = dict(num_heads=4, num_kv_heads=2, head_dim=8, rotary_dim=6)
-MIXED = DecoderConfig(48, 16, 24, 4, **HEADS, layers=KINDS, **OPTIONS)
+MIXED = DecoderConfig(48, 16, 32, 4, **HEADS, layers=KINDS, **OPTIONS)
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
 SIZES |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"max_position_embeddings": 64}

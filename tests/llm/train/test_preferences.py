@@ -85,7 +85,8 @@ def test_the_reference_of_merge_aware_adapters_is_their_plain_base():
     # (Rafailov et al. 2023, equation 7). The policy has packed weights.
     [batch] = data.eval_batches(pairs()[:1], batch_size=1, max_length=16)
     params = Decoder(CONFIG).init(jax.random.key(0), batch.ids)["params"]
-    config = ql.QLoRAConfig(rank=2, fmt="int8", merge_aware=True, target_fmt="q4_0")
+    settings = {"fmt": "int8", "block_size": 32, "target_fmt": "q4_0"}
+    config = ql.QLoRAConfig(rank=2, merge_aware=True, **settings)
     base, lora = ql.init(jax.random.key(1), params, config)
     lora = jax.tree.map(lambda x: x + 0.01, lora)
     model = ql.linen.wrap(Decoder(CONFIG))

@@ -664,7 +664,7 @@ def test_the_plot_has_a_point_for_each_evaluation(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("packing, count", [(True, 1), (False, 3)])
 def test_the_loss_of_rows_is_that_of_optax_on_each_row_alone(packing, count):
-    config = DecoderConfig(61, 16, 24, 2, num_heads=2, num_kv_heads=1)
+    config = DecoderConfig(61, 16, 32, 2, num_heads=2, num_kv_heads=1)
     decoder = Decoder(config)
     tokens = np.zeros((1, 2), np.int32)
     params = jax.jit(decoder.init)(jax.random.key(0), tokens)["params"]
