@@ -59,7 +59,7 @@ def chunked_cross_entropy(
         >>> packed = ql.quantize(head.T)  # a kernel [D, V]
         >>> loss = lambda x: ql.losses.chunked_cross_entropy(x, packed, labels).mean()
         >>> jax.grad(loss)(hidden).shape
-        (2, 3, 8)
+        (2, 3, 64)
     """
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
     kernel = check_head(hidden, head, contract, logit_soft_cap)
