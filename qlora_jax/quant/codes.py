@@ -69,7 +69,11 @@ def _exact_scales(
     if fmt.ties == "even":
         return quotient(largest, np.float32(fmt.peak))
     if fmt.peak != 1:
-        return largest * (np.float32(1) / np.float32(fmt.peak))
+        scale = largest * (np.float32(1) / np.float32(fmt.peak))
+        # `abs` changes nothing where scales have no sign. It keeps LLVM on CPUs from
+        # fusing this product with the subtraction of double quantization, which would
+        # round once instead of twice.
+        return scale if fmt.ties == "upper" else jnp.abs(scale)
     return largest
 
 
