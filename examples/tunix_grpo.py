@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     task, steps = Sums(), 60 if args.tiny else 300
     words = Words(task)
-    base = make_base(task, words, *((64, 2, 300) if args.tiny else (64, 2, 1000)))
+    base = make_base(task, words, 64, 2, 300 if args.tiny else 1000)
     cluster, rewards = train(base, task, words, steps)
     trees = ql.nnx.split(cluster.actor_trainer.model)
     print(ql.summary(*trees))

@@ -48,11 +48,7 @@ FUNCTIONS = {
     "init": (ql.init, {"key": jax.random.key(0)}),
 }
 # Arguments that errors describe instead of naming them.
-NAMED_AS = {
-    "base": "`base`|a (kernel|layer) must",
-    "ids": "ids",
-    "equation": "equation",
-}
+NAMED_AS = {"base": "`base`|a kernel must", "ids": "ids", "equation": "equation"}
 NAMED_AS["x"] = r"`x`|in x and the result.* Got .* axes\."
 EXTRA_ARGUMENTS = {"with_adapter": {"lora": LORA}}
 EXTRA_ARGUMENTS["init"] = {

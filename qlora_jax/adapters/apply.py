@@ -193,12 +193,12 @@ def _check_parts(
     allowed = {name, BIAS_NAMES[name]}
     if {"codes", "scales"} <= set(layer):
         raise ValueError(
-            "a layer must have a kernel. Got the arrays of a QTensor, from a tree that "
+            "`base` must have a kernel. Got the arrays of a QTensor, from a tree that "
             "was restored without its structure. Use ql.QTensor.from_parts."
         )
     if name not in layer or not set(layer) <= allowed:
         raise ValueError(
-            "a layer must have a 'kernel' (or 'weight', 'w') and at most a 'bias' (or "
+            "`base` must have a 'kernel' (or 'weight', 'w') and at most a 'bias' (or "
             f"'b'). Got {sorted(layer)}."
         )
     if not set(adapters) <= allowed:

@@ -59,22 +59,19 @@ def _exact_scales(
     blocks: Float[Array, "*blocks b n"], fmt: Format
 ) -> Float32[Array, "*blocks n"]:
     """Returns the scale of each block before it is stored."""
+    factor = np.float32(1) / np.float32(fmt.peak)
     if fmt.ties == "upper":
         # Take the weight instead of its magnitude: the scale has the weight's sign.
         first = jnp.argmax(jnp.abs(blocks), axis=-2, keepdims=True)
         largest = jnp.take_along_axis(blocks, first, axis=-2)[..., 0, :]
-    else:
-        largest = _largest_magnitude(blocks)
-    largest = largest.astype(jnp.float32)
+        return largest.astype(jnp.float32) * factor
+    largest = _largest_magnitude(blocks).astype(jnp.float32)
     if fmt.ties == "even":
         return quotient(largest, np.float32(fmt.peak))
-    if fmt.peak != 1:
-        scale = largest * (np.float32(1) / np.float32(fmt.peak))
-        # `abs` changes nothing where scales have no sign. It keeps LLVM on CPUs from
-        # fusing this product with the subtraction of double quantization, which would
-        # round once instead of twice.
-        return scale if fmt.ties == "upper" else jnp.abs(scale)
-    return largest
+    # A scale is not negative, so `abs` changes nothing. Without it, LLVM on CPUs may
+    # fuse this product with the subtraction in double quantization, and round once
+    # instead of twice.
+    return jnp.abs(largest * factor)
 
 
 def _largest_magnitude(

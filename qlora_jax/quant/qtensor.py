@@ -132,11 +132,13 @@ class QTensor(Kernel):
             QTensor(nf4, bfloat16[128,4], block_size=64, 4.5 bits)
         """
         stored = StoredScales(scales, scale_scales, scale_offset)
-        names = [name for name, x in stored._asdict().items() if x is not None]
         number_format = get_format(fmt)
         # Only double-quantized scales have arrays that other schemes lack.
-        known = number_format.scales.array_names
-        unexpected = [name for name in names if name not in known]
+        unexpected = [
+            name
+            for name, x in stored._asdict().items()
+            if x is not None and name not in number_format.scales.array_names
+        ]
         if unexpected and number_format.double_scales is None:
             raise ValueError(
                 f"`{unexpected[0]}` must be None for {fmt!r}, whose scales are "

@@ -192,9 +192,8 @@ def quantize(
         fmt: The number format, one of "fp4", "int4", "int8", "nf4", "int4_f16", "q4_0",
             "mxfp4" and "nvfp4"; or a `QLoRAConfig` with all settings.
         block_size: The number of weights along K that share a scale: a power of two, 16
-            to 4096, by default 64. K must be a multiple of it. It must be 128 (the
-            default), 64 or 32 for "int4_f16", 32 for "q4_0" and "mxfp4", and 16 for
-            "nvfp4".
+            to 4096, by default 64, that divides K. It must be 128 (the default), 64 or
+            32 for "int4_f16", 32 for "q4_0" and "mxfp4", and 16 for "nvfp4".
         double_quant: Whether to quantize the scales too, to 8 bits. Defaults to True
             for "fp4", "int4", "int8" and "nf4"; the other formats already store scales
             in 8 or 16 bits.

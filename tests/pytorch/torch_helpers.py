@@ -68,8 +68,9 @@ def loss_of(model, variables, ids, **kwargs):
 def init(module, targets, block_size=16, **settings):
     """Returns the wrapped module, its base tree, and a lora tree whose B is not 0."""
     model = ql.torch.wrap(module)
-    settings |= dict(rank=4, alpha=8, targets=targets, block_size=block_size)
-    config = ql.QLoRAConfig(**settings)
+    config = ql.QLoRAConfig(
+        rank=4, alpha=8, targets=targets, block_size=block_size, **settings
+    )
     key = jax.random.key(0)
     base, lora = ql.torch.init(key, model, ql.torch.params(model), config)
     leaves, structure = jax.tree.flatten(lora)

@@ -164,7 +164,7 @@ def peft_case(case, dtype):
     x, w, a, b = (rng.standard_normal(shape, dtype=np.float32) for shape in shapes)
     base = {"proj": {"kernel": jnp.asarray(w.T, dtype)}}
     settings = {"alpha": case["alpha"], "rank_stabilized": case["rslora"]}
-    # The base stays in float.
+    # PEFT's base is in float.
     config = ql.QLoRAConfig(rank=rank, fmt=None, **settings)
     leaf = ql.init(jax.random.key(0), base, config)[1]["proj"]["kernel"]
     leaf = dataclasses.replace(leaf, a=jnp.asarray(a.T), b=jnp.asarray(b.T))

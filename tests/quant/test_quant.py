@@ -524,6 +524,7 @@ BFLOAT16_PART = 1 / 4 if jax.__version_info__ >= (0, 12) else 2.04
         ((2048, 2048), "float32", "nf4", -2, 1 / 4),
         ((8, 512, 512), "bfloat16", "nf4", -2, BFLOAT16_PART),
         ((1024, 1024), "bfloat16", "int8", -2, BFLOAT16_PART),
+        ((1984, 2048), "float32", "nf4", -2, 1 / 4),  # an odd number of blocks
         ((512, 16, 64), "float32", "nf4", -3, 1 / 4),
         ((16, 512, 64), "float32", "nf4", (-3, -1), 2.1),  # transposed slices
     ],

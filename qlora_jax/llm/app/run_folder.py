@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_jax.io.files import check_links, new_path
+import qlora_jax as ql
 
 from ..reading import reading
 from .train_config import TrainConfig
@@ -42,7 +42,7 @@ def open_run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
             f"`out` must have a run to resume. Got {folder}, which has no {CONFIG}."
         )
     if resume:
-        check_links(folder)
+        ql.io.files.check_links(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _lock(folder):
@@ -135,7 +135,7 @@ def read_run_config(path: pathlib.Path) -> TrainConfig:
     """
     import yaml
 
-    check_links(path.parent, [path.name, TEMPLATE])
+    ql.io.files.check_links(path.parent, [path.name, TEMPLATE])
     with reading(path):
         text = path.read_text("utf-8")
         config = TrainConfig.from_settings(dict(yaml.safe_load(text)))
@@ -147,7 +147,7 @@ def read_run_config(path: pathlib.Path) -> TrainConfig:
 def read_system_message(config: TrainConfig) -> str | None:
     """Returns the system message that all rows of a run's data share, if they do."""
     folder = pathlib.Path(config.out)
-    check_links(folder, [SYSTEM])
+    ql.io.files.check_links(folder, [SYSTEM])
     path = folder / SYSTEM
     with reading(path):
         return path.read_text("utf-8") if path.is_file() else None
@@ -155,7 +155,7 @@ def read_system_message(config: TrainConfig) -> str | None:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file atomically."""
-    with new_path(path) as new:
+    with ql.io.files.new_path(path) as new:
         new.write_text(text, "utf-8")
 
 

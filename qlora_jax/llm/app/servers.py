@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import qlora_jax as ql
-from qlora_jax.io.model_folder import older_config_keys
 
 from ..models.config import DecoderConfig
 from ..printable import printable
@@ -199,6 +198,8 @@ _HEADS = ("qwen2", "mixtral", "phi3")
 def _find_mlx_difference(
     config_json: Mapping[str, Any], config: DecoderConfig, fmt: str | None
 ) -> str | None:
+    from qlora_jax.io.model_folder import older_config_keys
+
     from ..models.families import text_only_config  # imports Flax
 
     raw = text_only_config(config_json)

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from qlora_jax.io.files import parse_json
+import qlora_jax as ql
 
 TrainOn = Literal["completions", "last", "all"]  # which tokens are targets
 Message = dict[str, Any]
@@ -186,7 +186,7 @@ def _check_unused(
 
 def _parse_field(name: str, text: str) -> Any:
     try:
-        return parse_json(text.encode(), "It") if text.strip() else None
+        return ql.io.files.parse_json(text.encode(), "It") if text.strip() else None
     except ValueError as error:
         raise ValueError(f"`{name}` must be JSON if it is a string. {error}") from error
 

@@ -71,7 +71,7 @@ qlora_jax_program.process()
 """
 # These take longer to import than the whole command may take, besides JAX.
 HEAVY = {"flax", "grain", "optax", "orbax", "tokenizers", "transformers"}
-HEAVY |= {"qlora_jax.llm.models.decoder", "qlora_jax.llm.train"}
+HEAVY |= {"qlora_jax.io", "qlora_jax.llm.models.decoder", "qlora_jax.llm.train"}
 
 
 def test_the_version_needs_no_jax():
